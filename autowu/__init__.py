@@ -1,0 +1,8 @@
+"""AutoWU: automated learning-rate warm-up for PyTorch (Kim et al. 2021, arXiv 2107.05855)."""
+
+from autowu.gp import ClosedFormGP
+from autowu.gpytorch_engine import GPyTorchGP
+from autowu.scheduler import AutoWU
+from autowu.version import __version__
+
+__all__ = ["AutoWU", "ClosedFormGP", "GPyTorchGP", "__version__"]

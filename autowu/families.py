@@ -1,0 +1,54 @@
+"""The LR range of a warm-up, by the optimizer's family."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from torch.optim import Optimizer
+
+__all__ = ["LR_RANGES", "family", "lr_range"]
+
+LR_RANGES: Final[dict[str, tuple[float, float]]] = {
+    "sgd": (1e-5, 10.0),
+    "adam": (1e-6, 1.0),
+    "lars": (1e-3, 100.0),
+    "lamb": (1e-5, 1.0),
+    "unknown": (1e-6, 10.0),
+}
+"""`min_lr` and `max_lr` of a warm-up where none are given. They bracket the LRs in use with some decades to spare on both sides, so
+that the loss is flat at the one end and rises at the other; "lars" is for the usual `trust_coef` of 0.001."""
+
+_FAMILIES: Final[dict[str, tuple[str, ...]]] = {
+    "lars": ("lars", "larc", "tvlars", "wars"),
+    "lamb": ("lamb", "lambc", "nvlamb", "fusedlamb"),
+    "adam": (
+        *("adam", "adamw", "adamax", "adamp", "nadam", "nadamw", "radam", "adabelief", "adafactor", "adan", "adopt"),
+        *("sparseadam", "fusedadam", "adam8bit", "adamw8bit", "nadamlegacy", "radamlegacy", "adamwlegacy"),
+        *("rmsprop", "rmsproptf", "yogi", "lion", "novograd", "nvnovograd"),
+    ),
+    "sgd": ("sgd", "sgdw", "sgdp", "asgd", "nesterov", "fusedsgd"),
+}
+_FAMILY_OF: Final = {name: family for family, names in _FAMILIES.items() for name in names}
+
+
+def family(optimizer: Optimizer) -> str:
+    """Key of :data:`LR_RANGES` for an optimizer, by the names of its class and of the classes that it derives from.
+
+    LARS around an Adam-like optimizer counts as that: Adam undoes any factor on the gradient, so its updates keep Adam's size.
+
+    Example:
+        >>> import torch
+        >>> family(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+        'adam'
+    """
+    names = (cls.__name__.lower().replace("_", "") for cls in type(optimizer).__mro__)
+    found = next((_FAMILY_OF[name] for name in names if name in _FAMILY_OF), "unknown")
+    wrapped = getattr(optimizer, "optim", None)
+    if found == "lars" and isinstance(wrapped, Optimizer) and family(wrapped) == "adam":
+        return "adam"
+    return found
+
+
+def lr_range(optimizer: Optimizer) -> tuple[float, float]:
+    """`min_lr` and `max_lr` for an optimizer, see :data:`LR_RANGES`."""
+    return LR_RANGES[family(optimizer)]

@@ -1,0 +1,154 @@
+"""The losses of a run, kept on the device where they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autowu.gp import LossCurve
+
+__all__ = ["LossHistory"]
+
+_STAGE = 1024
+
+
+class LossHistory:
+    """One loss per optimizer step, appended without a host synchronisation and reduced to at most `max_points` points.
+
+    Losses are copied one by one into a small staging buffer on their device. :meth:`curve` (or a full buffer) folds them into bins
+    of equal width: their sum, their squares, their count. When the bins run out they are merged in pairs, so that memory and the
+    cost of a test stop growing with the run; until then a bin holds one loss and nothing is averaged. Squares are kept of the
+    difference to the first finite loss, so that a large constant in the loss costs no precision.
+
+    The buffers live on the device of the first loss that is on an accelerator, in float64 (float32 on MPS, which has no other).
+
+    Args:
+        max_points: number of bins at most, an even number; None keeps every loss in a bin of its own.
+    """
+
+    def __init__(self, max_points: int | None = 2048) -> None:
+        self.max_points = max_points
+        self.steps = 0
+        """Number of losses appended, the missing ones included."""
+        self._width = 1
+        self._folded = 0
+        self._staged = torch.empty(_STAGE, dtype=torch.float64)
+        # Rows: sums, squares, counts.
+        self._bins = torch.zeros(3, max_points or _STAGE, dtype=torch.float64)
+        self._anchor = torch.tensor(torch.nan, dtype=torch.float64)
+
+    @property
+    def device(self) -> torch.device:
+        return self._staged.device
+
+    def append(self, loss: float | Tensor) -> None:
+        """Append the loss of one optimizer step: a float or a tensor of one element. NaN stands for a missing loss."""
+        if self.steps - self._folded == _STAGE:
+            self._fold()
+        slot = self._staged[self.steps - self._folded]
+        if isinstance(loss, Tensor):
+            loss = loss.detach()
+            if loss.device != slot.device:
+                if loss.device.type == "cpu":
+                    loss = loss.item()
+                elif slot.device.type == "cpu":
+                    self._move(loss.device)
+                    slot = self._staged[self.steps - self._folded]
+        if isinstance(loss, Tensor):
+            slot.copy_(loss.view(()))
+        else:
+            slot.fill_(loss)
+        self.steps += 1
+
+    def curve(self, warmup_steps: int) -> LossCurve:
+        """The losses so far as points of a warm-up of `warmup_steps` steps. No synchronisation."""
+        self._fold()
+        width, steps = self._width, self.steps
+        num_bins = -(-steps // width)
+        # A bin stands at the mean index of the steps in it; only the last may be part full.
+        starts = torch.arange(num_bins, device=self.device, dtype=self._bins.dtype) * width
+        last_index = (starts + (width - 1)).clamp_(max=steps - 1)
+        sums, squares, counts = self._bins[:, :num_bins]
+        return LossCurve(
+            positions=(starts + last_index) / (2 * warmup_steps),
+            sums=sums,
+            squares=squares,
+            counts=counts,
+            anchor=self._anchor,
+            end=steps / warmup_steps,
+            resolution=width / warmup_steps,
+        )
+
+    def mean(self) -> float:
+        """Mean of the finite losses so far, NaN if there is none; one device-to-host read."""
+        self._fold()
+        return float(self._bins[0].sum() / self._bins[2].sum() + self._anchor)
+
+    def _fold(self) -> None:
+        """Move the staged losses into the bins."""
+        start, stop = self._folded, self.steps
+        if start == stop:
+            return
+        while stop > self._width * self._bins.shape[1]:
+            self._make_room()
+        width = self._width
+        values = self._staged[: stop - start]
+        finite = values.isfinite()
+        first = values[finite.to(torch.uint8).argmax().view(1)].view(())
+        first = torch.where(first.isfinite(), first, torch.nan)
+        self._anchor = torch.where(self._anchor.isnan(), first, self._anchor)
+        values = torch.where(finite, values - self._anchor, 0.0)
+
+        first_bin, end_bin = start // width, -(-stop // width)
+        rows = values.new_zeros(3, (end_bin - first_bin) * width)
+        into = slice(start - first_bin * width, stop - first_bin * width)
+        rows[0, into], rows[1, into], rows[2, into] = values, values.square(), finite
+        self._bins[:, first_bin:end_bin] += rows.view(3, end_bin - first_bin, width).sum(2)
+        self._folded = stop
+
+    def _make_room(self) -> None:
+        """Merge the bins in pairs, or, where every loss keeps its own, double their number."""
+        empty = torch.zeros_like(self._bins)
+        if self.max_points is None:
+            self._bins = torch.cat([self._bins, empty], 1)
+            return
+        half = self.max_points // 2
+        empty[:, :half] = self._bins.view(3, half, 2).sum(2)
+        self._bins = empty
+        self._width *= 2
+
+    def _move(self, device: torch.device) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._staged, self._bins, self._anchor = (
+            t.to(device, dtype, non_blocking=True) for t in (self._staged, self._bins, self._anchor)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history as plain numbers and one tensor. Folds nothing: saving must not change what the run goes on to compute."""
+        num_bins = -(-self._folded // self._width)
+        staged = self._staged[: self.steps - self._folded]
+        packed = torch.cat([self._anchor[None], self._bins[:, :num_bins].flatten(), staged])
+        return {
+            "steps": self.steps,
+            "folded": self._folded,
+            "width": self._width,
+            "max_points": self.max_points,
+            "losses": packed.clone(),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> LossHistory:
+        """The history that a :meth:`state_dict` was taken of, on the device where its tensor is."""
+        history = cls(state["max_points"])
+        packed, history.steps = state["losses"], state["steps"]
+        history._folded, history._width = state["folded"], state["width"]
+        num_bins = -(-history._folded // history._width)
+        while num_bins > history._bins.shape[1]:
+            history._bins = torch.cat([history._bins, torch.zeros_like(history._bins)], 1)
+        history._move(packed.device)
+        history._anchor = packed[0].clone()
+        history._bins[:, :num_bins] = packed[1 : 1 + 3 * num_bins].view(3, num_bins)
+        history._staged[: history.steps - history._folded] = packed[1 + 3 * num_bins :]
+        return history

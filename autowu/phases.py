@@ -1,0 +1,334 @@
+"""What AutoWU does at which step: a frozen configuration, a frozen state, and pure functions of the two.
+
+A run of T optimizer steps passes through *warmup*, then, unless the cooldown is immediate, *stable*, then *cooldown*; from step
+T on it is *done*. The LR of any step, past or future, follows from the configuration and the state alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, cooldown_factor, warmup_lr
+from autowu.switching import SwitchDecision
+
+__all__ = [
+    "Config",
+    "Phase",
+    "State",
+    "Switch",
+    "after_test",
+    "base_lr",
+    "configure",
+    "end_plateau_epoch",
+    "phase_at",
+    "plateau_epoch_due",
+    "test_due",
+]
+
+Phase = Literal["warmup", "stable", "cooldown", "done"]
+
+TESTS_PER_WARMUP: Final = 60
+PLATEAU_PATIENCE: Final = 5
+"""Epochs without a better mean loss before `decay_phase_stat="loss"` lowers the LR (Kim et al. 2021 and its code)."""
+PLATEAU_THRESHOLD: Final = 1e-4
+"""A mean loss is better if it is lower by more than this share of the best: the default of torch's ReduceLROnPlateau."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The arguments of a run, checked and resolved; steps are optimizer steps. Built by :func:`configure`.
+
+    Attributes:
+        total_steps: T.
+        steps_per_epoch: None for a run that was given `total_steps` only.
+        warmup_steps: length W of the axis on which the LR would grow from `min_lr` to `max_lr`.
+        warmup_limit: step at which a warm-up ends without a switch: W, or the start of the cooldown where that comes first.
+        cooldown_start: first step of the last `cooldown_fraction`; used where the cooldown is not immediate.
+        test_interval: steps between tests.
+    """
+
+    total_steps: int
+    steps_per_epoch: int | None
+    min_lr: float
+    max_lr: float
+    warmup_steps: int
+    warmup_limit: int
+    warmup_type: str
+    warmup_unit: str
+    immediate_cooldown: bool
+    cooldown_type: str
+    cooldown_start: int
+    decay_phase_stat: str | None
+    decay_phase_factor: float
+    test_interval: int
+    patience: int
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Switch:
+    """The end of the warm-up.
+
+    Attributes:
+        step: optimizer step that is the first at the peak LR, in steps from 0; as many losses had been seen.
+        lr: the peak LR, of the parameter group with the largest LR.
+        probability: of the minimum being past, as the last test put it, in [0, 1]; None where no test succeeded.
+        minimum: where the fitted curve is lowest, in steps, fractional; None where no test succeeded.
+        by_test: False where the warm-up reached its limit without a switch.
+    """
+
+    step: int
+    lr: float
+    probability: float | None
+    minimum: float | None
+    by_test: bool
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands.
+
+    Attributes:
+        votes: tests in a row that found the minimum past.
+        switch: None during the warm-up.
+        plateau_factor, best_epoch_loss, bad_epochs: of the plateau rule, `decay_phase_stat="loss"`: the factor on the peak LR, the
+            lowest mean loss of an epoch, and the epochs since.
+    """
+
+    votes: int = 0
+    switch: Switch | None = None
+    plateau_factor: float = 1.0
+    best_epoch_loss: float = math.inf
+    bad_epochs: int = 0
+
+
+def phase_at(config: Config, state: State, step: int) -> Phase:
+    """Phase of optimizer step `step`."""
+    if step >= config.total_steps:
+        return "done"
+    if state.switch is None:
+        return "warmup"
+    if config.immediate_cooldown or step >= config.cooldown_start:
+        return "cooldown"
+    return "stable"
+
+
+def base_lr(config: Config, state: State, step: int) -> float:
+    """LR of optimizer step `step`, of the parameter group with the largest LR.
+
+    The first step after a switch runs at the peak, the last step of the run above 0, and every step after it at that same LR.
+    """
+    step = min(step, config.total_steps - 1)
+    if state.switch is None:
+        return _warmup_lr(config, step)
+    start = state.switch.step
+    if not config.immediate_cooldown:
+        start = max(start, config.cooldown_start)
+    lr = state.switch.lr * state.plateau_factor
+    if config.decay_phase_factor != 1.0 and config.decay_phase_stat is None:
+        assert config.steps_per_epoch is not None
+        lr *= config.decay_phase_factor ** ((min(step, start) - state.switch.step) // config.steps_per_epoch)
+    if step < start:
+        return lr
+    progress = (step - start) / (config.total_steps - start)
+    return lr * cooldown_factor(progress, config.cooldown_type)
+
+
+def _warmup_lr(config: Config, position: float) -> float:
+    if config.warmup_unit == "epoch" and config.steps_per_epoch is not None:
+        position = position // config.steps_per_epoch * config.steps_per_epoch
+    return warmup_lr(position, config.warmup_steps, config.min_lr, config.max_lr, config.warmup_type)
+
+
+def test_due(config: Config, state: State, step: int) -> bool:
+    """Whether a test is due once `step` losses have been seen: every `test_interval` steps of warm-up, and at its limit."""
+    if state.switch is not None or step > config.warmup_limit:
+        return False
+    return step % config.test_interval == 0 or step == config.warmup_limit
+
+
+def after_test(config: Config, state: State, step: int, decision: SwitchDecision | None, fallback_lr: float) -> State:
+    """The state after a test (or a failed one, `decision` None) at `step`: switched, where the test or the limit says so.
+
+    The LR after a switch is that of the fitted curve's minimum, the mean over the subsamples. A warm-up that ends with no fit at
+    all goes on at `fallback_lr`, brought into the LR range.
+    """
+    state = replace(state, votes=0 if decision is None else decision.votes)
+    by_test = decision is not None and decision.switch
+    if not by_test and step < config.warmup_limit:
+        return state
+    if decision is None:
+        lr = min(max(fallback_lr, config.min_lr), config.max_lr)
+        return replace(state, switch=Switch(step, lr, None, None, by_test=False))
+    minima = [min(m * config.warmup_steps, float(step)) for m in decision.minima]
+    lr = sum(_warmup_lr(config, m) for m in minima) / len(minima)
+    minimum = sum(minima) / len(minima)
+    return replace(state, switch=Switch(step, lr, decision.probability, minimum, by_test))
+
+
+def plateau_epoch_due(config: Config, state: State, step: int) -> bool:
+    """Whether an epoch of the stable phase, counted from the switch, ends with `step` and its mean loss is wanted."""
+    return (
+        config.decay_phase_stat == "loss"
+        and config.steps_per_epoch is not None
+        and state.switch is not None
+        and phase_at(config, state, step) == "stable"
+        and (step - state.switch.step) % config.steps_per_epoch == 0
+    )
+
+
+def end_plateau_epoch(config: Config, state: State, mean_loss: float) -> State:
+    """The state after an epoch of the stable phase with ``decay_phase_stat="loss"``: the rule of torch's ReduceLROnPlateau.
+
+    Args:
+        mean_loss: mean of the epoch's finite losses, NaN if it had none (an epoch without progress).
+    """
+    best = state.best_epoch_loss
+    if mean_loss < (best if math.isinf(best) else best - PLATEAU_THRESHOLD * abs(best)):
+        return replace(state, best_epoch_loss=mean_loss, bad_epochs=0)
+    if state.bad_epochs < PLATEAU_PATIENCE:
+        return replace(state, bad_epochs=state.bad_epochs + 1)
+    factor = state.plateau_factor * config.decay_phase_factor
+    return replace(state, plateau_factor=factor, bad_epochs=0)
+
+
+def configure(
+    *,
+    steps_per_epoch: int | None,
+    total_epochs: int | None,
+    total_steps: int | None,
+    immediate_cooldown: bool,
+    cooldown_type: str,
+    cooldown_fraction: float,
+    min_lr: float,
+    max_lr: float,
+    max_warmup_fraction: float,
+    warmup_type: str,
+    warmup_unit: str,
+    decay_phase_stat: str | None,
+    decay_phase_factor: float,
+    test_interval: int | str | None,
+    patience: int,
+    confidence: float,
+) -> Config:
+    """Check the arguments of `AutoWU` and resolve them.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what it may be.
+    """
+    total = _total_steps(steps_per_epoch, total_epochs, total_steps)
+    _check_choice("cooldown_type", cooldown_type, COOLDOWN_TYPES)
+    _check_choice("warmup_type", warmup_type, WARMUP_TYPES)
+    _check_choice("warmup_unit", warmup_unit, ("step", "epoch"))
+    _check_choice("decay_phase_stat", decay_phase_stat, (None, "loss"))
+    _check_fraction("max_warmup_fraction", max_warmup_fraction, closed=True)
+    _check_fraction("cooldown_fraction", cooldown_fraction)
+    _check_fraction("decay_phase_factor", decay_phase_factor, closed=True)
+    _check_real("confidence", confidence, 0.5 < _number(confidence) < 1, "between 0.5 and 1")
+    _check_real("min_lr", min_lr, 0 < _number(min_lr) < math.inf, "above 0 and finite")
+    _check_real("max_lr", max_lr, 0 < _number(max_lr) < math.inf, "above 0 and finite")
+    if not min_lr < max_lr:
+        raise ValueError(f"min_lr={min_lr!r}: must be below max_lr={max_lr!r}")
+    _check_count("patience", patience)
+    if not isinstance(immediate_cooldown, bool):
+        raise TypeError(f"immediate_cooldown={immediate_cooldown!r}: must be True or False")
+
+    if steps_per_epoch is None:
+        for name, value in (("warmup_unit", warmup_unit), ("test_interval", test_interval)):
+            if value == "epoch":
+                raise ValueError(f"{name}='epoch': needs steps_per_epoch, but total_steps was given")
+        if decay_phase_stat is not None or decay_phase_factor != 1.0:
+            raise ValueError(
+                f"decay_phase_stat={decay_phase_stat!r}, decay_phase_factor={decay_phase_factor!r}: "
+                "act once an epoch and need steps_per_epoch, but total_steps was given"
+            )
+    if immediate_cooldown and (decay_phase_stat is not None or decay_phase_factor != 1.0):
+        raise ValueError(
+            f"decay_phase_stat={decay_phase_stat!r}, decay_phase_factor={decay_phase_factor!r}: act on the "
+            "constant phase, which immediate_cooldown=True leaves out; pass immediate_cooldown=False"
+        )
+    if decay_phase_stat == "loss" and decay_phase_factor == 1.0:
+        raise ValueError("decay_phase_factor=1.0: with decay_phase_stat='loss' it must be above 0 and below 1")
+
+    warmup_steps = int(max_warmup_fraction * total)
+    cooldown_start = total - max(1, round(cooldown_fraction * total))
+    limit = warmup_steps if immediate_cooldown else min(warmup_steps, cooldown_start)
+    if not 1 <= limit < total:
+        raise ValueError(
+            f"max_warmup_fraction={max_warmup_fraction!r}: leaves {limit} steps of warm-up in a run of {total} steps; "
+            f"both the warm-up and the rest of the run need at least 1 step"
+        )
+    if test_interval is None:
+        interval = max(1, round(limit / TESTS_PER_WARMUP))
+    elif test_interval == "epoch":
+        assert steps_per_epoch is not None
+        interval = steps_per_epoch
+    else:
+        if isinstance(test_interval, str):
+            raise ValueError(f"test_interval={test_interval!r}: must be an integer, 'epoch' or None")
+        interval = _check_count("test_interval", test_interval)
+    return Config(
+        total_steps=total,
+        steps_per_epoch=steps_per_epoch,
+        min_lr=float(min_lr),
+        max_lr=float(max_lr),
+        warmup_steps=warmup_steps,
+        warmup_limit=limit,
+        warmup_type=warmup_type,
+        warmup_unit=warmup_unit,
+        immediate_cooldown=immediate_cooldown,
+        cooldown_type=cooldown_type,
+        cooldown_start=cooldown_start,
+        decay_phase_stat=decay_phase_stat,
+        decay_phase_factor=float(decay_phase_factor),
+        test_interval=interval,
+        patience=patience,
+        confidence=float(confidence),
+    )
+
+
+def _total_steps(steps_per_epoch: int | None, total_epochs: int | None, total_steps: int | None) -> int:
+    if total_steps is not None:
+        if steps_per_epoch is not None or total_epochs is not None:
+            raise ValueError(
+                f"total_steps={total_steps!r}: give it or steps_per_epoch={steps_per_epoch!r} and "
+                f"total_epochs={total_epochs!r}, not both"
+            )
+        return _check_count("total_steps", total_steps)
+    if steps_per_epoch is None or total_epochs is None:
+        raise TypeError(f"steps_per_epoch={steps_per_epoch!r}, total_epochs={total_epochs!r}: give both, or total_steps")
+    return _check_count("steps_per_epoch", steps_per_epoch) * _check_count("total_epochs", total_epochs)
+
+
+def _check_count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: must be an integer, at least 1")
+    if value < 1:
+        raise ValueError(f"{name}={value!r}: must be at least 1")
+    return value
+
+
+def _number(value: Any) -> float:
+    """`value` if it is a real number, NaN, which is in no range, if it is not."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number else math.nan
+
+
+def _check_real(name: str, value: Any, in_range: bool, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r}: must be a number {allowed}")
+    if not in_range:
+        raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
+def _check_fraction(name: str, value: Any, closed: bool = False) -> None:
+    in_range = 0 < _number(value) <= 1 if closed else 0 < _number(value) < 1
+    _check_real(name, value, in_range, f"above 0 and {'at most' if closed else 'below'} 1")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}")

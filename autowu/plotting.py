@@ -1,0 +1,79 @@
+"""A picture of a run: the loss, what the Gaussian process made of it, and the LR that came of it. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from autowu.gp import FloatArray
+from autowu.scheduler import AutoWU
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_run"]
+
+
+def draw_run(losses: Sequence[float], lrs: Sequence[float], scheduler: AutoWU | None = None) -> Figure:
+    """Draw the losses and the LRs of a run's optimizer steps, with the GP's curve and the switch of `scheduler`.
+
+    Args:
+        losses: loss of every optimizer step from step 0.
+        lrs: LR of the same steps.
+        scheduler: the AutoWU of the run, for its fitted curve and its switch; None draws losses and LRs alone.
+
+    Returns:
+        A figure of two panels, not shown and not registered with pyplot.
+
+    Example:
+        >>> figure = draw_run([2.0, 1.5, 1.2], [0.1, 0.2, 0.1])
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['training loss', 'learning rate']
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    steps = np.arange(len(losses))
+    loss_axes.plot(steps, losses, ".", color="0.6", markersize=3, label="loss of a step")
+    loss_axes.set_ylabel("training loss")
+    lr_axes.plot(steps, lrs, color="C0")
+    lr_axes.set(xlabel="optimizer step", ylabel="learning rate", yscale="log")
+    if scheduler is not None:
+        _draw_decision(loss_axes, lr_axes, scheduler)
+    _limit_losses(loss_axes, np.asarray(losses, dtype=np.float64))
+    for axes in (loss_axes, lr_axes):
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best", fontsize=8, framealpha=0.9)
+    return figure
+
+
+def _draw_decision(loss_axes: Axes, lr_axes: Axes, scheduler: AutoWU) -> None:
+    posterior, switch = scheduler.posterior, scheduler.switch
+    if posterior is not None:
+        x = posterior.grid * scheduler.config.warmup_steps
+        mean, std = posterior.mean.mean(0), np.sqrt(np.maximum(posterior.variance.mean(0), 0))
+        loss_axes.plot(x, mean, color="C1", label="Gaussian process at the last test")
+        loss_axes.fill_between(x, mean - 2 * std, mean + 2 * std, color="C1", alpha=0.25, linewidth=0, label="its mean ± 2 std")
+    if switch is None:
+        return
+    peak = f"LR {switch.lr:.3g}"
+    for axes, labels in ((loss_axes, ("fitted minimum", "switch")), (lr_axes, (f"fitted minimum, {peak}", f"switch to {peak}"))):
+        if switch.minimum is not None:
+            axes.axvline(switch.minimum, color="C2", linestyle="--", linewidth=1, label=labels[0])
+        axes.axvline(switch.step, color="C3", linewidth=1, label=labels[1])
+
+
+def _limit_losses(axes: Axes, losses: FloatArray) -> None:
+    """Keep a loss that explodes from flattening the rest."""
+    finite = losses[np.isfinite(losses)]
+    if len(finite) == 0:
+        return
+    low, start = float(finite.min()), float(np.median(finite[:10]))
+    top = min(float(finite.max()), start + max(start - low, 1e-12))
+    margin = 0.05 * (top - low) or 1.0
+    axes.set_ylim(low - margin, top + margin)

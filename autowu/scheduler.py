@@ -1,0 +1,453 @@
+"""AutoWU, the scheduler: the one stateful shell around the pure parts."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from autowu.families import lr_range
+from autowu.gp import MIN_LENGTHSCALE, ClosedFormGP, CurvePosterior, LossCurveGP
+from autowu.gpytorch_engine import GPyTorchGP
+from autowu.history import LossHistory
+from autowu.phases import (
+    Config,
+    Phase,
+    State,
+    Switch,
+    after_test,
+    base_lr,
+    configure,
+    end_plateau_epoch,
+    phase_at,
+    plateau_epoch_due,
+    test_due,
+)
+from autowu.switching import MIN_LOSSES, SwitchDecision, decide
+
+__all__ = ["AutoWU"]
+
+_logger = logging.getLogger("autowu")
+
+_STATE_VERSION: Final = 1
+
+
+class AutoWU(LRScheduler):
+    r"""Automated learning-rate warm-up: finds the peak LR and the length of the warm-up during the run (Kim et al. 2021).
+
+    The LR of optimizer step k grows as :math:`\text{min\_lr} (\text{max\_lr} / \text{min\_lr})^{k/W}`,
+    :math:`W = \lfloor \text{max\_warmup\_fraction} \cdot T \rfloor`, while the loss falls, stalls and begins to rise. A Gaussian
+    process on all losses so far says how probable it is that the minimum of the noise-free curve is past. Once it has been so with
+    `confidence` in `patience` tests in a row, the LR goes back to what it was at that minimum, the peak, and decays from there over
+    the rest of the T steps. A warm-up that reaches its limit without such a verdict goes back to the LR of the fitted minimum too.
+
+    Call :meth:`step` with the training loss after every optimizer step. Nothing in it waits for the device, except, about 60 times
+    in the run and in the warm-up only, a test: one read of a few kilobytes.
+
+    Args:
+        optimizer: any torch optimizer. The ratios between the LRs of its parameter groups (and timm's ``lr_scale``) are kept;
+            `min_lr` and `max_lr` are for the group with the largest.
+        steps_per_epoch: optimizer steps per epoch, 1 or more.
+        total_epochs: epochs in the run, 1 or more; T is their product.
+        total_steps: T, in place of the two counts.
+        immediate_cooldown: True decays from the switch to T; False holds the peak (the *stable* phase) and decays over the last
+            `cooldown_fraction` of T.
+        cooldown_type: "cosine", "half_cosine" (a quarter wave), "linear" or "sqrt"; see :func:`autowu.schedules.cooldown_factor`.
+        cooldown_fraction: share of T, in (0, 1), for the cooldown where it is not immediate; without effect where it is.
+        min_lr: LR of step 0, above 0. None: by the optimizer's family, see :data:`autowu.families.LR_RANGES`.
+        max_lr: LR that the warm-up would reach after W steps, above `min_lr`. None: by the optimizer's family.
+        max_warmup_fraction: W as a share of T, in (0, 1].
+        warmup_type: "exp" or "linear".
+        warmup_unit: "step", or "epoch" to hold the LR within an epoch.
+        decay_phase_stat: with "loss", the stable phase multiplies the LR by `decay_phase_factor` when the mean loss of an epoch has
+            not improved for more than 5 epochs.
+        decay_phase_factor: in (0, 1]; without `decay_phase_stat` it multiplies the LR after every epoch of the stable phase.
+        test_interval: steps between tests, "epoch", or None for about 60 tests in a full warm-up.
+        patience: tests in a row that must find the minimum past, 1 or more.
+        confidence: probability that a test must exceed, in (0.5, 1).
+        gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`), or an object
+            with their ``posterior`` method and ``max_points`` (:class:`~autowu.gp.LossCurveGP`). The length-scale of the two named
+            ones is half a decade of LR, at most a fifth of the warm-up.
+        device: where the GP does its sums; None for the device of the losses.
+        seed: of the draws that the GPyTorch engine makes; the closed form draws nothing.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type or out of its range, naming it, its value and the range.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> scheduler = AutoWU(optimizer, steps_per_epoch=10, total_epochs=20)
+        >>> x, y = torch.randn(64, 4), torch.randn(64, 1)
+        >>> for _ in range(200):
+        ...     loss = torch.nn.functional.mse_loss(model(x), y)
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     scheduler.step(loss)
+        >>> scheduler.phase
+        'done'
+
+    Attributes:
+        switch: None during the warm-up, then a :class:`~autowu.phases.Switch`: step, LR, probability, position of the minimum.
+        decision: outcome of the last test, a :class:`~autowu.switching.SwitchDecision`, or None.
+        posterior: the fitted curve of the last test, a :class:`~autowu.gp.CurvePosterior`, or None.
+        config: the arguments as resolved, a :class:`~autowu.phases.Config`.
+        history: the losses of the warm-up, a :class:`~autowu.history.LossHistory`.
+        gp: the engine.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        steps_per_epoch: int | None = None,
+        total_epochs: int | None = None,
+        *,
+        total_steps: int | None = None,
+        immediate_cooldown: bool = True,
+        cooldown_type: str = "cosine",
+        cooldown_fraction: float = 0.2,
+        min_lr: float | None = None,
+        max_lr: float | None = None,
+        max_warmup_fraction: float = 0.5,
+        warmup_type: str = "exp",
+        warmup_unit: str = "step",
+        decay_phase_stat: str | None = None,
+        decay_phase_factor: float = 1.0,
+        test_interval: int | str | None = None,
+        patience: int = 3,
+        confidence: float = 0.95,
+        gp: str | LossCurveGP = "closed-form",
+        device: torch.device | str | int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer={optimizer!r}: must be a torch.optim.Optimizer")
+        default_min, default_max = lr_range(optimizer)
+        self.config: Config = configure(
+            steps_per_epoch=steps_per_epoch,
+            total_epochs=total_epochs,
+            total_steps=total_steps,
+            immediate_cooldown=immediate_cooldown,
+            cooldown_type=cooldown_type,
+            cooldown_fraction=cooldown_fraction,
+            min_lr=default_min if min_lr is None else min_lr,
+            max_lr=default_max if max_lr is None else max_lr,
+            max_warmup_fraction=max_warmup_fraction,
+            warmup_type=warmup_type,
+            warmup_unit=warmup_unit,
+            decay_phase_stat=decay_phase_stat,
+            decay_phase_factor=decay_phase_factor,
+            test_interval=test_interval,
+            patience=patience,
+            confidence=confidence,
+        )
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed={seed!r}: must be an integer")
+        self.gp: LossCurveGP = _engine(gp, self.config, seed)
+        self.device = None if device is None else torch.device(device)
+        self.history = LossHistory(self.gp.max_points)
+        self.decision: SwitchDecision | None = None
+        self.posterior: CurvePosterior | None = None
+        self._state = State()
+        self._epoch_losses: LossHistory | None = None
+        self._reported: list[str] = []
+        self._ratios: list[float] = []
+        self._fallback_lr = 0.0
+        super().__init__(optimizer)
+
+    @classmethod
+    def paper(
+        cls,
+        optimizer: Optimizer,
+        steps_per_epoch: int | None = None,
+        total_epochs: int | None = None,
+        **overrides: Any,
+    ) -> AutoWU:
+        """AutoWU as published, for those who reproduce the paper (Kim et al. 2021 and its code).
+
+        LR from 1e-5 to 1 over half of the run; a test at the end of every epoch, 3 in a row; five subsamples of at most 500 losses;
+        a length-scale of a fifth of the time so far; hyperparameters from 100 Adam steps on at most 100 losses, kept between tests.
+        Where the published code is plainly at fault this preset is not: the last step of the run has an LR above 0, the first step
+        after the switch runs at the peak, a warm-up that times out goes back to the fitted minimum, a fit that fails ends no run.
+
+        Args:
+            overrides: any keyword argument of :class:`AutoWU`.
+        """
+        engine = GPyTorchGP(lengthscale=0.2, published=True, seed=overrides.get("seed", 0))
+        published: dict[str, Any] = {
+            "min_lr": 1e-5,
+            "max_lr": 1.0,
+            "test_interval": "epoch",
+            "gp": engine,
+        }
+        return cls(optimizer, steps_per_epoch, total_epochs, **(published | overrides))
+
+    @property
+    def phase(self) -> Phase:
+        """Phase of the coming optimizer step: "warmup", "stable", "cooldown" or "done"."""
+        return phase_at(self.config, self._state, self.last_epoch)
+
+    @property
+    def switch(self) -> Switch | None:
+        """The end of the warm-up; None before it."""
+        return self._state.switch
+
+    def lr_at(self, step: int) -> float:
+        """LR of optimizer step `step` by all that is known now, of the parameter group with the largest LR.
+
+        Past the present the warm-up is taken to go on to its limit, and the LR of a stable phase to stay.
+        """
+        return base_lr(self.config, self._state, step)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """LR of the coming optimizer step for each parameter group, as torch's schedulers compute it inside `step`."""
+        lr = self.lr_at(self.last_epoch)
+        if len(self._ratios) != len(self.optimizer.param_groups):
+            self._join_groups()
+        return [lr * ratio for ratio in self._ratios]
+
+    def step(self, loss: float | Tensor) -> None:  # type: ignore[override]
+        """Record the loss of the optimizer step just taken and set the LR of the next one.
+
+        Args:
+            loss: the training loss: a float, or a tensor of one element and any floating dtype, on any device, with or without its
+                graph. Never kept alive, never waited for. A loss that is not finite is survived.
+
+        Raises:
+            TypeError: if `loss` is missing or is not a floating-point number.
+            ValueError: if `loss` has several elements.
+        """
+        self._record(_checked(loss))
+        step = self.last_epoch + 1
+        if test_due(self.config, self._state, step):
+            self._test(step)
+        elif plateau_epoch_due(self.config, self._state, step):
+            self._end_plateau_epoch()
+        LRScheduler.step(self)
+
+    def _initial_step(self) -> None:
+        # Torch's constructor calls this to set the first LR; no loss has been seen.
+        initial = [_scalar(lr) for lr in self.base_lrs]
+        self._fallback_lr = max(initial, default=0.0)
+        scaled = [lr * group.get("lr_scale", 1.0) for lr, group in zip(initial, self.optimizer.param_groups, strict=True)]
+        largest = max(scaled, default=0.0)
+        self._ratios = [lr / largest if largest > 0 else 1.0 for lr in scaled]
+        self._step_count = 0
+        LRScheduler.step(self)
+
+    def _join_groups(self) -> None:
+        """Give the parameter groups added since the last step their ratio: of their LR to the first group's at this moment."""
+        groups = self.optimizer.param_groups
+        first, default = _scalar(groups[0]["lr"]), self.optimizer.defaults.get("lr")
+        for group in groups[len(self._ratios) :]:
+            lr = _scalar(group["lr"])
+            plain = default is not None and lr == _scalar(default)
+            ratio = 1.0 if plain or first <= 0 else lr / first
+            self._ratios.append(ratio * self._ratios[0] * group.get("lr_scale", 1.0))
+            group.setdefault("initial_lr", group["lr"])
+            self.base_lrs.append(group["initial_lr"])
+
+    def _record(self, loss: float | Tensor) -> None:
+        if self._state.switch is None:
+            self.history.append(loss)
+        elif self.config.decay_phase_stat is not None and self.phase == "stable":
+            if self._epoch_losses is None:
+                self._epoch_losses = LossHistory()
+            self._epoch_losses.append(loss)
+
+    def _test(self, step: int) -> None:
+        """Test whether the minimum is past, and switch if so or if the warm-up is at its limit."""
+        at_limit = step == self.config.warmup_limit
+        if step < MIN_LOSSES and not at_limit:
+            return
+        decision = self._decide()
+        self._state = after_test(self.config, self._state, step, decision, self._fallback_lr)
+        if (switch := self._state.switch) is None:
+            return
+        _logger.info(
+            "AutoWU switched at step %d of %d: LR %.4g, %s",
+            switch.step,
+            self.config.total_steps,
+            switch.lr,
+            "no curve was fitted; LR from the optimizer's own"
+            if switch.minimum is None
+            else f"the loss was lowest at step {switch.minimum:.0f}"
+            + (f" (probability {switch.probability:.3f})" if switch.by_test else " (warm-up at its limit)"),
+        )
+
+    def _decide(self) -> SwitchDecision | None:
+        curve = self.history.curve(self.config.warmup_steps)
+        if self.device is not None:
+            curve = curve.to(self.device)
+        try:
+            posterior = self.gp.posterior(curve)
+            # An interval without a finite loss leaves the fitted curve that much behind.
+            behind = (curve.end - posterior.end) * self.config.warmup_steps
+            decision = decide(
+                posterior,
+                self._state.votes,
+                confidence=self.config.confidence,
+                patience=self.config.patience,
+                silent=behind > self.config.test_interval - 0.5,
+            )
+        except Exception as error:  # a test must not end a run, whatever an engine raises
+            self._report(
+                "fit",
+                f"the loss curve could not be fitted ({error}); such a test is no evidence to switch, and the run goes on",
+            )
+            return None
+        if posterior.num_losses < self.history.steps:
+            self._report(
+                "loss",
+                f"{self.history.steps - posterior.num_losses} of {self.history.steps} losses were not finite; "
+                "they are left out of the fit",
+            )
+        self.posterior, self.decision = posterior, decision
+        return decision
+
+    def _end_plateau_epoch(self) -> None:
+        assert self._epoch_losses is not None
+        mean = self._epoch_losses.mean()
+        self._state = end_plateau_epoch(self.config, self._state, mean)
+        self._epoch_losses = None
+
+    def _report(self, kind: str, message: str) -> None:
+        """Warn once a run and kind of trouble."""
+        if kind not in self._reported:
+            self._reported.append(kind)
+            _logger.warning("AutoWU, step %d: %s", self.last_epoch + 1, message)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, as plain types and tensors, loadable with ``torch.load(weights_only=True)``."""
+        state = asdict(self._state)
+        engine_state: dict[str, Any] = getattr(self.gp, "state_dict", dict)()
+        return {
+            "version": _STATE_VERSION,
+            "class": type(self).__name__,
+            "config": asdict(self.config),
+            "state": state,
+            "last_epoch": self.last_epoch,
+            "step_count": self._step_count,
+            "ratios": list(self._ratios),
+            "fallback_lr": self._fallback_lr,
+            "reported": list(self._reported),
+            "history": self.history.state_dict(),
+            "epoch_losses": None if self._epoch_losses is None else self._epoch_losses.state_dict(),
+            "gp": {"class": type(self.gp).__name__, "state": engine_state},
+            "decision": None if self.decision is None else asdict(self.decision),
+            "posterior": None if self.posterior is None else {k: torch.as_tensor(v) for k, v in vars(self.posterior).items()},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where the run that `state_dict` was taken of stood, whatever this object was built with, and set the LRs.
+
+        Raises:
+            ValueError: if the state is of another scheduler, of another version, or of an engine that this object was not given
+                and that AutoWU cannot build.
+        """
+        if state_dict.get("class") != type(self).__name__:
+            raise ValueError(f"class={state_dict.get('class')!r}: the state is not of {type(self).__name__}")
+        if state_dict.get("version") != _STATE_VERSION:
+            raise ValueError(f"version={state_dict.get('version')!r}: this autowu reads version {_STATE_VERSION}")
+        self._load_engine(**state_dict["gp"])
+        self.config = Config(**state_dict["config"])
+        state = dict(state_dict["state"])
+        if state["switch"] is not None:
+            state["switch"] = Switch(**state["switch"])
+        self._state = State(**state)
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = state_dict["step_count"]
+        self._ratios = list(state_dict["ratios"])
+        self._fallback_lr = state_dict["fallback_lr"]
+        self._reported = list(state_dict["reported"])
+        self.history = LossHistory.from_state_dict(state_dict["history"])
+        epoch = state_dict["epoch_losses"]
+        self._epoch_losses = None if epoch is None else LossHistory.from_state_dict(epoch)
+        decision, posterior = state_dict["decision"], state_dict["posterior"]
+        self.decision = None if decision is None else SwitchDecision(**(decision | {"minima": tuple(decision["minima"])}))
+        self.posterior = None
+        if posterior is not None:
+            arrays: dict[str, Any] = {k: np.asarray(v.cpu()) for k, v in posterior.items()}
+            numbers = {"end": float(arrays["end"]), "num_losses": int(arrays["num_losses"])}
+            self.posterior = CurvePosterior(**(arrays | numbers))
+        self._write_lrs()
+
+    def _load_engine(self, *, state: dict[str, Any], **saved: str) -> None:
+        if type(self.gp).__name__ != saved["class"]:
+            if saved["class"] == ClosedFormGP.__name__:
+                self.gp = ClosedFormGP()
+            elif saved["class"] == GPyTorchGP.__name__:
+                self.gp = GPyTorchGP()
+            else:
+                raise ValueError(f"gp={self.gp!r}: the state is of an engine {saved['class']}; pass one like it as gp=")
+        if hasattr(self.gp, "load_state_dict"):
+            self.gp.load_state_dict(state)
+
+    def _write_lrs(self) -> None:
+        """Set the LRs of the coming step: a restored run must not depend on the order in which its parts were restored."""
+        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        self._last_lr = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in self.optimizer.param_groups]
+
+    def __repr__(self) -> str:
+        config, switch = self.config, self.switch
+        parts = [
+            f"phase={self.phase!r}",
+            f"step={self.last_epoch}/{config.total_steps}",
+            f"lr={self.lr_at(self.last_epoch):.4g}",
+        ]
+        if switch is None:
+            parts.append(f"lr_range=({config.min_lr:g}, {config.max_lr:g})")
+        else:
+            parts.append(f"switch=(step={switch.step}, lr={switch.lr:.4g})")
+        parts += [f"cooldown_type={config.cooldown_type!r}", f"gp={self.gp!r}"]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _engine(gp: str | LossCurveGP, config: Config, seed: int) -> LossCurveGP:
+    lengthscale = 0.2
+    if config.warmup_type == "exp":
+        half_a_decade = 0.5 / math.log10(config.max_lr / config.min_lr)
+        lengthscale = min(lengthscale, max(half_a_decade, MIN_LENGTHSCALE))
+    if gp == "closed-form":
+        return ClosedFormGP(lengthscale)
+    if gp == "gpytorch":
+        return GPyTorchGP(lengthscale=lengthscale, seed=seed)
+    if isinstance(gp, str):
+        raise ValueError(f"gp={gp!r}: must be 'closed-form', 'gpytorch' or an engine object")
+    if not isinstance(gp, LossCurveGP):
+        raise TypeError(f"gp={gp!r}: must be 'closed-form', 'gpytorch' or an object with posterior() and max_points")
+    return gp
+
+
+def _scalar(lr: float | Tensor) -> float:
+    return float(lr)
+
+
+def _checked(loss: Any) -> float | Tensor:
+    """`loss` if it is one floating-point number."""
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ValueError(f"loss has shape {tuple(loss.shape)}: pass the mean loss of the step, a tensor of one element")
+        if not loss.is_floating_point():
+            raise TypeError(f"loss is a tensor of {loss.dtype}: pass the training loss, a floating-point number")
+        return loss
+    if isinstance(loss, float):
+        return loss
+    if loss is None:
+        raise TypeError("loss=None: pass the training loss of the step, scheduler.step(loss)")
+    if isinstance(loss, np.floating):
+        return float(loss)
+    raise TypeError(f"loss={loss!r}: pass the training loss of the step, a float or a tensor of one element")

@@ -1,0 +1,70 @@
+"""LR as a function of the optimizer step: pure arithmetic on floats, no state.
+
+A *step* is one optimizer step, counted from 0. `position` is a step on the warm-up's own axis and may be fractional, because the
+minimum of a fitted curve lies between steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+__all__ = ["COOLDOWN_TYPES", "WARMUP_TYPES", "cooldown_factor", "warmup_lr"]
+
+_WARMUPS: Final[dict[str, Callable[[float, float, float], float]]] = {
+    "exp": lambda u, low, high: low * (high / low) ** u,
+    "linear": lambda u, low, high: low + (high - low) * u,
+}
+
+_COOLDOWNS: Final[dict[str, Callable[[float], float]]] = {
+    "cosine": lambda u: (1.0 + math.cos(math.pi * u)) / 2.0,
+    "half_cosine": lambda u: math.cos(math.pi * u / 2.0),
+    "linear": lambda u: 1.0 - u,
+    "sqrt": lambda u: 1.0 - math.sqrt(u),
+}
+
+WARMUP_TYPES: Final = tuple(_WARMUPS)
+COOLDOWN_TYPES: Final = tuple(_COOLDOWNS)
+
+
+def warmup_lr(
+    position: float,
+    warmup_steps: int,
+    min_lr: float,
+    max_lr: float,
+    warmup_type: str = "exp",
+) -> float:
+    r"""LR at `position` of a warm-up that would reach `max_lr` after `warmup_steps` steps.
+
+    With :math:`u = \text{position} / \text{warmup\_steps}`:
+
+    - ``"exp"``: :math:`\text{min\_lr} \cdot (\text{max\_lr} / \text{min\_lr})^u` (Kim et al. 2021, section 3.1);
+    - ``"linear"``: :math:`\text{min\_lr} + (\text{max\_lr} - \text{min\_lr}) \cdot u`.
+
+    Args:
+        position: where on the warm-up, in steps, 0 to `warmup_steps`.
+        warmup_steps: length of the warm-up, in steps, at least 1.
+        min_lr: LR of step 0, above 0.
+        max_lr: LR of step `warmup_steps`, above `min_lr`.
+        warmup_type: one of :data:`WARMUP_TYPES`.
+
+    Example:
+        >>> [round(warmup_lr(k, 4, 1e-4, 1.0), 6) for k in range(5)]
+        [0.0001, 0.001, 0.01, 0.1, 1.0]
+    """
+    return _WARMUPS[warmup_type](position / warmup_steps, min_lr, max_lr)
+
+
+def cooldown_factor(progress: float, cooldown_type: str = "cosine") -> float:
+    r"""Factor on the peak LR after the share `progress` of the cooldown, 0 to 1.
+
+    With :math:`u` for `progress`: ``"cosine"`` :math:`(1 + \cos \pi u) / 2`; ``"half_cosine"`` :math:`\cos(\pi u / 2)`, a quarter
+    wave; ``"linear"`` :math:`1 - u`; ``"sqrt"`` :math:`1 - \sqrt u`, which Hägele et al. 2024 (arXiv 2405.18392) found best for
+    constant-then-cooldown schedules. Each falls strictly from 1 at 0 to 0 at 1.
+
+    Example:
+        >>> [round(cooldown_factor(u, "linear"), 2) for u in (0.0, 0.25, 1.0)]
+        [1.0, 0.75, 0.0]
+    """
+    return _COOLDOWNS[cooldown_type](progress)

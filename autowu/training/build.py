@@ -1,0 +1,128 @@
+"""Model, optimizer and scheduler by name."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from autowu.families import family
+from autowu.optim import LARS, split_by_dimension
+from autowu.scheduler import AutoWU
+from autowu.schedules import cooldown_factor
+from autowu.training.config import TrainConfig, UsageError, unknown_name
+from autowu.training.data import Data
+
+__all__ = ["HAND_SET_LR", "Model", "build_model", "build_optimizer", "build_scheduler"]
+
+HAND_SET_LR = {"sgd": 0.1, "adam": 1e-3, "lars": 3.0, "lamb": 1e-2, "unknown": 1e-3}
+"""Peak LR of ``--sched cosine`` where none is given, by the optimizer's family."""
+
+_DIGITS_SIZE = 32
+_COSINE_WARMUP_FRACTION = 0.05
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on the CPU, the side of the images that it takes, and how timm says they are to be prepared."""
+
+    module: nn.Module
+    size: int
+    data_config: dict[str, Any]
+
+
+def build_model(config: TrainConfig, data: Data) -> Model:
+    """The timm model `config.model` for `data`.
+
+    Digits are enlarged to 32 pixels, or to the model's own input size where it does not take so small an image.
+
+    Raises:
+        UsageError: if timm does not know the model, or the model does not take images of the size asked for.
+    """
+    import timm
+
+    if not timm.is_model(config.model):
+        raise unknown_name("--model", config.model, timm.list_models())
+    sizes = [config.img_size]
+    if config.img_size is None:
+        sizes = [_DIGITS_SIZE, None] if data.root is None else [None]
+    for size in sizes:
+        try:
+            return _build_for(config.model, data, size)
+        except Exception as error:  # whatever a model raises on images that it cannot take
+            reason = error
+    raise UsageError(f"--model {config.model}: cannot be built for {sizes[-1] or 'its own'} pixels: {reason}")
+
+
+def _build_for(name: str, data: Data, size: int | None) -> Model:
+    import timm
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # timm's notices on deprecated model names
+        module = timm.create_model(name, num_classes=data.num_classes, in_chans=data.channels)
+        if size is not None and module.pretrained_cfg.get("fixed_input_size", False):
+            module = timm.create_model(name, num_classes=data.num_classes, in_chans=data.channels, img_size=size)
+    data_config = timm.data.resolve_model_data_config(module)
+    size = size or data_config["input_size"][-1]
+    with torch.no_grad():
+        module.eval()(torch.zeros(1, data.channels, size, size))
+    return Model(module.train(), size, data_config)
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
+    """The optimizer `config.opt` over the parameters of `model`; norms and biases without decay and adaptation.
+
+    Raises:
+        UsageError: if there is no such optimizer.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    if config.opt == "lars":
+        groups = split_by_dimension(model.named_parameters(), config.weight_decay)
+        return LARS(SGD(groups, lr=config.lr or HAND_SET_LR["lars"], momentum=config.momentum))
+    if config.opt not in list_optimizers():
+        raise unknown_name("--opt", config.opt, ["lars", *list_optimizers()])
+    try:
+        # The first is made to learn its family, which the LR depends on.
+        optimizer: Optimizer = create_optimizer_v2(model, config.opt, 1e-3, config.weight_decay, config.momentum)
+        lr = config.lr or HAND_SET_LR[family(optimizer)]
+        optimizer = create_optimizer_v2(model, config.opt, lr, config.weight_decay, config.momentum)
+    except Exception as error:  # an optional package that is not installed, arguments that it does not take
+        raise UsageError(f"--opt {config.opt}: cannot be built: {error or type(error).__name__}") from None
+    return optimizer
+
+
+def build_scheduler(config: TrainConfig, optimizer: Optimizer, steps_per_epoch: int) -> LRScheduler:
+    """The scheduler `config.sched`, stepped once an optimizer step.
+
+    Raises:
+        UsageError: if AutoWU does not take its options.
+    """
+    if config.sched == "cosine":
+        total = config.epochs * steps_per_epoch
+        warmup = max(1, round(_COSINE_WARMUP_FRACTION * total))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return cooldown_factor((min(step, total - 1) - warmup) / max(1, total - warmup))
+
+        return LambdaLR(optimizer, factor)
+    options: dict[str, Any] = {
+        "immediate_cooldown": config.cooldown_fraction is None,
+        "cooldown_type": config.cooldown_type,
+        "max_warmup_fraction": config.max_warmup_fraction,
+        "seed": config.seed,
+    }
+    given = {"cooldown_fraction": config.cooldown_fraction, "min_lr": config.min_lr, "max_lr": config.max_lr}
+    options |= {name: value for name, value in given.items() if value is not None}
+    make = AutoWU.paper if config.sched == "paper" else AutoWU
+    try:
+        return make(optimizer, steps_per_epoch, config.epochs, **options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--sched {config.sched}: {error}") from None

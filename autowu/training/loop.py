@@ -1,0 +1,251 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from autowu.scheduler import AutoWU
+from autowu.training.build import Model, build_model, build_optimizer, build_scheduler
+from autowu.training.config import TrainConfig, UsageError, parse_args
+from autowu.training.data import Loaders, find_data, make_loaders
+from autowu.training.process import Process, join
+from autowu.training.records import RunFolder
+
+__all__ = ["main", "train"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run train.py; the exit code: 0, 2 for what the user asked and cannot be, 130 after Ctrl-C."""
+    try:
+        config = parse_args(argv)
+        with join(config.device) as process:
+            train(config, process)
+    except UsageError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with the same command and --run-dir {config.run_dir} --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(config: TrainConfig, process: Process) -> dict[str, Any]:
+    """Train as `config` says and write the run folder; the summary, on every rank.
+
+    Raises:
+        UsageError: if something in `config` cannot be, before anything was trained.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(config.seed)
+    data = find_data(config, process)
+    built = build_model(config, data)
+    run = Run(config, process, built, make_loaders(config, process, data, built.size, built.data_config))
+    folder = RunFolder(config) if process.is_main or config.resume else None
+    run.start(folder)
+    for epoch in range(run.first_epoch, config.epochs):
+        run.epoch(epoch)
+    return run.finish(time.perf_counter() - started)
+
+
+class Run:
+    """A model in training, its scheduler, and where its records go."""
+
+    def __init__(self, config: TrainConfig, process: Process, built: Model, loaders: Loaders) -> None:
+        self.config, self.process, self.loaders = config, process, loaders
+        self.model: nn.Module = built.module.to(process.device)
+        if config.sync_bn and process.world_size > 1 and process.device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
+        if process.device.type == "cuda":
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer: Optimizer = build_optimizer(config, self.model)
+        self.steps_per_epoch = len(loaders.train)
+        self.scheduler: LRScheduler = build_scheduler(config, self.optimizer, self.steps_per_epoch)
+        self.forward: nn.Module = self.model
+        if process.world_size > 1:
+            ids = [process.device.index] if process.device.type == "cuda" else None
+            self.forward = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        self.first_epoch = 0
+        self.elapsed = 0.0  # seconds of training behind the checkpoint that was resumed
+        self.folder: RunFolder | None = None
+        self.last: dict[str, Any] = {}
+        self.bar: Any = None
+
+    def start(self, folder: RunFolder | None) -> None:
+        """Take up the checkpoint of a run to resume, open the records, say what is about to be trained."""
+        if folder is not None and self.config.resume:
+            self._load(folder.load_checkpoint())
+        if not self.process.is_main:
+            return
+        assert folder is not None
+        self.folder = folder
+        folder.start(self.config, self.first_epoch * self.steps_per_epoch)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        config, total = self.config, self.config.epochs * self.steps_per_epoch
+        self._say(
+            f"{config.model} ({parameters:,} parameters) on {config.data_dir or config.dataset}, {config.opt} with {config.sched}: "
+            f"{config.epochs} epochs of {self.steps_per_epoch} steps of "
+            f"{config.batch_size * self.process.world_size} images on {self.process.world_size} x {self.process.device.type}"
+        )
+        logger = logging.getLogger("autowu")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(_Lines(self))
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, initial=self.first_epoch * self.steps_per_epoch, unit="step", disable=None, leave=False)
+
+    def epoch(self, epoch: int) -> None:
+        """Train for one epoch, test, and record it."""
+        started = time.perf_counter()
+        # Seeded anew, so that a resumed run draws what the uncut one would have.
+        torch.manual_seed(self.config.seed + (epoch + 1) * self.process.world_size + self.process.rank)
+        self.loaders.sampler.set_epoch(epoch)
+        losses, lrs = [], []
+        self.forward.train()
+        for images, labels in self.loaders.train:
+            lrs.append(float(self.optimizer.param_groups[0]["lr"]))
+            phase = self.scheduler.phase if isinstance(self.scheduler, AutoWU) else ""
+            losses.append(self._step(images, labels))
+            if self.bar is not None:
+                self.bar.set_postfix_str(f"epoch {epoch + 1}, LR {lrs[-1]:.3g} {phase}", refresh=False)
+                self.bar.update()
+        test_loss, test_accuracy = self._test()
+        values = torch.stack(losses).tolist()  # the one read of the epoch's losses
+        finite = [v for v in values if math.isfinite(v)]
+        step = epoch * self.steps_per_epoch
+        self.last = {
+            "epoch": epoch + 1,
+            "step": step + len(values) - 1,
+            "phase": phase,
+            "lr": lrs[-1],
+            "train_loss": sum(finite) / len(finite) if finite else math.nan,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        self.elapsed += time.perf_counter() - started
+        if self.folder is not None:
+            self.folder.add_steps([(step + k, epoch + 1, lr, v) for k, (lr, v) in enumerate(zip(lrs, values, strict=True))])
+            self.folder.add_epoch(self.last)
+            self.folder.save_checkpoint(self._state(epoch + 1))
+            self._say(
+                f"epoch {epoch + 1:3d}/{self.config.epochs}  LR {lrs[-1]:9.3g} {phase:8s}  "
+                f"train loss {self.last['train_loss']:7.4f}  test loss {test_loss:7.4f}  test accuracy {test_accuracy:7.2%}"
+            )
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        device = self.process.device
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
+            loss: Tensor = self.criterion(self.forward(images), labels)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        loss = self.process.mean(loss.detach())
+        if isinstance(self.scheduler, AutoWU):
+            self.scheduler.step(loss)
+        else:
+            self.scheduler.step()
+        return loss
+
+    @torch.no_grad()
+    def _test(self) -> tuple[float, float]:
+        """Mean cross entropy and accuracy (0 to 1) over all test images."""
+        self.model.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.process.device)
+        for images, labels in self.loaders.test:
+            images, labels = images.to(self.process.device), labels.to(self.process.device)
+            with torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.config.amp):
+                logits = self.model(images)
+            loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            totals += torch.stack(
+                [loss.double(), (logits.argmax(1) == labels).sum().double(), loss.new_tensor(len(labels)).double()]
+            )
+        loss_sum, correct, count = self.process.sum(totals).tolist()
+        return loss_sum / count, correct / count
+
+    def _say(self, line: str) -> None:
+        """Print a line, above the progress bar where there is one."""
+        if self.bar is not None and not self.bar.disable:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def _state(self, epochs_done: int) -> dict[str, Any]:
+        return {
+            "epoch": epochs_done,
+            "elapsed": self.elapsed,
+            "last": self.last,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.first_epoch, self.elapsed, self.last = state["epoch"], state["elapsed"], state["last"]
+
+    def finish(self, wall_s: float) -> dict[str, Any]:
+        """Write summary and figure, and print the summary."""
+        config = self.config
+        switch = self.scheduler.switch if isinstance(self.scheduler, AutoWU) else None
+        summary = {
+            "test_accuracy": self.last["test_accuracy"],
+            "test_loss": self.last["test_loss"],
+            "train_loss": self.last["train_loss"],
+            "switch_step": None if switch is None else switch.step,
+            "switch_by_test": None if switch is None else switch.by_test,
+            "peak_lr": switch.lr if switch else max(float(lr) for lr in self.scheduler.base_lrs),
+            "total_steps": config.epochs * self.steps_per_epoch,
+            "wall_s": round(wall_s, 2),
+            "train_s": round(self.elapsed, 2),
+            "model": config.model,
+            "opt": config.opt,
+            "sched": config.sched,
+            "batch_size": config.batch_size * self.process.world_size,
+            "world_size": self.process.world_size,
+        }
+        if self.folder is None:
+            return summary
+        self.bar.close()
+        self.folder.write_summary(summary)
+        self._draw(self.folder)
+        how = "" if switch is None else f"  switch at step {switch.step}" + ("" if switch.by_test else " (limit of the warm-up)")
+        self._say(
+            f"\ntest accuracy {summary['test_accuracy']:.2%}  test loss {summary['test_loss']:.4f}{how}  "
+            f"peak LR {summary['peak_lr']:.4g}  {summary['total_steps']} steps in {wall_s:.1f} s\nresults in {self.folder.path}"
+        )
+        return summary
+
+    def _draw(self, folder: RunFolder) -> None:
+        from autowu.plotting import draw_run
+
+        rows = folder.rows("metrics.csv")
+        scheduler = self.scheduler if isinstance(self.scheduler, AutoWU) else None
+        figure = draw_run([float(r["loss"]) for r in rows], [float(r["lr"]) for r in rows], scheduler)
+        figure.savefig(folder.path / "figure.png", dpi=150)
+
+
+class _Lines(logging.Handler):
+    """Prints AutoWU's log lines among the epochs'."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            self.run._say(record.getMessage())

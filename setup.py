@@ -1,0 +1,1 @@
+__import__("setuptools").setup()  # the metadata is in pyproject.toml
