@@ -131,6 +131,6 @@ def _check(config: TrainConfig) -> None:
 
 def unknown_name(option: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is none of `known`, with the nearest ones suggested."""
-    near = difflib.get_close_matches(name, list(known), n=3)
+    near = difflib.get_close_matches(name, sorted(set(known)), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return UsageError(f"{option} {name}: not known{hint}")

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,10 +52,10 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
     built = build_model(config, data)
     run = Run(config, process, built, make_loaders(config, process, data, built.size, built.data_config))
     folder = RunFolder(config) if process.is_main or config.resume else None
-    run.start(folder)
-    for epoch in range(run.first_epoch, config.epochs):
-        run.epoch(epoch)
-    return run.finish(time.perf_counter() - started)
+    with run.records(folder):
+        for epoch in range(run.first_epoch, config.epochs):
+            run.epoch(epoch)
+        return run.finish(time.perf_counter() - started)
 
 
 class Run:
@@ -82,28 +82,34 @@ class Run:
         self.last: dict[str, Any] = {}
         self.bar: Any = None
 
-    def start(self, folder: RunFolder | None) -> None:
-        """Take up the checkpoint of a run to resume, open the records, say what is about to be trained."""
+    @contextlib.contextmanager
+    def records(self, folder: RunFolder | None) -> Iterator[None]:
+        """Take up the checkpoint of a run to resume; on the main process, keep records and say what happens."""
         if folder is not None and self.config.resume:
             self._load(folder.load_checkpoint())
-        if not self.process.is_main:
+        if folder is None or not self.process.is_main:
+            yield
             return
-        assert folder is not None
         self.folder = folder
         folder.start(self.config, self.first_epoch * self.steps_per_epoch)
         parameters = sum(p.numel() for p in self.model.parameters())
         config, total = self.config, self.config.epochs * self.steps_per_epoch
-        self._say(
+        self.say(
             f"{config.model} ({parameters:,} parameters) on {config.data_dir or config.dataset}, {config.opt} with {config.sched}: "
             f"{config.epochs} epochs of {self.steps_per_epoch} steps of "
             f"{config.batch_size * self.process.world_size} images on {self.process.world_size} x {self.process.device.type}"
         )
-        logger = logging.getLogger("autowu")
-        logger.setLevel(logging.INFO)
-        logger.addHandler(_Lines(self))
         from tqdm import tqdm
 
-        self.bar = tqdm(total=total, initial=self.first_epoch * self.steps_per_epoch, unit="step", disable=None, leave=False)
+        logger, lines = logging.getLogger("autowu"), _Lines(self)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(lines)
+        try:
+            initial = self.first_epoch * self.steps_per_epoch
+            with tqdm(total=total, initial=initial, unit="step", disable=None, leave=False) as self.bar:
+                yield
+        finally:
+            logger.removeHandler(lines)
 
     def epoch(self, epoch: int) -> None:
         """Train for one epoch, test, and record it."""
@@ -139,7 +145,7 @@ class Run:
             self.folder.add_steps([(step + k, epoch + 1, lr, v) for k, (lr, v) in enumerate(zip(lrs, values, strict=True))])
             self.folder.add_epoch(self.last)
             self.folder.save_checkpoint(self._state(epoch + 1))
-            self._say(
+            self.say(
                 f"epoch {epoch + 1:3d}/{self.config.epochs}  LR {lrs[-1]:9.3g} {phase:8s}  "
                 f"train loss {self.last['train_loss']:7.4f}  test loss {test_loss:7.4f}  test accuracy {test_accuracy:7.2%}"
             )
@@ -175,7 +181,7 @@ class Run:
         loss_sum, correct, count = self.process.sum(totals).tolist()
         return loss_sum / count, correct / count
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
         """Print a line, above the progress bar where there is one."""
         if self.bar is not None and not self.bar.disable:
             self.bar.write(line)
@@ -224,7 +230,7 @@ class Run:
         self.folder.write_summary(summary)
         self._draw(self.folder)
         how = "" if switch is None else f"  switch at step {switch.step}" + ("" if switch.by_test else " (limit of the warm-up)")
-        self._say(
+        self.say(
             f"\ntest accuracy {summary['test_accuracy']:.2%}  test loss {summary['test_loss']:.4f}{how}  "
             f"peak LR {summary['peak_lr']:.4g}  {summary['total_steps']} steps in {wall_s:.1f} s\nresults in {self.folder.path}"
         )
@@ -247,5 +253,4 @@ class _Lines(logging.Handler):
         self.run = run
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):
-            self.run._say(record.getMessage())
+        self.run.say(record.getMessage())

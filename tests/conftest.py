@@ -1,0 +1,24 @@
+"""Shared by all tests: one thread for each process, reproducible draws, and no deadline a slow machine could miss."""
+
+import os
+
+# The matrices are small: threads that wait for each other on a busy machine cost more than all the arithmetic.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("autowu", deadline=None, derandomize=True)
+settings.load_profile("autowu")
+
+
+def pytest_configure(config):
+    # Raised by torch when linear_operator, on which gpytorch stands, is imported.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,84 @@
+"""The LR range of a warm-up by the optimizer's family, for optimizers as users make them."""
+
+import pytest
+import torch
+
+from autowu import AutoWU
+from autowu.families import LR_RANGES, family, lr_range
+from autowu.optim import LARS
+
+
+def parameters():
+    return torch.nn.Linear(3, 2).parameters()
+
+
+def timm_optimizer(name):
+    from timm.optim import create_optimizer_v2
+
+    return create_optimizer_v2(torch.nn.Linear(3, 2), opt=name, lr=0.1)
+
+
+class HouseAdamW(torch.optim.AdamW):
+    """A user's own optimizer."""
+
+
+class Drift(torch.optim.Optimizer):
+    """An optimizer that nobody has heard of."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure=None):
+        return None
+
+
+OPTIMIZERS = {
+    "torch SGD": (lambda: torch.optim.SGD(parameters(), lr=0.1), "sgd"),
+    "torch Adam": (lambda: torch.optim.Adam(parameters()), "adam"),
+    "torch AdamW": (lambda: torch.optim.AdamW(parameters()), "adam"),
+    "torch NAdam": (lambda: torch.optim.NAdam(parameters()), "adam"),
+    "torch RMSprop": (lambda: torch.optim.RMSprop(parameters()), "adam"),
+    "timm sgd": (lambda: timm_optimizer("sgd"), "sgd"),
+    "timm adamw": (lambda: timm_optimizer("adamw"), "adam"),
+    "timm adamp": (lambda: timm_optimizer("adamp"), "adam"),
+    "timm lamb": (lambda: timm_optimizer("lamb"), "lamb"),
+    "timm lars": (lambda: timm_optimizer("lars"), "lars"),
+    "LARS around SGD": (lambda: LARS(torch.optim.SGD(parameters(), lr=0.1)), "lars"),
+    "LARS around a subclass of SGD": (lambda: LARS(timm_optimizer("sgdp")), "lars"),
+    "LARS around AdamW": (lambda: LARS(torch.optim.AdamW(parameters())), "adam"),
+    "a subclass of AdamW": (lambda: HouseAdamW(parameters()), "adam"),
+    "an unknown class": (lambda: Drift(parameters()), "unknown"),
+    "torch Adadelta": (lambda: torch.optim.Adadelta(parameters()), "unknown"),
+}
+
+
+@pytest.mark.parametrize(("make", "expected"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_family_and_range(make, expected):
+    optimizer = make()
+    assert family(optimizer) == expected
+    assert lr_range(optimizer) == LR_RANGES[expected]
+
+
+@pytest.mark.parametrize(("make", "expected"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_scheduler_takes_the_range_of_the_family(make, expected):
+    scheduler = AutoWU(make(), total_steps=100)
+    assert (scheduler.lr_at(0), scheduler.config.max_lr) == LR_RANGES[expected]
+
+
+def test_a_given_end_of_the_range_wins_over_the_table():
+    optimizer = torch.optim.SGD(parameters(), lr=0.1)
+    assert AutoWU(optimizer, total_steps=100, min_lr=1e-3).config.min_lr == 1e-3
+    assert AutoWU(optimizer, total_steps=100, min_lr=1e-3).config.max_lr == LR_RANGES["sgd"][1]
+    assert AutoWU(optimizer, total_steps=100, max_lr=0.5).config.max_lr == 0.5
+    assert AutoWU(optimizer, total_steps=100, max_lr=0.5).config.min_lr == LR_RANGES["sgd"][0]
+
+
+def test_the_published_range_is_the_same_for_every_family():
+    for optimizer in (torch.optim.SGD(parameters(), lr=0.1), torch.optim.AdamW(parameters())):
+        config = AutoWU.paper(optimizer, 10, 10).config
+        assert (config.min_lr, config.max_lr) == (1e-5, 1.0)
+
+
+def test_every_range_is_one():
+    assert set(LR_RANGES) == {"sgd", "adam", "lars", "lamb", "unknown"}
+    assert all(0 < low < high for low, high in LR_RANGES.values())

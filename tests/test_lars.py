@@ -1,0 +1,378 @@
+"""LARS against an explicit loop in NumPy, against torch's optimizers where ratios are 1, and as an Optimizer."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from autowu.optim import LARS, split_by_dimension
+
+INNER = {
+    "sgd": lambda groups, **kw: torch.optim.SGD(groups, lr=0.5, momentum=0.9, **kw),
+    "nesterov": lambda groups, **kw: torch.optim.SGD(groups, lr=0.5, momentum=0.9, nesterov=True, **kw),
+    "adam": lambda groups, **kw: torch.optim.Adam(groups, lr=0.01, **kw),
+    "adamw": lambda groups, **kw: torch.optim.AdamW(groups, lr=0.01, **kw),
+    "rmsprop": lambda groups, **kw: torch.optim.RMSprop(groups, lr=0.01, **kw),
+}
+SHAPES = [(5, 4), (4,), (3, 2, 2, 2), (1,)]
+
+
+def make_parameters(dtype=torch.float64, scale=1.0):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter((torch.randn(s, generator=generator, dtype=torch.float64) * scale).to(dtype)) for s in SHAPES]
+
+
+def make_gradients(step, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(100 + step)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in SHAPES]
+
+
+def take_steps(optimizer, parameters, steps):
+    for step in steps:
+        for parameter, gradient in zip(parameters, make_gradients(step, parameters[0].dtype), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+
+def adapted(weight, gradient, decay, coef, eps):
+    """What the wrapped optimizer must be given in place of the gradient."""
+    weight_norm, gradient_norm = np.sqrt((weight**2).sum()), np.sqrt((gradient**2).sum())
+    ratio = 1.0
+    if coef is not None and weight_norm > 0 and gradient_norm > 0:
+        ratio = coef * weight_norm / (gradient_norm + decay * weight_norm + eps)
+    return ratio * (gradient + decay * weight)
+
+
+def test_against_a_loop_in_numpy():
+    lr, momentum, eps, steps = 0.7, 0.9, 1e-3, 6
+    rows = [  # shape, weight decay, trust coefficient, scale of the weights, scale of the gradients (None: no gradient)
+        ((6, 5), 0.02, 0.01, 1.0, 1.0),
+        ((4, 3, 3), 0.02, 0.01, 1e-3, 50.0),
+        ((7,), 0.02, 0.01, 0.0, 1.0),  # starts with norm 0
+        ((3, 3), 0.02, 0.01, 1.0, 0.0),  # a gradient of norm 0
+        ((2, 2), 0.02, 0.01, 1.0, None),
+        ((5,), 0.1, None, 1.0, 1.0),
+        ((8, 2), 0.0, 0.3, 1.0, 1.0),
+    ]
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=shape) * scale for shape, _, _, scale, _ in rows]
+    parameters = [torch.nn.Parameter(torch.tensor(w)) for w in weights]
+    groups = [
+        {"params": parameters[:5], "weight_decay": 0.02},
+        {"params": parameters[5:6], "weight_decay": 0.1, "trust_coef": None},
+        {"params": parameters[6:], "trust_coef": 0.3},
+    ]
+    optimizer = LARS(torch.optim.SGD(groups, lr=lr, momentum=momentum), eps=eps, trust_coef=0.01)
+    buffers = [None] * len(rows)
+    for _ in range(steps):
+        for i, (shape, decay, coef, _, scale) in enumerate(rows):
+            if scale is None:
+                continue
+            gradient = rng.normal(size=shape) * scale
+            parameters[i].grad = torch.tensor(gradient)
+            update = adapted(weights[i], gradient, decay, coef, eps)
+            buffers[i] = update if buffers[i] is None else momentum * buffers[i] + update
+            weights[i] = weights[i] - lr * buffers[i]
+        optimizer.step()
+    for parameter, weight in zip(parameters, weights, strict=True):
+        np.testing.assert_allclose(parameter.detach().numpy(), weight, rtol=1e-11, atol=1e-14)
+
+
+def test_a_ratio_by_hand():
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))  # norm 5
+    optimizer = LARS(torch.optim.SGD([weight], lr=1.0, weight_decay=0.2), eps=0.0, trust_coef=0.1)
+    weight.grad = torch.tensor([[0.0, 1.0]])  # norm 1; ratio 0.1 * 5 / (1 + 0.2 * 5) = 0.25
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([[3 - 0.25 * 0.6, 4 - 0.25 * 1.8]]))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("name", INNER)
+def test_around_any_optimizer_it_is_that_one_on_the_adapted_gradients(name, foreach):
+    parameters, twins = make_parameters(), make_parameters()
+    optimizer = LARS(INNER[name](parameters, weight_decay=0.05, foreach=foreach), trust_coef=0.02)
+    plain = INNER[name](twins, weight_decay=0.0, foreach=foreach)
+    for step in range(5):
+        for twin, gradient in zip(twins, make_gradients(step), strict=True):
+            twin.grad = torch.tensor(adapted(twin.detach().numpy(), gradient.numpy(), 0.05, 0.02, 1e-8))
+        plain.step()
+    take_steps(optimizer, parameters, range(5))
+    for parameter, twin in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(parameter, twin, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_without_adaptation_it_is_sgd_bit_for_bit(nesterov, foreach, dtype):
+    parameters, twins = make_parameters(dtype), make_parameters(dtype)
+    arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": nesterov, "foreach": foreach}
+    optimizer = LARS(torch.optim.SGD([{"params": parameters, "trust_coef": None}], **arguments))
+    take_steps(optimizer, parameters, range(5))
+    take_steps(torch.optim.SGD(twins, **arguments), twins, range(5))
+    assert all(torch.equal(p, t) for p, t in zip(parameters, twins, strict=True))
+
+
+def test_parameters_of_norm_zero_take_sgds_step_bit_for_bit():
+    parameters, twins = make_parameters(torch.float32, 0.0), make_parameters(torch.float32, 0.0)
+    take_steps(LARS(torch.optim.SGD(parameters, lr=0.1)), parameters, [0])
+    take_steps(torch.optim.SGD(twins, lr=0.1), twins, [0])
+    assert all(torch.equal(p, t) and p.abs().sum() > 0 for p, t in zip(parameters, twins, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_one_step_in_every_precision(dtype, rtol):
+    parameters, gradients = make_parameters(dtype), make_gradients(0, dtype)
+    expected = [
+        w - 3.0 * adapted(w, g.double().numpy(), 0.05, 0.1, 1e-8)
+        for w, g in zip([p.detach().double().numpy() for p in parameters], gradients, strict=True)
+    ]
+    take_steps(LARS(torch.optim.SGD(parameters, lr=3.0, weight_decay=0.05), trust_coef=0.1), parameters, [0])
+    for parameter, weight in zip(parameters, expected, strict=True):
+        assert parameter.dtype == dtype
+        np.testing.assert_allclose(parameter.detach().double().numpy(), weight, rtol=rtol, atol=rtol)
+
+
+def test_norms_of_half_precision_do_not_overflow():
+    weight = torch.nn.Parameter(torch.ones(400, 400, dtype=torch.float16))  # norm 400
+    weight.grad = torch.full_like(weight, 500.0)  # norm 200,000, above the largest float16
+    LARS(torch.optim.SGD([weight], lr=1.0), trust_coef=100.0).step()  # ratio 0.2
+    torch.testing.assert_close(weight.detach(), torch.full_like(weight, 1.0 - 100.0))
+
+
+def test_mixed_dtypes_in_one_group():
+    single, double = torch.nn.Parameter(torch.full((2, 2), 2.0)), torch.nn.Parameter(torch.full((3, 3), 2.0).double())
+    single.grad, double.grad = torch.ones_like(single), torch.ones_like(double)
+    LARS(torch.optim.SGD([single, double], lr=1.0), eps=0.0, trust_coef=0.25).step()  # each ratio 0.25 * 2
+    torch.testing.assert_close(single.detach(), torch.full_like(single, 1.5))
+    torch.testing.assert_close(double.detach(), torch.full_like(double, 1.5))
+
+
+def test_closure_is_evaluated_once_and_before_the_ratios():
+    (weight, twin) = (torch.nn.Parameter(torch.tensor([[3.0, 4.0]])) for _ in range(2))
+    optimizer, plain = (LARS(torch.optim.SGD([p], lr=1.0, weight_decay=0.1), trust_coef=0.1) for p in (weight, twin))
+    calls = []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = weight.pow(2).sum()
+        loss.backward()
+        return loss
+
+    weight.grad = torch.full_like(weight, 1e6)  # of an earlier step: must not count
+    loss = optimizer.step(closure)
+    assert calls == [True]
+    assert loss.item() == 25.0
+    twin.pow(2).sum().backward()
+    assert plain.step() is None
+    assert torch.equal(weight, twin)
+    assert not torch.equal(weight, torch.tensor([[3.0, 4.0]]))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(set_to_none):
+    parameters = make_parameters()
+    optimizer = LARS(torch.optim.SGD(parameters, lr=0.1))
+    take_steps(optimizer, parameters, [0])
+    optimizer.zero_grad(set_to_none=set_to_none)
+    assert [None if p.grad is None else p.grad.abs().sum().item() for p in parameters] == [None if set_to_none else 0.0] * 4
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_state_dict_round_trip(name, tmp_path):
+    parameters = make_parameters()
+    groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "trust_coef": None}]
+    optimizer = LARS(INNER[name](groups), trust_coef=0.02)
+    take_steps(optimizer, parameters, range(3))
+    torch.save({"weights": parameters, "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    others = [torch.nn.Parameter(w.detach()) for w in saved["weights"]]
+    other = LARS(INNER[name]([{"params": others[:2]}, {"params": others[2:]}]), trust_coef=0.5)
+    other.load_state_dict(saved["optimizer"])
+    assert [(g["weight_decay"], g["trust_coef"]) for g in other.param_groups] == [
+        (g["weight_decay"], g["trust_coef"]) for g in optimizer.param_groups
+    ]
+    take_steps(optimizer, parameters, range(3, 6))
+    take_steps(other, others, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
+
+
+def test_loads_the_state_of_the_wrapped_optimizer_alone():
+    parameters, others = make_parameters(), make_parameters()
+    plain = INNER["sgd"](parameters)
+    take_steps(plain, parameters, range(2))
+    optimizer = LARS(INNER["sgd"](others))
+    optimizer.load_state_dict(plain.state_dict())
+    take_steps(optimizer, others, [2])
+    assert optimizer.param_groups[0]["trust_coef"] == 0.001
+    assert len(optimizer.state) == len(others)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", INNER)
+def test_copies_go_on_alike_and_apart(name, copied):
+    parameters = make_parameters()
+    optimizer = LARS(INNER[name](parameters, weight_decay=0.1), eps=1e-4, trust_coef=0.02)
+    take_steps(optimizer, parameters, range(3))
+    others, other = copied((parameters, optimizer))
+    before = [p.detach().clone() for p in parameters]
+    take_steps(other, others, [3])
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    take_steps(optimizer, parameters, [3])
+    assert all(torch.equal(p, o) and not torch.equal(p, b) for p, o, b in zip(parameters, others, before, strict=True))
+
+
+def test_add_param_group():
+    parameters = make_parameters()
+    optimizer = LARS(torch.optim.SGD(parameters[:1], lr=1.0), eps=0.0, trust_coef=0.25)
+    late, left_out = (torch.nn.Parameter(torch.full((2, 2), 2.0)) for _ in range(2))
+    optimizer.add_param_group({"params": [late]})
+    optimizer.add_param_group({"params": [left_out], "trust_coef": None, "lr": 0.5})
+    assert len(optimizer.param_groups) == 3
+    for parameter in (late, left_out):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(late.detach(), torch.full((2, 2), 1.5))
+    torch.testing.assert_close(left_out.detach(), torch.full((2, 2), 1.5))
+
+
+def test_shares_groups_state_and_defaults_with_the_wrapped_optimizer():
+    inner = INNER["sgd"](make_parameters())
+    optimizer = LARS(inner)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is inner.param_groups
+    assert optimizer.state is inner.state
+    assert optimizer.defaults is inner.defaults
+    assert "SGD" in repr(optimizer)
+    assert "trust_coef=0.001" in repr(optimizer)
+
+
+def test_schedulers_of_torch_drive_it():
+    parameters = make_parameters()
+    optimizer = LARS(torch.optim.SGD(parameters, lr=1.0))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+    lrs = []
+    for step in range(6):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        take_steps(optimizer, parameters, [step])
+        scheduler.step()
+    assert lrs == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_step_hooks_run():
+    parameters, seen = make_parameters(), []
+    optimizer = LARS(torch.optim.SGD(parameters, lr=1.0))
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    take_steps(optimizer, parameters, [0])
+    assert seen == ["before", "after"]
+
+
+class Failing(torch.optim.SGD):
+    """An optimizer whose step fails."""
+
+    def step(self, closure=None):
+        raise OSError("no such device")
+
+
+def test_weight_decay_of_the_groups_stays():
+    parameters = make_parameters()
+    groups = [{"params": parameters[:1], "weight_decay": 0.1}, {"params": parameters[1:]}]
+    optimizer = LARS(torch.optim.SGD(groups, lr=0.1, weight_decay=0.2))
+    take_steps(optimizer, parameters, range(2))
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.2]
+
+
+def test_weight_decay_of_the_groups_stays_where_the_wrapped_step_fails():
+    parameters = make_parameters()
+    optimizer = LARS(Failing(parameters, lr=0.1, weight_decay=0.2))
+    with pytest.raises(OSError, match="no such device"):
+        take_steps(optimizer, parameters, [0])
+    assert optimizer.param_groups[0]["weight_decay"] == 0.2
+
+
+def test_sparse_gradients_are_refused():
+    embedding = torch.nn.Embedding(5, 2, sparse=True)
+    optimizer = LARS(torch.optim.SGD(embedding.parameters(), lr=0.1))
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"eps": -1.0}, ValueError, "eps=-1.0"),
+        ({"eps": float("nan")}, ValueError, "eps=nan"),
+        ({"trust_coef": 0.0}, ValueError, "trust_coef=0.0"),
+        ({"trust_coef": float("inf")}, ValueError, "trust_coef=inf"),
+        ({"optimizer": "sgd"}, TypeError, "optimizer='sgd'"),
+        ({"optimizer": torch.optim.LBFGS([torch.nn.Parameter(torch.ones(1))])}, TypeError, "LBFGS"),
+        (
+            {"optimizer": torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(1))], "trust_coef": -2.0}], lr=1.0)},
+            ValueError,
+            "trust_coef=-2.0",
+        ),
+    ],
+)
+def test_bad_arguments(arguments, error, named):
+    good = {"optimizer": torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)}
+    with pytest.raises(error, match=named):
+        LARS(**(good | arguments))
+
+
+def test_split_by_dimension():
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Flatten(), torch.nn.Linear(2, 3))
+    model[3].weight.requires_grad_(False)
+    matrices, vectors = split_by_dimension(model.named_parameters(), 0.1)
+    assert [p.shape for p in matrices["params"]] == [(2, 1, 3, 3)]
+    assert [p.shape for p in vectors["params"]] == [(2,), (2,), (2,), (3,)]
+    assert (matrices["weight_decay"], vectors["weight_decay"], vectors["trust_coef"]) == (0.1, 0.0, None)
+    optimizer = LARS(torch.optim.SGD([matrices, vectors], lr=0.1))
+    assert [g["trust_coef"] for g in optimizer.param_groups] == [0.001, None]
+
+
+def test_split_by_dimension_leaves_out_an_empty_group():
+    groups = split_by_dimension(torch.nn.Linear(2, 2, bias=False).named_parameters(), 0.1)
+    assert [len(g["params"]) for g in groups] == [1]
+
+
+def test_under_a_gradient_scaler():
+    (weight, twin) = (torch.nn.Parameter(torch.tensor([[3.0, 4.0]])) for _ in range(2))
+    scaled, plain = (LARS(torch.optim.SGD([p], lr=1.0, momentum=0.9, weight_decay=0.1), trust_coef=0.1) for p in (weight, twin))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for _ in range(3):
+        scaled.zero_grad()
+        scaler.scale(weight.pow(2).sum()).backward()
+        scaler.step(scaled)
+        scaler.update()
+        plain.zero_grad()
+        twin.pow(2).sum().backward()
+        plain.step()
+    assert torch.equal(weight, twin)
+
+    before = weight.detach().clone()
+    scaled.zero_grad()
+    scaler.scale(weight.sum() * float("inf")).backward()
+    scaler.step(scaled)
+    scaler.update()
+    assert torch.equal(weight, before)
+    assert scaler.get_scale() == 2.0**9
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_step_never_waits_for_the_device():
+    parameters = [torch.nn.Parameter(p.detach().cuda()) for p in make_parameters(torch.float32)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = LARS(torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1))
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,214 @@
+"""Which step runs at which LR, as pure functions of a configuration and a state."""
+
+import dataclasses
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from autowu.phases import State, Switch, after_test, base_lr, configure, end_plateau_epoch, phase_at
+from autowu.phases import test_due as is_test_due  # pytest would take it for a test
+from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, cooldown_factor
+from autowu.switching import SwitchDecision
+
+DEFAULTS = {
+    "steps_per_epoch": 10,
+    "total_epochs": 20,
+    "total_steps": None,
+    "immediate_cooldown": True,
+    "cooldown_type": "cosine",
+    "cooldown_fraction": 0.2,
+    "min_lr": 1e-5,
+    "max_lr": 1.0,
+    "max_warmup_fraction": 0.5,
+    "warmup_type": "exp",
+    "warmup_unit": "step",
+    "decay_phase_stat": None,
+    "decay_phase_factor": 1.0,
+    "test_interval": None,
+    "patience": 3,
+    "confidence": 0.95,
+}
+
+
+def config_of(**arguments):
+    return configure(**(DEFAULTS | arguments))
+
+
+def switched(step, lr=0.1):
+    return State(switch=Switch(step, lr, 0.99, step / 2, by_test=True))
+
+
+def past(minimum, probability=0.99):
+    return SwitchDecision(True, 3, probability, (minimum,))
+
+
+def not_past(minimum):
+    return SwitchDecision(False, 0, 0.5, (minimum,))
+
+
+@st.composite
+def runs(draw):
+    """A configuration, and a step at which a switch may come."""
+    arguments = {
+        "steps_per_epoch": draw(st.integers(1, 20)),
+        "total_epochs": draw(st.integers(2, 20)),
+        "immediate_cooldown": draw(st.booleans()),
+        "cooldown_type": draw(st.sampled_from(COOLDOWN_TYPES)),
+        "cooldown_fraction": draw(st.sampled_from([0.05, 0.2, 0.5, 0.9])),
+        "max_warmup_fraction": draw(st.sampled_from([0.1, 0.25, 0.5, 0.9])),
+        "warmup_type": draw(st.sampled_from(WARMUP_TYPES)),
+        "warmup_unit": draw(st.sampled_from(["step", "epoch"])),
+    }
+    total = arguments["steps_per_epoch"] * arguments["total_epochs"]
+    assume(total * arguments["max_warmup_fraction"] >= 2 and total * (1 - arguments["cooldown_fraction"]) >= 2)
+    config = config_of(**arguments)
+    return config, draw(st.integers(1, config.warmup_limit))
+
+
+@given(runs())
+@settings(max_examples=100)
+def test_the_warmup_rises_within_the_range(run):
+    config, _ = run
+    lrs = [base_lr(config, State(), k) for k in range(config.warmup_limit)]
+    assert lrs[0] == config.min_lr
+    assert all(a <= b < config.max_lr for a, b in zip([0.0, *lrs], lrs, strict=False))
+
+
+@given(runs())
+@settings(max_examples=200)
+def test_from_the_switch_on_the_lr_falls_from_the_peak_to_just_above_zero(run):
+    config, step = run
+    state = switched(step, lr=0.1)
+    lrs = [base_lr(config, state, k) for k in range(step, config.total_steps)]
+    assert lrs[0] == 0.1
+    assert all(a >= b for a, b in pairwise(lrs))
+    start = step if config.immediate_cooldown else max(step, config.cooldown_start)
+    cooldown = lrs[start - step :]
+    assert cooldown[0] == 0.1
+    assert all(a > b for a, b in pairwise(cooldown))
+    length = config.total_steps - start
+    assert lrs[-1] == pytest.approx(0.1 * cooldown_factor((length - 1) / length, config.cooldown_type))
+    assert lrs[-1] > 0
+
+
+@given(runs(), st.integers(0, 10**6))
+def test_past_the_end_the_last_lr_stays(run, further):
+    config, step = run
+    last = base_lr(config, switched(step), config.total_steps - 1)
+    assert base_lr(config, switched(step), config.total_steps + further) == last
+
+
+@given(runs())
+def test_phases_follow_each_other(run):
+    config, step = run
+    before = [phase_at(config, State(), k) for k in range(step)]
+    after = [phase_at(config, switched(step), k) for k in range(step, config.total_steps + 3)]
+    assert before == ["warmup"] * step
+    stable = 0 if config.immediate_cooldown else max(0, config.cooldown_start - step)
+    assert after == ["stable"] * stable + ["cooldown"] * (config.total_steps - step - stable) + ["done"] * 3
+
+
+@given(runs())
+def test_a_warmup_leaves_room_for_the_rest_of_the_run(run):
+    config, _ = run
+    assert 1 <= config.warmup_limit < config.total_steps
+    assert config.immediate_cooldown or config.warmup_limit <= config.cooldown_start
+
+
+def test_the_cooldown_fraction_ends_a_warmup_only_where_the_cooldown_is_not_immediate():
+    arguments = {"cooldown_fraction": 0.7, "max_warmup_fraction": 0.5}
+    assert config_of(**arguments, immediate_cooldown=True).warmup_limit == 100
+    assert config_of(**arguments, immediate_cooldown=False).warmup_limit == 60
+
+
+def test_a_warmup_cut_short_keeps_its_slope():
+    short, full = (config_of(cooldown_fraction=0.7, immediate_cooldown=immediate) for immediate in (False, True))
+    assert [base_lr(short, State(), k) for k in range(60)] == [base_lr(full, State(), k) for k in range(60)]
+
+
+@pytest.mark.parametrize("limit", [60, 61, 89, 90, 91, 100, 119, 150, 1000, 12_345, 1_000_000])
+def test_about_sixty_tests_in_a_full_warmup(limit):
+    config = config_of(steps_per_epoch=None, total_epochs=None, total_steps=2 * limit)
+    assert config.warmup_limit == limit
+    assert 40 <= -(-limit // config.test_interval) <= 90
+
+
+@pytest.mark.parametrize("interval", [1, 7, "epoch", 1000])
+def test_tests_are_due_at_the_interval_and_at_the_limit(interval):
+    config = config_of(test_interval=interval)
+    every = 10 if interval == "epoch" else interval
+    due = [k for k in range(1, 250) if is_test_due(config, State(), k)]
+    assert due == sorted({*range(every, 101, every), 100})
+    assert not any(is_test_due(config, switched(20), k) for k in range(1, 250))
+
+
+def test_a_switch_goes_to_the_lr_of_the_minimum():
+    config = config_of()
+    switch = after_test(config, State(votes=2), 50, past(0.25, 0.97), fallback_lr=0.5).switch
+    assert (switch.step, switch.probability, switch.by_test) == (50, 0.97, True)
+    assert switch.minimum == pytest.approx(25)
+    assert switch.lr == pytest.approx(1e-5 * 1e5**0.25)
+
+
+def test_a_switch_takes_the_mean_over_the_subsamples():
+    decision = SwitchDecision(True, 3, 0.97, (0.1, 0.2, 0.3))
+    switch = after_test(config_of(), State(votes=2), 50, decision, fallback_lr=0.5).switch
+    assert switch.lr == pytest.approx((1e-5 * 1e5**0.1 + 1e-5 * 1e5**0.2 + 1e-5 * 1e5**0.3) / 3)
+    assert switch.minimum == pytest.approx(20)
+
+
+def test_a_warmup_without_a_switch_goes_on():
+    state = after_test(config_of(), State(), 50, SwitchDecision(False, 2, 0.99, (0.2,)), fallback_lr=0.5)
+    assert (state.votes, state.switch) == (2, None)
+
+
+def test_a_warmup_at_its_limit_goes_back_to_the_minimum():
+    switch = after_test(config_of(), State(), 100, not_past(0.75), fallback_lr=0.5).switch
+    assert (switch.step, switch.by_test) == (100, False)
+    assert switch.lr == pytest.approx(1e-5 * 1e5**0.75)
+
+
+def test_a_failed_test_ends_the_votes_in_a_row():
+    state = after_test(config_of(), State(votes=2), 50, None, fallback_lr=0.5)
+    assert (state.votes, state.switch) == (0, None)
+
+
+@pytest.mark.parametrize(("fallback", "expected"), [(0.5, 0.5), (7.0, 1.0), (0.0, 1e-5)])
+def test_a_warmup_that_ends_without_any_fit_takes_the_fallback_within_the_range(fallback, expected):
+    switch = after_test(config_of(), State(), 100, None, fallback_lr=fallback).switch
+    assert switch == Switch(100, expected, None, None, by_test=False)
+
+
+def test_the_factor_acts_after_every_epoch_of_the_stable_phase():
+    config = config_of(immediate_cooldown=False, decay_phase_factor=0.5)
+    lrs = [base_lr(config, switched(50, 0.8), k) for k in range(50, 160)]
+    assert lrs == [0.8 * 0.5 ** (j // 10) for j in range(110)]
+
+
+@given(st.lists(st.floats(0.01, 10.0), min_size=1, max_size=40), st.floats(0.1, 0.9))
+def test_the_plateau_rule_lowers_the_lr_and_never_raises_it(means, factor):
+    config = config_of(immediate_cooldown=False, decay_phase_stat="loss", decay_phase_factor=factor)
+    states = [switched(50)]
+    for mean in means:
+        states.append(end_plateau_epoch(config, states[-1], mean))
+    factors = [s.plateau_factor for s in states]
+    assert all(b == a or b == pytest.approx(a * factor) for a, b in pairwise(factors))
+    assert min(means) <= states[-1].best_epoch_loss <= means[0]
+
+
+def test_an_epoch_without_a_finite_loss_is_one_without_progress():
+    config = config_of(immediate_cooldown=False, decay_phase_stat="loss", decay_phase_factor=0.5)
+    state = end_plateau_epoch(config, switched(50), 1.0)
+    for _ in range(5):
+        state = end_plateau_epoch(config, state, math.nan)
+    assert (state.bad_epochs, state.plateau_factor, state.best_epoch_loss) == (5, 1.0, 1.0)
+    assert end_plateau_epoch(config, state, math.nan).plateau_factor == 0.5
+
+
+def test_configurations_and_states_are_frozen():
+    for value in (config_of(), State(), switched(1).switch):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            value.step = 3

@@ -1,0 +1,49 @@
+"""What the README shows works as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_are_two_snippets():
+    assert ["immediate_cooldown=True" in SNIPPETS[0], "cooldown_fraction=0.2" in SNIPPETS[1]] == [True, True]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=("immediate", "constant"))
+def test_snippet_trains(snippet):
+    torch.manual_seed(0)
+    digits = load_digits()
+    images, labels = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    names = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "criterion": torch.nn.CrossEntropyLoss(),
+        "train_loader": DataLoader(TensorDataset(images, labels), 128, shuffle=True, drop_last=True),
+        "total_epochs": 30,
+        "device": torch.device("cpu"),
+    }
+    exec(snippet, names)
+    assert names["scheduler"].phase == "done"
+    assert names["scheduler"].switch.by_test
+    assert (model(images).argmax(1) == labels).float().mean() > 0.95
+
+
+def test_every_number_has_its_script():
+    for script in re.findall(r"`(benchmarks/\w+\.py)`", README):
+        assert (ROOT / script).exists()
+        assert (ROOT / "benchmarks" / "results" / f"{Path(script).stem}.json").exists()
+
+
+def test_pictures_exist():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert pictures
+    assert all((ROOT / picture).exists() for picture in pictures)

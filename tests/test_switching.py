@@ -1,0 +1,113 @@
+"""The vote of a test, and how votes add up to a switch."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.stats import norm
+
+from autowu.gp import CurvePosterior
+from autowu.switching import MIN_LOSSES, decide, probability_past_minimum
+
+
+def posterior_of(mean, difference_variance, num_losses=100):
+    mean = np.atleast_2d(np.asarray(mean, dtype=float))
+    difference_variance = np.broadcast_to(np.asarray(difference_variance, dtype=float), mean.shape).copy()
+    difference_variance[:, -1] = 0
+    grid = np.linspace(0, 0.5, mean.shape[1])
+    return CurvePosterior(grid, 0.5, mean, np.ones_like(mean), difference_variance, num_losses)
+
+
+def posterior_with(probabilities, num_losses=100):
+    """One fit for each probability."""
+    rise = norm.ppf(np.asarray(probabilities))
+    return posterior_of([[5.0, 0.0, z] if z > 0 else [5.0 + abs(z), -z, 0.0] for z in rise], 1.0, num_losses)
+
+
+posteriors = st.tuples(st.integers(1, 6), st.integers(2, 30)).flatmap(
+    lambda shape: st.tuples(arrays(float, shape, elements=st.floats(-4, 4)), arrays(float, shape, elements=st.floats(0.1, 4)))
+)
+
+
+@given(posteriors)
+@settings(deadline=None, max_examples=200)
+def test_probability_is_the_largest_over_the_grid(arrays):
+    mean, variance = arrays
+    posterior = posterior_of(mean, variance)
+    z = (mean[:, -1:] - mean[:, :-1]) / np.sqrt(variance[:, :-1])
+    np.testing.assert_allclose(probability_past_minimum(posterior), norm.cdf(z).max(1), rtol=1e-12)
+
+
+@given(posteriors, st.floats(1e-6, 1e6), st.floats(-10, 10))
+@settings(deadline=None, max_examples=100)
+def test_probability_and_minimum_are_blind_to_scale_and_shift(arrays, scale, shift):
+    mean, variance = arrays[0].round(3), arrays[1]
+    plain = posterior_of(mean, variance)
+    changed = posterior_of(scale * (mean + shift), scale**2 * variance)
+    np.testing.assert_allclose(probability_past_minimum(changed), probability_past_minimum(plain), rtol=1e-9)
+    for row, position in zip(mean, decide(changed, 0, confidence=0.95, patience=3).minima, strict=True):
+        lowest = plain.grid[row == row.min()]
+        assert np.isclose(lowest, position).any()
+
+
+def test_minima_are_where_each_mean_is_lowest():
+    posterior = posterior_of([[3, 1, 2], [1, 2, 3], [3, 2, 1]], 1.0)
+    assert decide(posterior, 0, confidence=0.95, patience=3).minima == (0.25, 0.0, 0.5)
+
+
+def test_switch_after_patience_votes_in_a_row():
+    past, open_ = posterior_with([0.99]), posterior_with([0.9])
+    votes, counted, switched = 0, [], []
+    for posterior in (past, past, open_, past, past, past, past):
+        decision = decide(posterior, votes, confidence=0.95, patience=3)
+        votes = decision.votes
+        counted.append(votes)
+        switched.append(decision.switch)
+    assert counted == [1, 2, 0, 1, 2, 3, 4]
+    assert switched == [False, False, False, False, False, True, True]
+
+
+@given(votes=st.integers(0, 10), patience=st.integers(1, 10))
+@settings(deadline=None)
+def test_votes_count_up_or_start_again(votes, patience):
+    past = decide(posterior_with([0.96]), votes, confidence=0.95, patience=patience)
+    assert (past.votes, past.switch) == (votes + 1, votes + 1 >= patience)
+    open_ = decide(posterior_with([0.94]), votes, confidence=0.95, patience=patience)
+    assert (open_.votes, open_.switch) == (0, False)
+
+
+def test_a_probability_equal_to_the_confidence_is_no_vote():
+    level = posterior_of([[1.0, 1.0, 1.0]], 1.0)
+    assert probability_past_minimum(level).tolist() == [0.5]
+    assert decide(level, 2, confidence=0.5, patience=3).votes == 0
+
+
+@given(
+    subsamples=st.lists(st.integers(1, 99).map(lambda k: k / 100), min_size=1, max_size=9).filter(lambda p: len(p) % 2),
+    confidence=st.sampled_from([0.605, 0.755, 0.945]),
+)
+@settings(deadline=None, max_examples=200)
+def test_an_odd_number_of_subsamples_votes_by_majority(subsamples, confidence):
+    posterior = posterior_with(subsamples)
+    probabilities = probability_past_minimum(posterior)
+    np.testing.assert_allclose(probabilities, subsamples, rtol=1e-9)
+    decision = decide(posterior, 0, confidence=confidence, patience=1)
+    assert decision.switch == ((probabilities > confidence).sum() > len(subsamples) / 2)
+    assert decision.probability == pytest.approx(np.median(subsamples))
+    assert len(decision.minima) == len(subsamples)
+
+
+def test_silence_is_a_vote():
+    open_ = posterior_with([0.2])
+    decision = decide(open_, 2, confidence=0.95, patience=3, silent=True)
+    assert (decision.switch, decision.votes, decision.probability) == (True, 3, 1.0)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_few_losses_have_no_vote(silent):
+    few, enough = (posterior_with([0.999], num_losses=n) for n in (MIN_LOSSES - 1, MIN_LOSSES))
+    refused = decide(few, 2, confidence=0.95, patience=3, silent=silent)
+    assert (refused.switch, refused.votes) == (False, 0)
+    assert refused.probability > 0.99
+    assert decide(enough, 2, confidence=0.95, patience=3, silent=silent).switch

@@ -1,0 +1,169 @@
+"""train.py as users start it: real processes, real data, real files."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from autowu.training.loop import main
+
+ROOT = Path(__file__).parent.parent
+# A model without batch norm, so that two processes compute what one does.
+SHORT = ["--model", "test_convnext", "--batch-size", "128", "--epochs", "4"]
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def launch(*command, **options):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, **options)
+
+
+def test_without_arguments_it_learns_the_digits(tmp_path):
+    result = launch("-W", "error", str(ROOT / "train.py"), "--run-dir", str(tmp_path / "run"), timeout=300)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test_accuracy"] > 0.97
+    assert summary["total_steps"] == 30 * (1347 // 64)
+    assert summary["switch_by_test"]
+    steps = rows(tmp_path / "run" / "metrics.csv")
+    assert [int(row["step"]) for row in steps] == list(range(630))
+    # The first step after the switch runs at the LR that was found.
+    assert float(steps[summary["switch_step"]]["lr"]) == summary["peak_lr"]
+    assert float(steps[-1]["lr"]) > 0
+    assert len(rows(tmp_path / "run" / "epochs.csv")) == 30
+    with Image.open(tmp_path / "run" / "figure.png") as image:
+        assert image.width > 500
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["scheduler"]["last_epoch"] == 630
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["opt"] == "lars"
+    for word in ("epoch  30/30", f"switch at step {summary['switch_step']}", "peak LR", "test accuracy"):
+        assert word in result.stdout
+
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run"],
+    "launch": ["-m", "torch.distributed.launch"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_as_one(tmp_path, launcher):
+    two = ["--batch-size", "64", *SHORT[:2], *SHORT[4:]]
+    result = launch(
+        *LAUNCHERS[launcher], "--nproc-per-node", "2", "train.py", *two, "--run-dir", str(tmp_path / "two"), timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert main([*SHORT, "--run-dir", str(tmp_path / "one")]) == 0
+    one, two = (rows(tmp_path / name / "metrics.csv") for name in ("one", "two"))
+    assert len(one) == len(two) == 4 * 10
+    # Rounding grows along the run; a rank that saw other data or kept its own loss would differ from the start.
+    for key in ("lr", "loss"):
+        assert [float(r[key]) for r in two[:15]] == pytest.approx([float(r[key]) for r in one[:15]], rel=1e-3)
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
+    assert summaries[1]["world_size"] == 2
+    assert summaries[1]["switch_step"] == summaries[0]["switch_step"]
+
+
+def test_a_killed_run_goes_on_exactly(tmp_path):
+    options = ["--model", "test_convnext", "--epochs", "6"]
+    assert main([*options, "--run-dir", str(tmp_path / "whole")]) == 0
+    cut = [sys.executable, "train.py", *options, "--run-dir", str(tmp_path / "cut")]
+    with subprocess.Popen(cut, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert any(line.startswith("epoch   2/6") for line in process.stdout)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    assert main([*options, "--run-dir", str(tmp_path / "cut"), "--resume"]) == 0
+    assert rows(tmp_path / "cut" / "metrics.csv") == rows(tmp_path / "whole" / "metrics.csv")
+    whole, resumed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
+    for name, weight in whole["model"].items():
+        assert torch.equal(weight, resumed["model"][name])
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """The digits 0 and 1 as images in ImageNet's layout."""
+    root = tmp_path_factory.mktemp("images")
+    digits = load_digits()
+    for label in (0, 1):
+        images = digits.images[digits.target == label]
+        for part, chosen in (("train", images[:40]), ("val", images[40:60])):
+            folder = root / part / f"digit-{label}"
+            folder.mkdir(parents=True)
+            for k, image in enumerate(chosen):
+                Image.fromarray((image * 15).astype("uint8")).convert("RGB").save(folder / f"{k}.png")
+    return root
+
+
+def test_image_folder(tmp_path, image_folder):
+    options = ["--data-dir", str(image_folder), "--img-size", "32", "--batch-size", "16", "--epochs", "2", "--workers", "1"]
+    assert main([*options, "--run-dir", str(tmp_path / "run")]) == 0
+    assert len(rows(tmp_path / "run" / "metrics.csv")) == 2 * (80 // 16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--opt", "lamb"],
+        ["--opt", "adamw", "--sched", "cosine"],
+        ["--opt", "sgd", "--sched", "paper", "--amp"],
+        ["--cooldown-fraction", "0.25", "--cooldown-type", "sqrt", "--label-smoothing", "0.1"],
+    ],
+    ids=" ".join,
+)
+def test_options(tmp_path, options):
+    assert main([*SHORT, *options, "--run-dir", str(tmp_path / "run")]) == 0
+    lrs = [float(row["lr"]) for row in rows(tmp_path / "run" / "metrics.csv")]
+    assert len(lrs) == 40
+    assert 0 < lrs[-1] < max(lrs) / 5
+    assert (tmp_path / "run" / "figure.png").exists()
+
+
+def test_a_model_of_fixed_input_size_gets_it(tmp_path):
+    options = ["--model", "test_vit3", "--batch-size", "600", "--epochs", "1", "--max-warmup-fraction", "0.5"]
+    assert main([*options, "--run-dir", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data-dir", "nowhere"], "nowhere: no such folder"),
+        (["--data-dir", "EMPTY"], "EMPTY"),
+        (["--dataset", "digit"], "did you mean digits"),
+        (["--dataset", "folder"], "needs --data-dir"),
+        (["--model", "resnet5O"], "did you mean resnet50"),
+        (["--opt", "lasr"], "did you mean lars"),
+        (["--sched", "cosin"], "did you mean cosine"),
+        (["--batch-size", "1348"], "more than the 1347 training images"),
+        (["--epochs", "0"], "--epochs 0: must be at least 1"),
+        (["--min-lr", "2", "--max-lr", "1"], "min_lr=2.0: must be below max_lr=1.0"),
+        (["--resume"], "needs --run-dir"),
+        (["--run-dir", "FULL"], "not empty"),
+        (["--run-dir", "FULL/file/run"], "cannot be written"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_said_in_one_line(tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    Path("EMPTY", "train").mkdir(parents=True)
+    Path("FULL").mkdir()
+    Path("FULL", "file").touch()
+    before = set(tmp_path.rglob("*"))
+    assert main(options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: error: ")
+    assert error.count("\n") == 1
+    assert said in error
+    assert not list(tmp_path.rglob("metrics.csv"))
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} <= before
