@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,7 @@ class GPyTorchGP:
                 raise ValueError(f"{name}={value!r}: must be at least {least}")
         if not lengthscale > 0:
             raise ValueError(f"lengthscale={lengthscale!r}: must be above 0")
+        _gpytorch()  # an installation without it fails here, not in the middle of a run
         self.kernel = kernel
         self.lengthscale = lengthscale
         self.num_subsamples = num_subsamples
@@ -81,8 +83,7 @@ class GPyTorchGP:
             ValueError: if there are fewer than 2 finite losses, or all are equal.
             RuntimeError: where GPyTorch cannot factor a covariance.
         """
-        import gpytorch
-
+        gpytorch = _gpytorch()
         positions, losses = (curve if self.published else curve.clipped()).finite()
         n = len(losses)
         if n < 2 or not losses.var() > 0:
@@ -172,7 +173,8 @@ class GPyTorchGP:
         state["generator"] = self._generator.get_state()
         state["carried"] = None
         if self.published and self._adam is not None:
-            state["carried"] = {"model": dict(self._model.state_dict()), "adam": self._adam.state_dict()}
+            carried = {"model": dict(self._model.state_dict()), "adam": self._adam.state_dict()}
+            state["carried"] = copy.deepcopy(carried)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -196,7 +198,7 @@ class GPyTorchGP:
             self._model.load_state_dict(carried["model"])
             self._model.to(next(iter(carried["model"].values())).device)
             self._adam = torch.optim.Adam(_free(self._model), lr=_ADAM_LR)
-            self._adam.load_state_dict(carried["adam"])
+            self._adam.load_state_dict(copy.deepcopy(carried["adam"]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"kernel": self.kernel, "state": self.state_dict()}
@@ -210,14 +212,21 @@ class GPyTorchGP:
         return f"{type(self).__name__}({', '.join(settings)})"
 
 
+def _gpytorch() -> Any:
+    """The package, imported where it is used, without the deprecation warnings that its own import raises on recent torch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import gpytorch
+    return gpytorch
+
+
 def _free(model: Any) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def _model(kernel: gpytorch.kernels.Kernel | None, lengthscale: float, x: Tensor, y: Tensor) -> Any:
     """An ExactGP on (k,) positions and losses."""
-    import gpytorch
-
+    gpytorch = _gpytorch()
     covariance: Any = kernel
     if covariance is None:
         rbf = gpytorch.kernels.RBFKernel()
@@ -226,12 +235,12 @@ def _model(kernel: gpytorch.kernels.Kernel | None, lengthscale: float, x: Tensor
         covariance = gpytorch.kernels.ScaleKernel(rbf)
     mean = gpytorch.means.ConstantMean()
 
-    class Model(gpytorch.models.ExactGP):  # type: ignore[misc]
+    class Model(gpytorch.models.ExactGP):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
             super().__init__(x[:, None], y, gpytorch.likelihoods.GaussianLikelihood())
             self.mean, self.kernel = mean, covariance
 
-        def forward(self, inputs: Tensor) -> gpytorch.distributions.MultivariateNormal:
+        def forward(self, inputs: Tensor) -> Any:
             return gpytorch.distributions.MultivariateNormal(self.mean(inputs), self.kernel(inputs))
 
     model = Model().to(x)
@@ -240,7 +249,6 @@ def _model(kernel: gpytorch.kernels.Kernel | None, lengthscale: float, x: Tensor
 
 
 def _negative_log_likelihood(model: Any, x: Tensor, y: Tensor) -> Any:
-    import gpytorch
-
+    gpytorch = _gpytorch()
     likelihood = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
     return lambda: -likelihood(model(x[:, None]), y)

@@ -135,7 +135,7 @@ class LossHistory:
             "folded": self._folded,
             "width": self._width,
             "max_points": self.max_points,
-            "losses": packed.clone(),
+            "losses": packed,
         }
 
     @classmethod

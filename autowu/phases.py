@@ -7,6 +7,7 @@ T on it is *done*. The LR of any step, past or future, follows from the configur
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
@@ -23,9 +24,9 @@ __all__ = [
     "base_lr",
     "configure",
     "end_plateau_epoch",
+    "is_test_due",
     "phase_at",
     "plateau_epoch_due",
-    "test_due",
 ]
 
 Phase = Literal["warmup", "stable", "cooldown", "done"]
@@ -66,6 +67,7 @@ class Config:
     test_interval: int
     patience: int
     confidence: float
+    min_contrast: float
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def _warmup_lr(config: Config, position: float) -> float:
     return warmup_lr(position, config.warmup_steps, config.min_lr, config.max_lr, config.warmup_type)
 
 
-def test_due(config: Config, state: State, step: int) -> bool:
+def is_test_due(config: Config, state: State, step: int) -> bool:
     """Whether a test is due once `step` losses have been seen: every `test_interval` steps of warm-up, and at its limit."""
     if state.switch is not None or step > config.warmup_limit:
         return False
@@ -213,6 +215,7 @@ def configure(
     test_interval: int | str | None,
     patience: int,
     confidence: float,
+    min_contrast: float,
 ) -> Config:
     """Check the arguments of `AutoWU` and resolve them.
 
@@ -228,11 +231,12 @@ def configure(
     _check_fraction("cooldown_fraction", cooldown_fraction)
     _check_fraction("decay_phase_factor", decay_phase_factor, closed=True)
     _check_real("confidence", confidence, 0.5 < _number(confidence) < 1, "between 0.5 and 1")
+    _check_real("min_contrast", min_contrast, 0 <= _number(min_contrast) < math.inf, "at least 0 and finite")
     _check_real("min_lr", min_lr, 0 < _number(min_lr) < math.inf, "above 0 and finite")
     _check_real("max_lr", max_lr, 0 < _number(max_lr) < math.inf, "above 0 and finite")
     if not min_lr < max_lr:
         raise ValueError(f"min_lr={min_lr!r}: must be below max_lr={max_lr!r}")
-    _check_count("patience", patience)
+    patience = _check_count("patience", patience)
     if not isinstance(immediate_cooldown, bool):
         raise TypeError(f"immediate_cooldown={immediate_cooldown!r}: must be True or False")
 
@@ -265,14 +269,14 @@ def configure(
         interval = max(1, round(limit / TESTS_PER_WARMUP))
     elif test_interval == "epoch":
         assert steps_per_epoch is not None
-        interval = steps_per_epoch
+        interval = int(steps_per_epoch)
     else:
         if isinstance(test_interval, str):
             raise ValueError(f"test_interval={test_interval!r}: must be an integer, 'epoch' or None")
         interval = _check_count("test_interval", test_interval)
     return Config(
         total_steps=total,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=None if steps_per_epoch is None else int(steps_per_epoch),
         min_lr=float(min_lr),
         max_lr=float(max_lr),
         warmup_steps=warmup_steps,
@@ -287,6 +291,7 @@ def configure(
         test_interval=interval,
         patience=patience,
         confidence=float(confidence),
+        min_contrast=float(min_contrast),
     )
 
 
@@ -304,21 +309,20 @@ def _total_steps(steps_per_epoch: int | None, total_epochs: int | None, total_st
 
 
 def _check_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r}: must be an integer, at least 1")
     if value < 1:
         raise ValueError(f"{name}={value!r}: must be at least 1")
-    return value
+    return int(value)
 
 
 def _number(value: Any) -> float:
     """`value` if it is a real number, NaN, which is in no range, if it is not."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number else math.nan
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
 
 
 def _check_real(name: str, value: Any, in_range: bool, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r}: must be a number {allowed}")
     if not in_range:
         raise ValueError(f"{name}={value!r}: must be {allowed}")

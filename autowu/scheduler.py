@@ -27,9 +27,9 @@ from autowu.phases import (
     base_lr,
     configure,
     end_plateau_epoch,
+    is_test_due,
     phase_at,
     plateau_epoch_due,
-    test_due,
 )
 from autowu.switching import MIN_LOSSES, SwitchDecision, decide
 
@@ -73,6 +73,8 @@ class AutoWU(LRScheduler):
         test_interval: steps between tests, "epoch", or None for about 60 tests in a full warm-up.
         patience: tests in a row that must find the minimum past, 1 or more.
         confidence: probability that a test must exceed, in (0.5, 1).
+        min_contrast: standard deviations that the fall to the minimum and the rise from it must make up together, 0 or more, so
+            that noise on the flat start of a run is not taken for a minimum.
         gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`), or an object
             with their ``posterior`` method and ``max_points`` (:class:`~autowu.gp.LossCurveGP`). The length-scale of the two named
             ones is half a decade of LR, at most a fifth of the warm-up.
@@ -125,6 +127,7 @@ class AutoWU(LRScheduler):
         test_interval: int | str | None = None,
         patience: int = 3,
         confidence: float = 0.95,
+        min_contrast: float = 6.0,
         gp: str | LossCurveGP = "closed-form",
         device: torch.device | str | int | None = None,
         seed: int = 0,
@@ -149,11 +152,15 @@ class AutoWU(LRScheduler):
             test_interval=test_interval,
             patience=patience,
             confidence=confidence,
+            min_contrast=min_contrast,
         )
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed={seed!r}: must be an integer")
         self.gp: LossCurveGP = _engine(gp, self.config, seed)
-        self.device = None if device is None else torch.device(device)
+        try:
+            self.device = None if device is None else torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device={device!r}: must be a torch device or None ({error})") from None
         self.history = LossHistory(self.gp.max_points)
         self.decision: SwitchDecision | None = None
         self.posterior: CurvePosterior | None = None
@@ -187,6 +194,7 @@ class AutoWU(LRScheduler):
             "min_lr": 1e-5,
             "max_lr": 1.0,
             "test_interval": "epoch",
+            "min_contrast": 0.0,
             "gp": engine,
         }
         return cls(optimizer, steps_per_epoch, total_epochs, **(published | overrides))
@@ -228,7 +236,7 @@ class AutoWU(LRScheduler):
         """
         self._record(_checked(loss))
         step = self.last_epoch + 1
-        if test_due(self.config, self._state, step):
+        if is_test_due(self.config, self._state, step):
             self._test(step)
         elif plateau_epoch_due(self.config, self._state, step):
             self._end_plateau_epoch()
@@ -236,6 +244,7 @@ class AutoWU(LRScheduler):
 
     def _initial_step(self) -> None:
         # Torch's constructor calls this to set the first LR; no loss has been seen.
+        self._part_lrs()
         initial = [_scalar(lr) for lr in self.base_lrs]
         self._fallback_lr = max(initial, default=0.0)
         scaled = [lr * group.get("lr_scale", 1.0) for lr, group in zip(initial, self.optimizer.param_groups, strict=True)]
@@ -244,8 +253,18 @@ class AutoWU(LRScheduler):
         self._step_count = 0
         LRScheduler.step(self)
 
+    def _part_lrs(self) -> None:
+        """Give every parameter group a tensor LR of its own: groups that took the optimizer's default share one."""
+        seen: set[int] = set()
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                if id(group["lr"]) in seen:
+                    group["lr"] = group["lr"].clone()
+                seen.add(id(group["lr"]))
+
     def _join_groups(self) -> None:
         """Give the parameter groups added since the last step their ratio: of their LR to the first group's at this moment."""
+        self._part_lrs()
         groups = self.optimizer.param_groups
         first, default = _scalar(groups[0]["lr"]), self.optimizer.defaults.get("lr")
         for group in groups[len(self._ratios) :]:
@@ -270,6 +289,8 @@ class AutoWU(LRScheduler):
         if step < MIN_LOSSES and not at_limit:
             return
         decision = self._decide()
+        if decision is None and at_limit:
+            decision = self.decision  # the last test that had a fit
         self._state = after_test(self.config, self._state, step, decision, self._fallback_lr)
         if (switch := self._state.switch) is None:
             return
@@ -286,9 +307,10 @@ class AutoWU(LRScheduler):
 
     def _decide(self) -> SwitchDecision | None:
         curve = self.history.curve(self.config.warmup_steps)
-        if self.device is not None:
-            curve = curve.to(self.device)
+        device = self.device or curve.sums.device
         try:
+            # MPS has no float64.
+            curve = curve.to("cpu" if device.type == "mps" else device)
             posterior = self.gp.posterior(curve)
             # An interval without a finite loss leaves the fitted curve that much behind.
             behind = (curve.end - posterior.end) * self.config.warmup_steps
@@ -297,6 +319,7 @@ class AutoWU(LRScheduler):
                 self._state.votes,
                 confidence=self.config.confidence,
                 patience=self.config.patience,
+                min_contrast=self.config.min_contrast,
                 silent=behind > self.config.test_interval - 0.5,
             )
         except Exception as error:  # a test must not end a run, whatever an engine raises

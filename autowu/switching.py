@@ -9,7 +9,7 @@ import numpy as np
 
 from autowu.gp import CurvePosterior, FloatArray
 
-__all__ = ["SwitchDecision", "decide", "probability_past_minimum"]
+__all__ = ["SwitchDecision", "decide", "probability_past_minimum", "valley_contrast"]
 
 MIN_LOSSES = 10
 """With fewer finite losses a test has no vote: one can draw any curve through a handful of points."""
@@ -40,8 +40,28 @@ def probability_past_minimum(posterior: CurvePosterior) -> FloatArray:
     """
     rise = posterior.mean[:, -1:] - posterior.mean[:, :-1]
     spread = np.sqrt(posterior.difference_variance[:, :-1])
-    z = np.divide(rise, spread, out=np.zeros_like(rise), where=spread > 0)
+    z = _ratio(rise, spread)
     return np.array([0.5 * math.erfc(-row.max() / math.sqrt(2)) for row in z])
+
+
+def valley_contrast(posterior: CurvePosterior) -> FloatArray:
+    """How clearly the curve falls to its minimum and rises from it, in standard deviations, for each of the S fits, shape (S,).
+
+    The largest fall to the minimum plus the rise from it to now, each over the standard deviation that the two points would have if
+    they were independent. Noise on a flat curve makes many a shallow valley: the probability alone takes 4 % of them for a minimum.
+    """
+    lowest = posterior.mean.argmin(1)[:, None]
+    depth = posterior.mean - np.take_along_axis(posterior.mean, lowest, 1)
+    spread = np.sqrt(posterior.variance + np.take_along_axis(posterior.variance, lowest, 1))
+    heights = _ratio(depth, spread)
+    before = np.arange(len(posterior.grid)) <= lowest
+    return np.asarray(np.where(before, heights, 0.0).max(1) + heights[:, -1])
+
+
+def _ratio(difference: FloatArray, spread: FloatArray) -> FloatArray:
+    """`difference / spread`; where nothing is uncertain, the sign of the difference times infinity."""
+    certain = np.where(difference == 0, 0.0, np.copysign(np.inf, difference))
+    return np.asarray(np.divide(difference, spread, out=certain, where=spread > 0))
 
 
 def decide(
@@ -50,6 +70,7 @@ def decide(
     *,
     confidence: float,
     patience: int,
+    min_contrast: float = 0.0,
     silent: bool = False,
 ) -> SwitchDecision:
     """Count the vote of one test.
@@ -59,10 +80,11 @@ def decide(
         votes: votes in a row before this test.
         confidence: a subsample finds the minimum past where its probability exceeds this, in (0.5, 1).
         patience: votes in a row that make a switch, at least 1.
+        min_contrast: a subsample finds the minimum past only where :func:`valley_contrast` exceeds this as well, 0 or more.
         silent: whether no finite loss came since the test before. A run that has blown up, or that stopped reporting, is past the
             best that is known of it.
 
-    The test votes "past" where most of the subsamples do, that is, where the median of their probabilities exceeds `confidence`.
+    The test votes "past" where most of the subsamples do: where the medians exceed `confidence` and `min_contrast`.
 
     Example:
         >>> import numpy as np
@@ -74,9 +96,10 @@ def decide(
         (True, (0.5,))
     """
     probability = float(np.median(probability_past_minimum(posterior)))
+    past = probability > confidence and (min_contrast == 0 or float(np.median(valley_contrast(posterior))) > min_contrast)
     if silent:
-        probability = 1.0
-    past = probability > confidence and posterior.num_losses >= MIN_LOSSES
+        probability, past = 1.0, True
+    past = past and posterior.num_losses >= MIN_LOSSES
     votes = votes + 1 if past else 0
     minima = tuple(posterior.grid[posterior.mean.argmin(1)].tolist())
     return SwitchDecision(votes >= patience, votes, probability, minima)

@@ -55,7 +55,7 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 
 def one_test(engine: LossCurveGP, history: LossHistory, n: int) -> Callable[[], object]:
-    return lambda: decide(engine.posterior(history.curve(n)), 0, confidence=0.95, patience=3)
+    return lambda: decide(engine.posterior(history.curve(n)), 0, confidence=0.95, patience=3, min_contrast=6.0)
 
 
 def steps(scheduler: AutoWU, losses: list[Tensor]) -> Callable[[], object]:

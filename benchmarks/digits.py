@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FIELDS = ("opt", "sched", "switch_step", "peak_lr", "test_accuracy", "test_loss", "total_steps", "train_s")
+FIELDS = ("opt", "sched", "switch_step", "peak_lr", "test_accuracy", "test_loss", "total_steps")
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def test_decides_as_the_published_code(curves, key):
 
 
 def test_times_out_where_the_published_code_does(curves):
-    curve = curves["mlp", "sgd", 512, 0, 240]
+    curve = curves["cnn", "adamw", 512, 0, 240]
     run = next(r for r in curve["published_code"] if not r["by_test"])
     switch = paper_decisions.replay(curve, run)
     assert not switch.by_test

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from autowu.phases import State, Switch, after_test, base_lr, configure, end_plateau_epoch, phase_at
-from autowu.phases import test_due as is_test_due  # pytest would take it for a test
+from autowu.phases import State, Switch, after_test, base_lr, configure, end_plateau_epoch, is_test_due, phase_at
 from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, cooldown_factor
 from autowu.switching import SwitchDecision
 
@@ -30,6 +29,7 @@ DEFAULTS = {
     "test_interval": None,
     "patience": 3,
     "confidence": 0.95,
+    "min_contrast": 6.0,
 }
 
 

@@ -1,5 +1,6 @@
 """What the README shows works as it stands there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -47,3 +48,28 @@ def test_pictures_exist():
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
     assert pictures
     assert all((ROOT / picture).exists() for picture in pictures)
+
+
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_table_of_tests_is_the_measured_one():
+    for row in results("bench_decision")["rows"]:
+        closed, gpytorch, ratio = row["test_ms_closed_form"], row["test_ms_gpytorch"], row["test_ratio"]
+        assert f"| {row['losses']:,} | {closed:.1f} ms | {gpytorch:.0f} ms | {ratio:.0f}x |" in README
+
+
+def test_table_of_optimizers_is_the_measured_one():
+    for row in results("digits"):
+        found = "hand-set" if row["switch_step"] is None else f"step {row['switch_step']}"
+        assert (
+            f"| {row['opt']} | {row['sched']} | {found} | {row['peak_lr']:.3g} | {row['test_accuracy']:.1%} | {row['test_loss']:.3f} |"
+            in README
+        )
+
+
+def test_share_of_the_paper_is_the_measured_one():
+    agree = sum(row["agree"] for row in results("paper_decisions"))
+    of = sum(row["of"] for row in results("paper_decisions"))
+    assert f"on {agree / of:.0%} of the curves" in README

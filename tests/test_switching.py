@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import norm
 
 from autowu.gp import CurvePosterior
-from autowu.switching import MIN_LOSSES, decide, probability_past_minimum
+from autowu.switching import MIN_LOSSES, decide, probability_past_minimum, valley_contrast
 
 
 def posterior_of(mean, difference_variance, num_losses=100):
@@ -111,3 +111,31 @@ def test_few_losses_have_no_vote(silent):
     assert (refused.switch, refused.votes) == (False, 0)
     assert refused.probability > 0.99
     assert decide(enough, 2, confidence=0.95, patience=3, silent=silent).switch
+
+
+def test_contrast_is_the_fall_to_the_minimum_plus_the_rise_from_it():
+    grid = np.linspace(0, 1, 5)
+    posterior = CurvePosterior(
+        grid=grid,
+        end=1.0,
+        mean=np.array([[3.0, 5.0, 1.0, 9.0, 2.0]]),
+        variance=np.array([[0.3, 0.7, 0.1, 0.1, 0.15]]),
+        difference_variance=np.ones((1, 5)),
+        num_losses=50,
+    )
+    fall, rise = 4.0 / np.sqrt(0.7 + 0.1), 1.0 / np.sqrt(0.15 + 0.1)  # 2 / sqrt(0.4) to the first point is less
+    assert valley_contrast(posterior) == pytest.approx([fall + rise])
+
+
+@pytest.mark.parametrize(("min_contrast", "votes"), [(0.0, 1), (6.4, 1), (6.5, 0)])
+def test_a_shallow_valley_has_no_vote(min_contrast, votes):
+    posterior = CurvePosterior(
+        grid=np.linspace(0, 1, 3),
+        end=1.0,
+        mean=np.array([[2.0, 1.0, 3.0]]),
+        variance=np.array([[0.2, 0.05, 0.15]]),  # 1 / 0.5 down and 2 / sqrt(0.2) up
+        difference_variance=np.array([[0.1, 0.1, 0.0]]),
+        num_losses=50,
+    )
+    decision = decide(posterior, 0, confidence=0.95, patience=3, min_contrast=min_contrast)
+    assert decision.votes == votes

@@ -49,9 +49,9 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
     started = time.perf_counter()
     torch.manual_seed(config.seed)
     data = find_data(config, process)
+    folder = RunFolder(config) if process.is_main or config.resume else None
     built = build_model(config, data)
     run = Run(config, process, built, make_loaders(config, process, data, built.size, built.data_config))
-    folder = RunFolder(config) if process.is_main or config.resume else None
     with run.records(folder):
         for epoch in range(run.first_epoch, config.epochs):
             run.epoch(epoch)
@@ -168,6 +168,11 @@ class Run:
     @torch.no_grad()
     def _test(self) -> tuple[float, float]:
         """Mean cross entropy and accuracy (0 to 1) over all test images."""
+        if self.process.world_size > 1:
+            from timm.utils import distribute_bn
+
+            # Every process has batch-norm statistics of its own images: the mean of them is tested and saved.
+            distribute_bn(self.model, self.process.world_size, reduce=True)
         self.model.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.process.device)
         for images, labels in self.loaders.test:
