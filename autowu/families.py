@@ -34,7 +34,8 @@ _FAMILY_OF: Final = {name: family for family, names in _FAMILIES.items() for nam
 def family(optimizer: Optimizer) -> str:
     """Key of :data:`LR_RANGES` for an optimizer, by the names of its class and of the classes that it derives from.
 
-    LARS around an Adam-like optimizer counts as that: Adam undoes any factor on the gradient, so its updates keep Adam's size.
+    LARS around an Adam-like optimizer counts as that: Adam undoes any factor on the gradient, so its updates keep Adam's size. An
+    unknown wrapper, such as timm's Lookahead, counts as what it wraps.
 
     Example:
         >>> import torch
@@ -43,9 +44,9 @@ def family(optimizer: Optimizer) -> str:
     """
     names = (cls.__name__.lower().replace("_", "") for cls in type(optimizer).__mro__)
     found = next((_FAMILY_OF[name] for name in names if name in _FAMILY_OF), "unknown")
-    wrapped = getattr(optimizer, "optim", None)
-    if found == "lars" and isinstance(wrapped, Optimizer) and family(wrapped) == "adam":
-        return "adam"
+    wrapped = getattr(optimizer, "optim", getattr(optimizer, "_base_optimizer", None))
+    if isinstance(wrapped, Optimizer) and (found == "unknown" or family(wrapped) == "adam"):
+        return family(wrapped)
     return found
 
 

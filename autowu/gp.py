@@ -62,7 +62,7 @@ class LossCurve:
         sums: (m,) sum of the point's finite losses, less `anchor` each.
         squares: (m,) sum of the squares of the same.
         counts: (m,) number of finite losses in the point.
-        anchor: () the first finite loss, NaN as long as there is none.
+        anchor: () what is taken off every loss, a loss of the start; NaN as long as there is no finite one.
         end: position just after the last loss: that of the coming step, in (0, 1].
         resolution: distance between two points, so that a curve of single losses has 1 / (steps of the planned warm-up).
     """

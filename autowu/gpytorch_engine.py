@@ -96,8 +96,9 @@ class GPyTorchGP:
             center, scale = torch.zeros_like(center), torch.ones_like(scale)
             positions = torch.arange(n, dtype=losses.dtype, device=losses.device) / n
             grid = grid / end
-            # The published code reads the LR off the axis of the steps taken, which ends with the last one.
-            grid_positions = grid * (n - 1) * curve.resolution
+            # The published code reads the LR off the axis of the steps taken, which ends with the last one, and does not know
+            # of the losses that it has dropped.
+            grid_positions, end = grid * (n - 1) * curve.resolution, curve.end
         x, y = positions, (losses - center) / scale
 
         draw = self._draw(n, self.fit_size).to(x.device)
@@ -133,6 +134,10 @@ class GPyTorchGP:
         if self._model is None or not self.published:
             self._model, self._adam = self._build(x, y), None
         model = self._model
+        if next(model.parameters()).device != x.device:  # a state from another device
+            model.to(x.device)
+            if self._adam is not None:
+                self._adam.load_state_dict(self._adam.state_dict())
         model.train()
         model.likelihood.train()
         model.set_train_data(x[:, None], y, strict=False)
@@ -196,7 +201,6 @@ class GPyTorchGP:
             placeholder = torch.zeros(1, dtype=torch.float64)
             self._model = self._build(placeholder, placeholder)
             self._model.load_state_dict(carried["model"])
-            self._model.to(next(iter(carried["model"].values())).device)
             self._adam = torch.optim.Adam(_free(self._model), lr=_ADAM_LR)
             self._adam.load_state_dict(copy.deepcopy(carried["adam"]))
 

@@ -20,7 +20,7 @@ class LossHistory:
     Losses are copied one by one into a small staging buffer on their device. :meth:`curve` (or a full buffer) folds them into bins
     of equal width: their sum, their squares, their count. When the bins run out they are merged in pairs, so that memory and the
     cost of a test stop growing with the run; until then a bin holds one loss and nothing is averaged. Squares are kept of the
-    difference to the first finite loss, so that a large constant in the loss costs no precision.
+    difference to the median of the first losses, so that a large constant in the loss costs no precision.
 
     The buffers live on the device of the first loss that is on an accelerator, in float64 (float32 on MPS, which has no other).
 
@@ -96,9 +96,8 @@ class LossHistory:
         width = self._width
         values = self._staged[: stop - start]
         finite = values.isfinite()
-        first = values[finite.to(torch.uint8).argmax().view(1)].view(())
-        first = torch.where(first.isfinite(), first, torch.nan)
-        self._anchor = torch.where(self._anchor.isnan(), first, self._anchor)
+        median = torch.where(finite, values, torch.nan).nanmedian()
+        self._anchor = torch.where(self._anchor.isnan(), median, self._anchor)
         values = torch.where(finite, values - self._anchor, 0.0)
 
         first_bin, end_bin = start // width, -(-stop // width)

@@ -185,6 +185,8 @@ def plateau_epoch_due(config: Config, state: State, step: int) -> bool:
 def end_plateau_epoch(config: Config, state: State, mean_loss: float) -> State:
     """The state after an epoch of the stable phase with ``decay_phase_stat="loss"``: the rule of torch's ReduceLROnPlateau.
 
+    As there, what counts as better is relative to the best mean loss; it is the one rule that a constant added to the loss changes.
+
     Args:
         mean_loss: mean of the epoch's finite losses, NaN if it had none (an epoch without progress).
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
@@ -49,8 +50,9 @@ class AutoWU(LRScheduler):
     `confidence` in `patience` tests in a row, the LR goes back to what it was at that minimum, the peak, and decays from there over
     the rest of the T steps. A warm-up that reaches its limit without such a verdict goes back to the LR of the fitted minimum too.
 
-    Call :meth:`step` with the training loss after every optimizer step. Nothing in it waits for the device, except, about 60 times
-    in the run and in the warm-up only, a test: one read of a few kilobytes.
+    Call :meth:`step` with the training loss after every optimizer step. It does not wait for the device, except in a test, about 60
+    times and in the warm-up only, for one read of a few kilobytes (more with the GPyTorch engine), and, with
+    ``decay_phase_stat="loss"``, once an epoch of the stable phase.
 
     Args:
         optimizer: any torch optimizer. The ratios between the LRs of its parameter groups (and timm's ``lr_scale``) are kept;
@@ -64,7 +66,7 @@ class AutoWU(LRScheduler):
         cooldown_fraction: share of T, in (0, 1), for the cooldown where it is not immediate; without effect where it is.
         min_lr: LR of step 0, above 0. None: by the optimizer's family, see :data:`autowu.families.LR_RANGES`.
         max_lr: LR that the warm-up would reach after W steps, above `min_lr`. None: by the optimizer's family.
-        max_warmup_fraction: W as a share of T, in (0, 1].
+        max_warmup_fraction: W as a share of T, in (0, 1]; 1 only where a cooldown that is not immediate ends the warm-up before.
         warmup_type: "exp" or "linear".
         warmup_unit: "step", or "epoch" to hold the LR within an epoch.
         decay_phase_stat: with "loss", the stable phase multiplies the LR by `decay_phase_factor` when the mean loss of an epoch has
@@ -154,9 +156,7 @@ class AutoWU(LRScheduler):
             confidence=confidence,
             min_contrast=min_contrast,
         )
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed={seed!r}: must be an integer")
-        self.gp: LossCurveGP = _engine(gp, self.config, seed)
+        self.gp: LossCurveGP = _engine(gp, self.config, _checked_seed(seed))
         try:
             self.device = None if device is None else torch.device(device)
         except RuntimeError as error:
@@ -184,19 +184,16 @@ class AutoWU(LRScheduler):
         LR from 1e-5 to 1 over half of the run; a test at the end of every epoch, 3 in a row; five subsamples of at most 500 losses;
         a length-scale of a fifth of the time so far; hyperparameters from 100 Adam steps on at most 100 losses, kept between tests.
         Where the published code is plainly at fault this preset is not: the last step of the run has an LR above 0, the first step
-        after the switch runs at the peak, a warm-up that times out goes back to the fitted minimum, a fit that fails ends no run.
+        after the switch runs at the peak, a warm-up that times out goes back to the fitted minimum, a fit that fails ends no run,
+        and fewer than 10 losses make no test.
 
         Args:
             overrides: any keyword argument of :class:`AutoWU`.
         """
-        engine = GPyTorchGP(lengthscale=0.2, published=True, seed=overrides.get("seed", 0))
-        published: dict[str, Any] = {
-            "min_lr": 1e-5,
-            "max_lr": 1.0,
-            "test_interval": "epoch",
-            "min_contrast": 0.0,
-            "gp": engine,
-        }
+        published: dict[str, Any] = {"min_lr": 1e-5, "max_lr": 1.0, "test_interval": "epoch", "min_contrast": 0.0}
+        if "gp" not in overrides:
+            seed = _checked_seed(overrides.get("seed", 0))
+            published["gp"] = GPyTorchGP(lengthscale=0.2, published=True, seed=seed)
         return cls(optimizer, steps_per_epoch, total_epochs, **(published | overrides))
 
     @property
@@ -245,7 +242,7 @@ class AutoWU(LRScheduler):
     def _initial_step(self) -> None:
         # Torch's constructor calls this to set the first LR; no loss has been seen.
         self._part_lrs()
-        initial = [_scalar(lr) for lr in self.base_lrs]
+        initial = [float(lr) for lr in self.base_lrs]
         self._fallback_lr = max(initial, default=0.0)
         scaled = [lr * group.get("lr_scale", 1.0) for lr, group in zip(initial, self.optimizer.param_groups, strict=True)]
         largest = max(scaled, default=0.0)
@@ -266,10 +263,10 @@ class AutoWU(LRScheduler):
         """Give the parameter groups added since the last step their ratio: of their LR to the first group's at this moment."""
         self._part_lrs()
         groups = self.optimizer.param_groups
-        first, default = _scalar(groups[0]["lr"]), self.optimizer.defaults.get("lr")
+        first, default = float(groups[0]["lr"]), self.optimizer.defaults.get("lr")
         for group in groups[len(self._ratios) :]:
-            lr = _scalar(group["lr"])
-            plain = default is not None and lr == _scalar(default)
+            lr = float(group["lr"])
+            plain = default is not None and lr == float(default)
             ratio = 1.0 if plain or first <= 0 else lr / first
             self._ratios.append(ratio * self._ratios[0] * group.get("lr_scale", 1.0))
             group.setdefault("initial_lr", group["lr"])
@@ -455,8 +452,10 @@ def _engine(gp: str | LossCurveGP, config: Config, seed: int) -> LossCurveGP:
     return gp
 
 
-def _scalar(lr: float | Tensor) -> float:
-    return float(lr)
+def _checked_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed={seed!r}: must be an integer")
+    return int(seed)
 
 
 def _checked(loss: Any) -> float | Tensor:

@@ -48,7 +48,8 @@ def valley_contrast(posterior: CurvePosterior) -> FloatArray:
     """How clearly the curve falls to its minimum and rises from it, in standard deviations, for each of the S fits, shape (S,).
 
     The largest fall to the minimum plus the rise from it to now, each over the standard deviation that the two points would have if
-    they were independent. Noise on a flat curve makes many a shallow valley: the probability alone takes 4 % of them for a minimum.
+    they were independent. Noise on a flat curve makes shallow valleys, and the probability alone now and then takes one for a
+    minimum.
     """
     lowest = posterior.mean.argmin(1)[:, None]
     depth = posterior.mean - np.take_along_axis(posterior.mean, lowest, 1)

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FIELDS = ("opt", "sched", "switch_step", "peak_lr", "test_accuracy", "test_loss", "total_steps")
+FIELDS = ("opt", "sched", "switch_step", "minimum_step", "peak_lr", "test_accuracy", "test_loss", "total_steps", "wall_s")
 
 
 def main() -> None:

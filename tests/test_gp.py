@@ -329,3 +329,12 @@ def test_one_device_to_host_read_per_posterior():
     assert len(reads) == 1
     on_cpu = engine.posterior(curve_of(valley(200), 300))
     np.testing.assert_allclose(posterior.mean, on_cpu.mean, rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e6, 1e12, 1e30])
+@pytest.mark.parametrize("place", [0, 1, 40, 99])
+def test_one_huge_loss_anywhere_leaves_the_minimum_where_it_is(place, size):
+    losses = [1 + abs(k - 60) / 60 + 0.01 * math.sin(37 * k) for k in range(100)]
+    losses[place] = size
+    posterior = ClosedFormGP(0.1).posterior(curve_of(losses))
+    assert posterior.grid[posterior.mean[0].argmin()] == pytest.approx(0.6, abs=0.03)

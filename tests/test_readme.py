@@ -1,5 +1,6 @@
 """What the README shows works as it stands there."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,11 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
+from autowu import AutoWU
+from autowu.families import LR_RANGES
+
+# The order of the rows in the README.
+ORDER = ["sgd", "adam", "lars", "lamb", "unknown"]
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -39,7 +45,9 @@ def test_snippet_trains(snippet):
 
 
 def test_every_number_has_its_script():
-    for script in re.findall(r"`(benchmarks/\w+\.py)`", README):
+    scripts = set(re.findall(r"`(benchmarks/\w+\.py)`", README))
+    assert len(scripts) == 3
+    for script in scripts:
         assert (ROOT / script).exists()
         assert (ROOT / "benchmarks" / "results" / f"{Path(script).stem}.json").exists()
 
@@ -63,10 +71,33 @@ def test_table_of_tests_is_the_measured_one():
 def test_table_of_optimizers_is_the_measured_one():
     for row in results("digits"):
         found = "hand-set" if row["switch_step"] is None else f"step {row['switch_step']}"
-        assert (
-            f"| {row['opt']} | {row['sched']} | {found} | {row['peak_lr']:.3g} | {row['test_accuracy']:.1%} | {row['test_loss']:.3f} |"
-            in README
-        )
+        lr, accuracy, loss = f"{row['peak_lr']:.3g}", f"{row['test_accuracy']:.1%}", f"{row['test_loss']:.3f}"
+        assert f"| {row['opt']} | {row['sched']} | {found} | {lr} | {accuracy} | {loss} |" in README
+
+
+def test_the_run_shown_is_the_measured_one():
+    row = results("digits")[0]
+    assert f"switched at step {row['switch_step']} of {row['total_steps']}: LR {row['peak_lr']:.4g}" in README
+    assert f"the loss was lowest at step {row['minimum_step']:.0f} " in README
+    assert f"ends by itself at step {row['switch_step']};" in README
+    assert row["wall_s"] < 60
+
+
+def test_table_of_arguments_is_complete():
+    table = README.split("## Arguments")[1].split("The LR range by")[0]
+    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| ([^|]*) \|", table, re.MULTILINE))))
+    parameters = inspect.signature(AutoWU).parameters
+    assert named == set(parameters)
+    for name, parameter in parameters.items():
+        if parameter.default not in (None, parameter.empty):
+            shown = f'"{parameter.default}"' if isinstance(parameter.default, str) else str(parameter.default)
+            assert re.search(rf"^\| `{name}` \| `{re.escape(shown)}` \|", table, re.MULTILINE), name
+
+
+def test_table_of_ranges_is_the_one_in_use():
+    table = README.split("The LR range by")[1].split("## LARS")[0]
+    rows = re.findall(r"^\| [^|`]+ \| (\S+) \| (\S+) \|$", table, re.MULTILINE)
+    assert [(float(low), float(high)) for low, high in rows] == [LR_RANGES[name] for name in ORDER]
 
 
 def test_share_of_the_paper_is_the_measured_one():

@@ -17,7 +17,7 @@ from autowu.training.loop import main
 
 ROOT = Path(__file__).parent.parent
 # A model without batch norm, so that two processes compute what one does.
-SHORT = ["--model", "test_convnext", "--batch-size", "128", "--epochs", "4"]
+SHORT = ["--model", "test_convnext", "--batch-size", "128", "--epochs", "4", "--device", "cpu"]
 
 
 def rows(path):
@@ -30,8 +30,23 @@ def launch(*command, **options):
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, **options)
 
 
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """The digits 0 and 1 as images in ImageNet's layout."""
+    root = tmp_path_factory.mktemp("images")
+    digits = load_digits()
+    for label in (0, 1):
+        images = digits.images[digits.target == label]
+        for part, chosen in (("train", images[:40]), ("val", images[40:60])):
+            folder = root / part / f"digit-{label}"
+            folder.mkdir(parents=True)
+            for k, image in enumerate(chosen):
+                Image.fromarray((image * 15).astype("uint8")).convert("RGB").save(folder / f"{k}.png")
+    return root
+
+
 def test_without_arguments_it_learns_the_digits(tmp_path):
-    result = launch("-W", "error", str(ROOT / "train.py"), "--run-dir", str(tmp_path / "run"), timeout=300)
+    result = launch("-W", "error", str(ROOT / "train.py"), "--device", "cpu", "--run-dir", str(tmp_path / "run"), timeout=300)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["test_accuracy"] > 0.97
@@ -61,9 +76,8 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_train_as_one(tmp_path, launcher):
     two = ["--batch-size", "64", *SHORT[:2], *SHORT[4:]]
-    result = launch(
-        *LAUNCHERS[launcher], "--nproc-per-node", "2", "train.py", *two, "--run-dir", str(tmp_path / "two"), timeout=300
-    )
+    command = [*LAUNCHERS[launcher], "--standalone", "--nproc-per-node", "2", "train.py", *two]
+    result = launch(*command, "--run-dir", str(tmp_path / "two"), timeout=300)
     assert result.returncode == 0, result.stderr
     assert main([*SHORT, "--run-dir", str(tmp_path / "one")]) == 0
     one, two = (rows(tmp_path / name / "metrics.csv") for name in ("one", "two"))
@@ -76,8 +90,11 @@ def test_two_processes_train_as_one(tmp_path, launcher):
     assert summaries[1]["switch_step"] == summaries[0]["switch_step"]
 
 
-def test_a_killed_run_goes_on_exactly(tmp_path):
-    options = ["--model", "test_convnext", "--epochs", "6"]
+@pytest.mark.parametrize("data", ["digits", "folder"])
+def test_a_killed_run_goes_on_exactly(tmp_path, image_folder, data):
+    options = ["--model", "test_convnext", "--epochs", "6", "--device", "cpu"]
+    if data == "folder":
+        options += ["--data-dir", str(image_folder), "--img-size", "32", "--batch-size", "16", "--workers", "1"]
     assert main([*options, "--run-dir", str(tmp_path / "whole")]) == 0
     cut = [sys.executable, "train.py", *options, "--run-dir", str(tmp_path / "cut")]
     with subprocess.Popen(cut, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -91,23 +108,28 @@ def test_a_killed_run_goes_on_exactly(tmp_path):
         assert torch.equal(weight, resumed["model"][name])
 
 
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory):
-    """The digits 0 and 1 as images in ImageNet's layout."""
-    root = tmp_path_factory.mktemp("images")
-    digits = load_digits()
-    for label in (0, 1):
-        images = digits.images[digits.target == label]
-        for part, chosen in (("train", images[:40]), ("val", images[40:60])):
-            folder = root / part / f"digit-{label}"
-            folder.mkdir(parents=True)
-            for k, image in enumerate(chosen):
-                Image.fromarray((image * 15).astype("uint8")).convert("RGB").save(folder / f"{k}.png")
-    return root
+@pytest.mark.parametrize(("option", "value"), [("--epochs", "5"), ("--opt", "lamb"), ("--sched", "cosine")])
+def test_a_run_goes_on_under_its_own_options_only(tmp_path, capsys, option, value):
+    assert main([*SHORT, "--run-dir", str(tmp_path / "run")]) == 0
+    assert main([*SHORT, option, value, "--run-dir", str(tmp_path / "run"), "--resume"]) == 2
+    assert f"{option} is {value}, but the run was started with" in capsys.readouterr().err
 
 
 def test_image_folder(tmp_path, image_folder):
-    options = ["--data-dir", str(image_folder), "--img-size", "32", "--batch-size", "16", "--epochs", "2", "--workers", "1"]
+    options = [
+        "--data-dir",
+        str(image_folder),
+        "--img-size",
+        "32",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "2",
+        "--workers",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert main([*options, "--run-dir", str(tmp_path / "run")]) == 0
     assert len(rows(tmp_path / "run" / "metrics.csv")) == 2 * (80 // 16)
 
@@ -116,7 +138,7 @@ def test_image_folder(tmp_path, image_folder):
     "options",
     [
         ["--opt", "lamb"],
-        ["--opt", "adamw", "--sched", "cosine"],
+        ["--opt", "lookahead_adamw", "--sched", "cosine"],
         ["--opt", "sgd", "--sched", "paper", "--amp"],
         ["--cooldown-fraction", "0.25", "--cooldown-type", "sqrt", "--label-smoothing", "0.1"],
     ],
@@ -131,7 +153,7 @@ def test_options(tmp_path, options):
 
 
 def test_a_model_of_fixed_input_size_gets_it(tmp_path):
-    options = ["--model", "test_vit3", "--batch-size", "600", "--epochs", "1", "--max-warmup-fraction", "0.5"]
+    options = ["--model", "test_vit3", "--batch-size", "600", "--epochs", "1", "--device", "cpu"]
     assert main([*options, "--run-dir", str(tmp_path / "run")]) == 0
 
 
@@ -146,6 +168,10 @@ def test_a_model_of_fixed_input_size_gets_it(tmp_path):
         (["--opt", "lasr"], "did you mean lars"),
         (["--sched", "cosin"], "did you mean cosine"),
         (["--batch-size", "1348"], "more than the 1347 training images"),
+        (["--data-dir", "FULL"], "FULL"),
+        (["--label-smoothing", "2"], "at most 1"),
+        (["--opt", "adahessian"], "second derivatives"),
+        (["--sched", "cosine", "--min-lr", "1e-4"], "--min-lr: goes with AutoWU"),
         (["--epochs", "0"], "--epochs 0: must be at least 1"),
         (["--min-lr", "2", "--max-lr", "1"], "min_lr=2.0: must be below max_lr=1.0"),
         (["--resume"], "needs --run-dir"),
@@ -159,11 +185,11 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path, monkeypatch, capsys, optio
     Path("EMPTY", "train").mkdir(parents=True)
     Path("FULL").mkdir()
     Path("FULL", "file").touch()
+    Path("FULL", "train").touch()
     before = set(tmp_path.rglob("*"))
     assert main(options) == 2
     error = capsys.readouterr().err
     assert error.startswith("train.py: error: ")
     assert error.count("\n") == 1
     assert said in error
-    assert not list(tmp_path.rglob("metrics.csv"))
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} <= before
+    assert set(tmp_path.rglob("*")) == before  # no folder of a run that never was

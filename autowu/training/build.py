@@ -85,7 +85,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     if config.opt == "lars":
         groups = split_by_dimension(model.named_parameters(), config.weight_decay)
         return LARS(SGD(groups, lr=config.lr or HAND_SET_LR["lars"], momentum=config.momentum))
-    if config.opt not in list_optimizers():
+    if config.opt.lower().removeprefix("lookahead_") not in list_optimizers():
         raise unknown_name("--opt", config.opt, ["lars", *list_optimizers()])
     try:
         # The first is made to learn its family, which the LR depends on.
@@ -94,6 +94,8 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
         optimizer = create_optimizer_v2(model, config.opt, lr, config.weight_decay, config.momentum)
     except Exception as error:  # an optional package that is not installed, arguments that it does not take
         raise UsageError(f"--opt {config.opt}: cannot be built: {error or type(error).__name__}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise UsageError(f"--opt {config.opt}: needs second derivatives, which train.py does not compute")
     return optimizer
 
 
@@ -115,12 +117,11 @@ def build_scheduler(config: TrainConfig, optimizer: Optimizer, steps_per_epoch: 
         return LambdaLR(optimizer, factor)
     options: dict[str, Any] = {
         "immediate_cooldown": config.cooldown_fraction is None,
-        "cooldown_type": config.cooldown_type,
-        "max_warmup_fraction": config.max_warmup_fraction,
         "seed": config.seed,
     }
-    given = {"cooldown_fraction": config.cooldown_fraction, "min_lr": config.min_lr, "max_lr": config.max_lr}
-    options |= {name: value for name, value in given.items() if value is not None}
+    for name in ("cooldown_type", "cooldown_fraction", "max_warmup_fraction", "min_lr", "max_lr"):
+        if (value := getattr(config, name)) is not None:
+            options[name] = value
     make = AutoWU.paper if config.sched == "paper" else AutoWU
     try:
         return make(optimizer, steps_per_epoch, config.epochs, **options)

@@ -31,8 +31,8 @@ class TrainConfig:
     lr: float | None
     min_lr: float | None
     max_lr: float | None
-    max_warmup_fraction: float
-    cooldown_type: str
+    max_warmup_fraction: float | None
+    cooldown_type: str | None
     cooldown_fraction: float | None
     epochs: int
     batch_size: int
@@ -72,11 +72,13 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     optim.add_argument("--momentum", type=float, default=0.9, help="momentum, where the optimizer has one")
     sched = parser.add_argument_group("learning rate")
     sched.add_argument("--sched", default="autowu", help="'autowu', 'paper' (AutoWU as published) or 'cosine' (5%% linear warm-up)")
-    sched.add_argument("--lr", type=float, help="peak LR of --sched cosine (default: by optimizer); AutoWU needs none")
+    sched.add_argument(
+        "--lr", type=float, help="peak LR of --sched cosine (default: by optimizer); AutoWU needs it only if no loss was finite"
+    )
     sched.add_argument("--min-lr", type=float, help="LR of the first step (default: by optimizer)")
     sched.add_argument("--max-lr", type=float, help="LR at which a full warm-up ends (default: by optimizer)")
-    sched.add_argument("--max-warmup-fraction", type=float, default=0.5, help="share of the run that the warm-up may take")
-    sched.add_argument("--cooldown-type", default="cosine", help="'cosine', 'half_cosine', 'linear' or 'sqrt'")
+    sched.add_argument("--max-warmup-fraction", type=float, help="share of the run that the warm-up may take (default: 0.5)")
+    sched.add_argument("--cooldown-type", help="'cosine', 'half_cosine', 'linear' or 'sqrt' (default: cosine)")
     sched.add_argument(
         "--cooldown-fraction", type=float, help="hold the peak, then cool down over this last share (default: cool down at once)"
     )
@@ -85,7 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     run.add_argument("--batch-size", type=int, default=64, help="images per step and process")
     run.add_argument("--label-smoothing", type=float, default=0.0, help="label smoothing")
     run.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    run.add_argument("--sync-bn", action="store_true", help="batch-norm statistics over all processes")
+    run.add_argument("--sync-bn", action="store_true", help="batch-norm statistics over all processes, on GPUs")
     run.add_argument("--workers", type=int, default=4, help="loader processes for an image folder")
     run.add_argument("--device", help="'cpu' or 'cuda' (default: cuda if there is one)")
     run.add_argument("--seed", type=int, default=0, help="of the initialisation and of the order of the data")
@@ -115,6 +117,12 @@ def _check(config: TrainConfig) -> None:
     for name in ("weight_decay", "momentum", "label_smoothing", "workers"):
         if not (value := getattr(config, name)) >= 0:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 0")
+    if config.label_smoothing > 1:
+        raise UsageError(f"--label-smoothing {config.label_smoothing}: must be at most 1")
+    if config.sched == "cosine":
+        for name in ("min_lr", "max_lr", "max_warmup_fraction", "cooldown_type", "cooldown_fraction"):
+            if getattr(config, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')}: goes with AutoWU, not with --sched cosine")
     if config.lr is not None and not config.lr > 0:
         raise UsageError(f"--lr {config.lr}: must be above 0")
     if config.device not in (None, "cpu", "cuda"):

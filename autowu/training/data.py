@@ -77,8 +77,9 @@ def make_loaders(config: TrainConfig, process: Process, data: Data, size: int, m
     train, test = _digits(size) if data.root is None else _folder(data.root, size, model_config)
     # The digits lie in memory: worker processes would cost more than they bring.
     options: dict[str, Any] = {"pin_memory": process.device.type == "cuda"}
-    if data.root is not None and config.workers > 0:
-        options |= {"num_workers": config.workers, "persistent_workers": True}
+    if data.root is not None:
+        # Workers that outlived an epoch would keep a random state that a resumed run does not have.
+        options["num_workers"] = config.workers
     sampler: DistributedSampler[Any] = DistributedSampler(
         train, process.world_size, process.rank, shuffle=True, seed=config.seed, drop_last=True
     )
@@ -113,8 +114,8 @@ def _image_folder(root: Path, transform: Any = None) -> Any:
 
     try:
         return ImageFolder(str(root), transform)
-    except FileNotFoundError as error:
-        # It says whether the folder, its class folders or their images are missing.
+    except OSError as error:
+        # It says whether the folder, its class folders or their images are missing, or cannot be read.
         reason = str(error).split(". Supported")[0]
         raise UsageError(f"--data-dir {root.parent}: {reason}") from None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
+import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,15 +29,18 @@ __all__ = ["main", "train"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run train.py; the exit code: 0, 2 for what the user asked and cannot be, 130 after Ctrl-C."""
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
         config = parse_args(argv)
         with join(config.device) as process:
             train(config, process)
     except UsageError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        if is_main:
+            print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted; go on with the same command and --run-dir {config.run_dir} --resume", file=sys.stderr)
+        if is_main and (config.run_dir / "checkpoint.pt").exists():
+            print(f"interrupted; go on with the same options and --run-dir {config.run_dir} --resume", file=sys.stderr)
         return 130
     return 0
 
@@ -48,8 +53,10 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
     """
     started = time.perf_counter()
     torch.manual_seed(config.seed)
+    if config.sync_bn and process.device.type != "cuda":
+        raise UsageError("--sync-bn: works on GPUs only")
     data = find_data(config, process)
-    folder = RunFolder(config) if process.is_main or config.resume else None
+    folder = RunFolder(config, process.world_size) if process.is_main or config.resume else None
     built = build_model(config, data)
     run = Run(config, process, built, make_loaders(config, process, data, built.size, built.data_config))
     with run.records(folder):
@@ -64,8 +71,10 @@ class Run:
     def __init__(self, config: TrainConfig, process: Process, built: Model, loaders: Loaders) -> None:
         self.config, self.process, self.loaders = config, process, loaders
         self.model: nn.Module = built.module.to(process.device)
-        if config.sync_bn and process.world_size > 1 and process.device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
+        if config.sync_bn and process.world_size > 1:
+            from timm.layers import convert_sync_batchnorm  # torch's own drops the activations of timm's layers
+
+            self.model = convert_sync_batchnorm(self.model)
         if process.device.type == "cuda":
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer: Optimizer = build_optimizer(config, self.model)
@@ -91,7 +100,7 @@ class Run:
             yield
             return
         self.folder = folder
-        folder.start(self.config, self.first_epoch * self.steps_per_epoch)
+        folder.start(self.first_epoch * self.steps_per_epoch)
         parameters = sum(p.numel() for p in self.model.parameters())
         config, total = self.config, self.config.epochs * self.steps_per_epoch
         self.say(
@@ -102,6 +111,7 @@ class Run:
         from tqdm import tqdm
 
         logger, lines = logging.getLogger("autowu"), _Lines(self)
+        level = logger.level
         logger.setLevel(logging.INFO)
         logger.addHandler(lines)
         try:
@@ -110,12 +120,15 @@ class Run:
                 yield
         finally:
             logger.removeHandler(lines)
+            logger.setLevel(level)
 
     def epoch(self, epoch: int) -> None:
         """Train for one epoch, test, and record it."""
         started = time.perf_counter()
         # Seeded anew, so that a resumed run draws what the uncut one would have.
-        torch.manual_seed(self.config.seed + (epoch + 1) * self.process.world_size + self.process.rank)
+        seed = self.config.seed + (epoch + 1) * self.process.world_size + self.process.rank
+        torch.manual_seed(seed)
+        random.seed(seed)  # timm's transforms
         self.loaders.sampler.set_epoch(epoch)
         losses, lrs = [], []
         self.forward.train()
@@ -171,7 +184,7 @@ class Run:
         if self.process.world_size > 1:
             from timm.utils import distribute_bn
 
-            # Every process has batch-norm statistics of its own images: the mean of them is tested and saved.
+            # Batch-norm statistics differ by what each process saw in its last step: the mean of them is tested and saved.
             distribute_bn(self.model, self.process.world_size, reduce=True)
         self.model.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.process.device)
@@ -218,6 +231,7 @@ class Run:
             "test_loss": self.last["test_loss"],
             "train_loss": self.last["train_loss"],
             "switch_step": None if switch is None else switch.step,
+            "minimum_step": None if switch is None else switch.minimum,
             "switch_by_test": None if switch is None else switch.by_test,
             "peak_lr": switch.lr if switch else max(float(lr) for lr in self.scheduler.base_lrs),
             "total_steps": config.epochs * self.steps_per_epoch,

@@ -53,7 +53,12 @@ def join(device: str | None) -> Iterator[Process]:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     place = torch.device(device)
     if device == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"--device cuda: process {local_rank} of this machine has none of its {torch.cuda.device_count()} GPUs"
+            )
+        place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
     if world_size == 1:
         yield Process(0, 1, place)

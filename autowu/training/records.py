@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from autowu.training.config import TrainConfig, UsageError
 
 __all__ = ["RunFolder"]
+
+_FREE_TO_CHANGE = {"resume", "run_dir", "workers", "device"}
 
 _STEP_FIELDS = ("step", "epoch", "lr", "loss")
 _EPOCH_FIELDS = ("epoch", "step", "phase", "lr", "train_loss", "test_loss", "test_accuracy", "seconds")
@@ -27,27 +28,39 @@ class RunFolder:
     every epoch), and at the end ``summary.json`` and ``figure.png``.
 
     Raises:
-        UsageError: if the folder cannot be written, holds something already, or is to be resumed and holds no checkpoint.
+        UsageError: if the folder holds something already, or is to be resumed and holds no checkpoint, or one of other options.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, world_size: int) -> None:
         self.path = config.run_dir
         self.checkpoint_path = self.path / "checkpoint.pt"
-        if config.resume and not self.checkpoint_path.is_file():
+        self.config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()} | {"world_size": world_size}
+        if config.resume:
+            self._check_resumable()
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise UsageError(f"--run-dir {self.path}: not empty; go on with it by --resume, or name another")
+
+    def _check_resumable(self) -> None:
+        """A run goes on under the options that it was started with, or it would be another run."""
+        if not self.checkpoint_path.is_file():
             raise UsageError(f"--resume: no checkpoint in {self.path}")
+        before = json.loads((self.path / "config.json").read_text())
+        for name in self.config.keys() - _FREE_TO_CHANGE:
+            if before.get(name) != self.config[name]:
+                option = "number of processes" if name == "world_size" else f"--{name.replace('_', '-')}"
+                raise UsageError(f"--resume: {option} is {self.config[name]}, but the run was started with {before.get(name)}")
+
+    def start(self, step: int) -> None:
+        """Make the folder, write the configuration; of a resumed run keep the metrics of the `step` steps of the checkpoint.
+
+        Raises:
+            UsageError: if the folder cannot be written.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not config.resume and any(self.path.iterdir()):
-                raise UsageError(f"--run-dir {self.path}: not empty; go on with it by --resume, or name another")
-            if not os.access(self.path, os.W_OK):
-                raise PermissionError(13, "not writable")
+            self._write_json("config.json", self.config)
         except OSError as error:
             raise UsageError(f"--run-dir {self.path}: cannot be written: {error.strerror or error}") from None
-
-    def start(self, config: TrainConfig, step: int) -> None:
-        """Write the configuration; of a resumed run keep the metrics of the `step` steps that the checkpoint has behind it."""
-        options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-        self._write_json("config.json", options)
         for name, fields in (("metrics.csv", _STEP_FIELDS), ("epochs.csv", _EPOCH_FIELDS)):
             kept = [row for row in self.rows(name) if int(row["step"]) < step] if step else []
             with (self.path / name).open("w", newline="") as file:
