@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from curves import curve_of, valley
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import cho_factor, cho_solve
@@ -20,27 +21,6 @@ with warnings.catch_warnings():
     import gpytorch
 
 LENGTHSCALES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def valley(n, noise=0.1, seed=0):
-    """A warm-up of n losses: down from 2.3, lowest at 0.6, up again to about 1.5."""
-    x = np.arange(n) / n
-    return 0.9 + 1.4 * ((x - 0.6) / 0.6) ** 2 + noise * np.random.default_rng(seed).normal(size=n)
-
-
-def curve_of(losses, warmup_steps=None, max_points=2048):
-    history = LossHistory(max_points)
-    for loss in losses:
-        history.append(float(loss))
-    return history.curve(warmup_steps or len(losses))
 
 
 def rbf(x, x2, lengthscale):

@@ -11,10 +11,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from curves import curve_of, valley
 
 from autowu.gp import ClosedFormGP, LossCurveGP
 from autowu.gpytorch_engine import GPyTorchGP
-from autowu.history import LossHistory
 from autowu.switching import probability_past_minimum
 
 with warnings.catch_warnings():
@@ -22,27 +22,6 @@ with warnings.catch_warnings():
     import gpytorch
 
 ARRAYS = ("grid", "mean", "variance", "difference_variance")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def valley(n, noise=0.1, seed=0):
-    """A warm-up of n losses: down from 2.3, lowest at 0.6, up again to about 1.5."""
-    x = np.arange(n) / n
-    return 0.9 + 1.4 * ((x - 0.6) / 0.6) ** 2 + noise * np.random.default_rng(seed).normal(size=n)
-
-
-def curve_of(losses, warmup_steps=None):
-    history = LossHistory(max_points=None)
-    for loss in losses:
-        history.append(float(loss))
-    return history.curve(warmup_steps or len(losses))
 
 
 def assert_same(posterior, other):
@@ -80,7 +59,7 @@ def test_the_fit_is_that_of_the_closed_form(lengthscale, n, noise):
 
 
 def test_subsamples_of_a_long_curve_differ_and_agree_with_all_losses():
-    curve = curve_of(valley(3000, noise=0.5))
+    curve = curve_of(valley(3000, noise=0.5), max_points=None)
     ours = ClosedFormGP(0.2).posterior(curve)
     theirs = GPyTorchGP(lengthscale=0.2, num_subsamples=4, posterior_size=300).posterior(curve)
     assert theirs.mean.shape == (4, 500)
