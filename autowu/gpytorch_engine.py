@@ -34,8 +34,8 @@ class GPyTorchGP:
         num_subsamples: draws, each of which has a vote, 1 or more.
         fit_size: losses at most behind the fit of the hyperparameters, 2 or more.
         posterior_size: losses at most behind each posterior, 2 or more.
-        published: fit as the published code does, for those who reproduce the paper: positions run over [0, 1] up to now and skip
-            losses that are not finite, losses are not standardised, the fit is 100 Adam steps with LR 0.01, which end short of the
+        published: fit as the published code does, for those who reproduce the paper: positions run over [0, 1] up to now, losses
+            are not standardised, the fit is 100 Adam steps with LR 0.01, which end short of the
             maximum, parameters and Adam's moments carry over to the next test, and 1e-4 is added to the variance of a difference.
         seed: of the draws.
 
@@ -94,11 +94,9 @@ class GPyTorchGP:
         grid_positions = grid
         if self.published:
             center, scale = torch.zeros_like(center), torch.ones_like(scale)
-            positions = torch.arange(n, dtype=losses.dtype, device=losses.device) / n
-            grid = grid / end
-            # The published code reads the LR off the axis of the steps taken, which ends with the last one, and does not know
-            # of the losses that it has dropped.
-            grid_positions, end = grid * (n - 1) * curve.resolution, curve.end
+            positions, grid, end = positions / curve.end, grid / end, curve.end
+            # The published code reads the LR off the axis of the steps taken, which ends with the last one.
+            grid_positions = grid * (end - curve.resolution)
         x, y = positions, (losses - center) / scale
 
         draw = self._draw(n, self.fit_size).to(x.device)

@@ -18,6 +18,7 @@ import argparse
 import json
 import logging
 import math
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,30 +53,31 @@ def agrees(switch: Switch, run: dict[str, Any]) -> bool:
     return switch.by_test and near_step and near_lr
 
 
+def count_agreeing(path: Path, seed: int) -> dict[str, int]:
+    """Replay all curves of a file with one seed, and say which decisions disagree."""
+    logging.getLogger("autowu").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    curves = [json.loads(line) for line in path.read_text().splitlines()]
+    cases = [(curve, run) for curve in curves for run in curve["published_code"] if run["by_test"]]
+    agreeing = 0
+    for curve, run in cases:
+        switch = replay(curve, run, seed)
+        agreeing += agrees(switch, run)
+        if not agrees(switch, run):
+            name = "{task} {optimizer} batch {batch_size} seed {seed} warm-up {warmup_steps}".format(**curve)
+            step, lr = f"step {switch.step} for {run['switch_step']}", f"LR {switch.lr:.4g} for {run['lr_after_switch']:.4g}"
+            print(f"seed {seed}, {name}: {step}, {lr}", flush=True)
+    print(f"seed {seed}: {agreeing} of {len(cases)} agree ({agreeing / len(cases):.0%})", flush=True)
+    return {"seed": seed, "agree": agreeing, "of": len(cases)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("curves", nargs="?", type=Path, default=HERE / "data" / "warmups.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
-    logging.getLogger("autowu").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    curves = [json.loads(line) for line in args.curves.read_text().splitlines()]
-    cases = [(curve, run) for curve in curves for run in curve["published_code"] if run["by_test"]]
-    results = []
-    for seed in args.seeds:
-        agreeing = 0
-        for curve, run in cases:
-            switch = replay(curve, run, seed)
-            agreeing += agrees(switch, run)
-            if not agrees(switch, run):
-                name = "{task} {optimizer} batch {batch_size} seed {seed} warm-up {warmup_steps}".format(**curve)
-                print(
-                    f"seed {seed}, {name}: step {switch.step} for {run['switch_step']}, "
-                    f"LR {switch.lr:.4g} for {run['lr_after_switch']:.4g}",
-                    flush=True,
-                )
-        print(f"seed {seed}: {agreeing} of {len(cases)} agree ({agreeing / len(cases):.0%})", flush=True)
-        results.append({"seed": seed, "agree": agreeing, "of": len(cases)})
+    with ProcessPoolExecutor() as pool:
+        results = list(pool.map(count_agreeing, [args.curves] * len(args.seeds), args.seeds))
     (HERE / "results" / "paper_decisions.json").write_text(json.dumps(results, indent=2) + "\n")
 
 

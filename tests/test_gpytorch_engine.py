@@ -185,13 +185,13 @@ def test_losses_that_are_not_finite_are_missing_at_their_positions():
     assert (np.abs(theirs.mean - ours.mean) < 0.01 * np.sqrt(ours.variance)).all()
 
 
-def test_published_positions_skip_losses_that_are_not_finite():
-    losses = valley(90)
-    gaps = np.insert(losses, [10, 30, 30, 60], [math.nan, math.inf, math.nan, -math.inf])
-    plain = GPyTorchGP(published=True).posterior(curve_of(losses, 200))
-    with_gaps = GPyTorchGP(published=True).posterior(curve_of(gaps, 200))
-    np.testing.assert_allclose(with_gaps.mean, plain.mean, rtol=1e-9)
-    np.testing.assert_allclose(with_gaps.grid, plain.grid, rtol=1e-9)
+def test_published_positions_run_over_all_steps_so_far():
+    losses = [*valley(90, noise=0.01), *[math.nan] * 10]
+    posterior = GPyTorchGP(lengthscale=0.2, published=True).posterior(curve_of(losses, 200))
+    assert posterior.num_losses == 90
+    assert posterior.grid[-1] == pytest.approx(99 / 200)  # the last step taken
+    lowest = posterior.grid[posterior.mean.argmin(1)]
+    np.testing.assert_allclose(lowest, 0.6 * 90 / 200, atol=0.02)
 
 
 def test_exploding_losses_do_not_hide_the_minimum():
