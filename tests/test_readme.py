@@ -29,7 +29,8 @@ def test_snippet_trains(snippet):
     torch.manual_seed(0)
     digits = load_digits()
     images, labels = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    layers = (torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    model = torch.nn.Sequential(*layers)
     names = {
         "model": model,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
@@ -96,7 +97,7 @@ def test_table_of_arguments_is_complete():
 
 def test_table_of_ranges_is_the_one_in_use():
     table = README.split("The LR range by")[1].split("## LARS")[0]
-    rows = re.findall(r"^\| [^|`]+ \| (\S+) \| (\S+) \|$", table, re.MULTILINE)
+    rows = re.findall(r"^\| [^|]+ \| (\d\S*) \| (\d\S*) \|$", table, re.MULTILINE)
     assert [(float(low), float(high)) for low, high in rows] == [LR_RANGES[name] for name in ORDER]
 
 
