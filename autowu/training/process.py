@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,5 +67,8 @@ def join(device: str | None) -> Iterator[Process]:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         yield Process(dist.get_rank(), world_size, place)
+        # Leave together, and with no model that still holds the group: gloo's threads abort a process that goes before them.
+        gc.collect()
+        dist.barrier()
     finally:
         dist.destroy_process_group()
