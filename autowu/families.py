@@ -28,6 +28,7 @@ _FAMILIES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "sgd": ("sgd", "sgdw", "sgdp", "asgd", "nesterov", "fusedsgd"),
 }
+_WRAPPED: Final = ("optim", "_base_optimizer", "optimizer")  # torchlars and ours, timm, Accelerate
 _FAMILY_OF: Final = {name: family for family, names in _FAMILIES.items() for name in names}
 
 
@@ -44,7 +45,7 @@ def family(optimizer: Optimizer) -> str:
     """
     names = (cls.__name__.lower().replace("_", "") for cls in type(optimizer).__mro__)
     found = next((_FAMILY_OF[name] for name in names if name in _FAMILY_OF), "unknown")
-    wrapped = getattr(optimizer, "optim", getattr(optimizer, "_base_optimizer", None))
+    wrapped = next((w for name in _WRAPPED if (w := getattr(optimizer, name, None)) is not None), None)
     if isinstance(wrapped, Optimizer) and (found == "unknown" or family(wrapped) == "adam"):
         return family(wrapped)
     return found

@@ -20,13 +20,16 @@ __all__ = [
     "Phase",
     "State",
     "Switch",
+    "Verdict",
     "after_test",
     "base_lr",
     "configure",
     "end_plateau_epoch",
+    "extended",
     "is_test_due",
     "phase_at",
     "plateau_epoch_due",
+    "verdict",
 ]
 
 Phase = Literal["warmup", "stable", "cooldown", "done"]
@@ -47,7 +50,7 @@ class Config:
         steps_per_epoch: None for a run that was given `total_steps` only.
         warmup_steps: length W of the axis on which the LR would grow from `min_lr` to `max_lr`.
         warmup_limit: step at which a warm-up ends without a switch: W, or the start of the cooldown where that comes first.
-        cooldown_start: first step of the last `cooldown_fraction`; used where the cooldown is not immediate.
+        cooldown_fraction, cooldown_start: share of T for the cooldown and its first step, used where it is not immediate.
         test_interval: steps between tests.
     """
 
@@ -61,6 +64,7 @@ class Config:
     warmup_unit: str
     immediate_cooldown: bool
     cooldown_type: str
+    cooldown_fraction: float
     cooldown_start: int
     decay_phase_stat: str | None
     decay_phase_factor: float
@@ -87,6 +91,25 @@ class Switch:
     probability: float | None
     minimum: float | None
     by_test: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of a test in the five numbers that all processes of a run must share.
+
+    Attributes:
+        switch: whether to switch.
+        votes: tests in a row, this one included, that found the minimum past.
+        probability: of the minimum being past, in [0, 1].
+        lr: LR at the minimum, the mean over the subsamples, of the parameter group with the largest LR.
+        minimum: where the fitted curve is lowest, in steps, fractional.
+    """
+
+    switch: bool
+    votes: int
+    probability: float
+    lr: float
+    minimum: float
 
 
 @dataclass(frozen=True)
@@ -152,23 +175,26 @@ def is_test_due(config: Config, state: State, step: int) -> bool:
     return step % config.test_interval == 0 or step == config.warmup_limit
 
 
-def after_test(config: Config, state: State, step: int, decision: SwitchDecision | None, fallback_lr: float) -> State:
-    """The state after a test (or a failed one, `decision` None) at `step`: switched, where the test or the limit says so.
-
-    The LR after a switch is that of the fitted curve's minimum, the mean over the subsamples. A warm-up that ends with no fit at
-    all goes on at `fallback_lr`, brought into the LR range.
-    """
-    state = replace(state, votes=0 if decision is None else decision.votes)
-    by_test = decision is not None and decision.switch
-    if not by_test and step < config.warmup_limit:
-        return state
-    if decision is None:
-        lr = min(max(fallback_lr, config.min_lr), config.max_lr)
-        return replace(state, switch=Switch(step, lr, None, None, by_test=False))
+def verdict(config: Config, step: int, decision: SwitchDecision) -> Verdict:
+    """What `decision`, on the losses of the first `step` steps, comes to."""
     minima = [min(m * config.warmup_steps, float(step)) for m in decision.minima]
     lr = sum(_warmup_lr(config, m) for m in minima) / len(minima)
-    minimum = sum(minima) / len(minima)
-    return replace(state, switch=Switch(step, lr, decision.probability, minimum, by_test))
+    return Verdict(decision.switch, decision.votes, decision.probability, lr, sum(minima) / len(minima))
+
+
+def after_test(config: Config, state: State, step: int, verdict: Verdict | None, fallback_lr: float) -> State:
+    """The state after a test (or a failed one, `verdict` None) at `step`: switched, where the test or the limit says so.
+
+    A warm-up that ends with no verdict at all goes on at `fallback_lr`, brought into the LR range.
+    """
+    state = replace(state, votes=0 if verdict is None else verdict.votes)
+    by_test = verdict is not None and verdict.switch
+    if not by_test and step < config.warmup_limit:
+        return state
+    if verdict is None:
+        lr = min(max(fallback_lr, config.min_lr), config.max_lr)
+        return replace(state, switch=Switch(step, lr, None, None, by_test=False))
+    return replace(state, switch=Switch(step, verdict.lr, verdict.probability, verdict.minimum, by_test))
 
 
 def plateau_epoch_due(config: Config, state: State, step: int) -> bool:
@@ -260,7 +286,7 @@ def configure(
         raise ValueError("decay_phase_factor=1.0: with decay_phase_stat='loss' it must be above 0 and below 1")
 
     warmup_steps = int(max_warmup_fraction * total)
-    cooldown_start = total - max(1, round(cooldown_fraction * total))
+    cooldown_start = _cooldown_start(total, cooldown_fraction)
     limit = warmup_steps if immediate_cooldown else min(warmup_steps, cooldown_start)
     if not 1 <= limit < total:
         raise ValueError(
@@ -287,6 +313,7 @@ def configure(
         warmup_unit=warmup_unit,
         immediate_cooldown=immediate_cooldown,
         cooldown_type=cooldown_type,
+        cooldown_fraction=float(cooldown_fraction),
         cooldown_start=cooldown_start,
         decay_phase_stat=decay_phase_stat,
         decay_phase_factor=float(decay_phase_factor),
@@ -295,6 +322,26 @@ def configure(
         confidence=float(confidence),
         min_contrast=float(min_contrast),
     )
+
+
+def extended(config: Config, other: Config) -> Config:
+    """`config` with the length of `other`, if that is the longer: in epochs, or in steps where neither has epochs.
+
+    The warm-up stays as it is; the cooldown moves to the new end.
+    """
+    if config.steps_per_epoch is not None and other.steps_per_epoch is not None:
+        total = config.steps_per_epoch * (other.total_steps // other.steps_per_epoch)
+    elif config.steps_per_epoch is None and other.steps_per_epoch is None:
+        total = other.total_steps
+    else:
+        return config
+    if total <= config.total_steps:
+        return config
+    return replace(config, total_steps=total, cooldown_start=_cooldown_start(total, config.cooldown_fraction))
+
+
+def _cooldown_start(total_steps: int, cooldown_fraction: float) -> int:
+    return total_steps - max(1, round(cooldown_fraction * total_steps))
 
 
 def _total_steps(steps_per_epoch: int | None, total_epochs: int | None, total_steps: int | None) -> int:

@@ -6,15 +6,17 @@ import logging
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, astuple, fields
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from autowu.distributed import exchange, rank_and_size, sum_over_ranks
 from autowu.families import lr_range
 from autowu.gp import MIN_LENGTHSCALE, ClosedFormGP, CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import GPyTorchGP
@@ -24,13 +26,16 @@ from autowu.phases import (
     Phase,
     State,
     Switch,
+    Verdict,
     after_test,
     base_lr,
     configure,
     end_plateau_epoch,
+    extended,
     is_test_due,
     phase_at,
     plateau_epoch_due,
+    verdict,
 )
 from autowu.switching import MIN_LOSSES, SwitchDecision, decide
 
@@ -38,7 +43,11 @@ __all__ = ["AutoWU"]
 
 _logger = logging.getLogger("autowu")
 
-_STATE_VERSION: Final = 1
+_STATE_VERSION: Final = 2
+_STAGED_LOSSES: Final = 1024
+
+_COUNTED: Final = 1
+"""Put for True into torch's flag that the optimizer was called: true as well, and known to have been seen."""
 
 
 class AutoWU(LRScheduler):
@@ -50,9 +59,19 @@ class AutoWU(LRScheduler):
     `confidence` in `patience` tests in a row, the LR goes back to what it was at that minimum, the peak, and decays from there over
     the rest of the T steps. A warm-up that reaches its limit without such a verdict goes back to the LR of the fitted minimum too.
 
-    Call :meth:`step` with the training loss after every optimizer step. It does not wait for the device, except in a test, about 60
-    times and in the warm-up only, for one read of a few kilobytes (more with the GPyTorch engine), and, with
-    ``decay_phase_stat="loss"``, once an epoch of the stable phase.
+    Call :meth:`step` with the training loss after every optimizer step, or :meth:`observe` with the loss of each micro-batch and
+    then :meth:`step` without one. It does not wait for the device, except in a test, about 60 times and in the warm-up only, for
+    one read of a few kilobytes (more with the GPyTorch engine), and, with ``decay_phase_stat="loss"``, once an epoch of the
+    stable phase.
+
+    In a process group each rank passes the loss of its own batch. A test then makes one collective, other steps none: it
+    averages the losses since the test before over the ranks, and the first rank's verdict, on all losses before those, is
+    everyone's, so that all switch at the same step to the same LR, one test later than a run of one process would. (With
+    ``decay_phase_stat="loss"`` an epoch of the stable phase makes one, too.) All ranks must call :meth:`step` equally often; one
+    that stops is noticed by the group's timeout, not here.
+
+    A call for which the optimizer made no step, because a ``GradScaler`` skipped it or because a wrapper calls several times, does
+    not count.
 
     Args:
         optimizer: any torch optimizer. The ratios between the LRs of its parameter groups (and timm's ``lr_scale``) are kept;
@@ -82,6 +101,8 @@ class AutoWU(LRScheduler):
             ones is half a decade of LR, at most a fifth of the warm-up.
         device: where the GP does its sums; None for the device of the losses.
         seed: of the draws that the GPyTorch engine makes; the closed form draws nothing.
+        process_group: the ranks that train together; None for the default group, if there is one at the first test. A group of
+            this rank alone makes the run independent of the others.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or out of its range, naming it, its value and the range.
@@ -102,8 +123,8 @@ class AutoWU(LRScheduler):
 
     Attributes:
         switch: None during the warm-up, then a :class:`~autowu.phases.Switch`: step, LR, probability, position of the minimum.
-        decision: outcome of the last test, a :class:`~autowu.switching.SwitchDecision`, or None.
-        posterior: the fitted curve of the last test, a :class:`~autowu.gp.CurvePosterior`, or None.
+        decision: outcome of the last test, a :class:`~autowu.switching.SwitchDecision`, or None; of the first rank only.
+        posterior: the fitted curve of the last test, a :class:`~autowu.gp.CurvePosterior`, or None; of the first rank only.
         config: the arguments as resolved, a :class:`~autowu.phases.Config`.
         history: the losses of the warm-up, a :class:`~autowu.history.LossHistory`.
         gp: the engine.
@@ -133,6 +154,7 @@ class AutoWU(LRScheduler):
         gp: str | LossCurveGP = "closed-form",
         device: torch.device | str | int | None = None,
         seed: int = 0,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer={optimizer!r}: must be a torch.optim.Optimizer")
@@ -161,10 +183,17 @@ class AutoWU(LRScheduler):
             self.device = None if device is None else torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"device={device!r}: must be a torch device or None ({error})") from None
-        self.history = LossHistory(self.gp.max_points)
+        self.process_group = _checked_group(process_group)
+        # What is staged when a test comes must still be there, for the mean over the ranks.
+        self.history = LossHistory(self.gp.max_points, max(_STAGED_LOSSES, self.config.test_interval + MIN_LOSSES))
         self.decision: SwitchDecision | None = None
         self.posterior: CurvePosterior | None = None
         self._state = State()
+        self._verdict: Verdict | None = None  # of the last test that had a fit
+        self._next_verdict: Verdict | None = None  # of the first rank of a group, to travel at the next test
+        self._observed: float | Tensor = 0.0
+        self._num_observed = 0
+        self._sees_optimizer = False
         self._epoch_losses: LossHistory | None = None
         self._reported: list[str] = []
         self._ratios: list[float] = []
@@ -220,18 +249,63 @@ class AutoWU(LRScheduler):
             self._join_groups()
         return [lr * ratio for ratio in self._ratios]
 
-    def step(self, loss: float | Tensor) -> None:  # type: ignore[override]
+    def observe(self, loss: float | Tensor) -> None:
+        """Record the loss of one micro-batch; the loss of an optimizer step is the mean of those observed since the last one.
+
+        Args:
+            loss: as in :meth:`step`; unscaled, not divided by the number of micro-batches.
+
+        Raises:
+            TypeError, ValueError: as :meth:`step`.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> scheduler = AutoWU(optimizer, total_steps=100)
+            >>> for micro_batch in torch.randn(2, 8, 4):
+            ...     loss = model(micro_batch).square().mean()
+            ...     (loss / 2).backward()
+            ...     scheduler.observe(loss)
+            >>> optimizer.step()
+            >>> scheduler.step()
+        """
+        loss = _checked(loss)
+        if not self._records:
+            return
+        if isinstance(loss, Tensor):
+            loss = loss.detach()
+            if loss.device.type == "cpu":
+                loss = loss.item()
+            else:
+                place = self._observed.device if isinstance(self._observed, Tensor) else loss.device
+                dtype = torch.float32 if place.type == "mps" else torch.float64
+                loss = loss.to(place, dtype, non_blocking=True).reshape(())
+        self._observed = self._observed + loss
+        self._num_observed += 1
+
+    def step(self, loss: float | Tensor | None = None) -> None:
         """Record the loss of the optimizer step just taken and set the LR of the next one.
 
         Args:
             loss: the training loss: a float, or a tensor of one element and any floating dtype, on any device, with or without its
-                graph. Never kept alive, never waited for. A loss that is not finite is survived.
+                graph. Never kept alive, never waited for. A loss that is not finite is survived. It is averaged with what was
+                observed since the last step, see :meth:`observe`; None where that is all. A step for which no loss came at all
+                counts as one with a missing loss.
 
         Raises:
-            TypeError: if `loss` is missing or is not a floating-point number.
+            TypeError: if `loss` is not a floating-point number.
             ValueError: if `loss` has several elements.
         """
-        self._record(_checked(loss))
+        if loss is not None and self._num_observed == 0:
+            loss = _checked(loss)
+        else:
+            if loss is not None:
+                self.observe(loss)
+            loss = self._observed / self._num_observed if self._num_observed else math.nan
+            self._observed, self._num_observed = 0.0, 0
+        if self._optimizer_was_skipped():
+            return
+        self._record(loss)
         step = self.last_epoch + 1
         if is_test_due(self.config, self._state, step):
             self._test(step)
@@ -272,24 +346,54 @@ class AutoWU(LRScheduler):
             group.setdefault("initial_lr", group["lr"])
             self.base_lrs.append(group["initial_lr"])
 
+    def _optimizer_was_skipped(self) -> bool:
+        """Whether the optimizer was not called since the last step.
+
+        Torch's schedulers have the optimizer set a flag when it is called. Nothing follows from its absence before it was ever
+        seen: the optimizer may have been called past the flag, or the two calls stand in the order that torch warns about. What
+        a GradScaler skips in the first steps shows in the gradients; only there they are read.
+        """
+        if getattr(self.optimizer, "_opt_called", False) is True:
+            self.optimizer._opt_called = _COUNTED  # type: ignore[attr-defined]
+            self._sees_optimizer = True
+            return False
+        if not hasattr(self.optimizer.step, "_wrapped_by_lr_sched"):
+            if self._sees_optimizer:
+                self._report("optimizer", "optimizer.step was replaced; from here on every call counts, skipped steps too")
+            return False
+        if self._sees_optimizer:
+            return True
+        grads = (p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None)
+        return any(not grad.isfinite().all() for grad in grads)
+
+    @property
+    def _records(self) -> bool:
+        """Whether the loss of the coming step is of use."""
+        return self._state.switch is None or (self.config.decay_phase_stat is not None and self.phase == "stable")
+
     def _record(self, loss: float | Tensor) -> None:
         if self._state.switch is None:
             self.history.append(loss)
-        elif self.config.decay_phase_stat is not None and self.phase == "stable":
+        elif self._records:
             if self._epoch_losses is None:
                 self._epoch_losses = LossHistory()
             self._epoch_losses.append(loss)
 
     def _test(self, step: int) -> None:
-        """Test whether the minimum is past, and switch if so or if the warm-up is at its limit."""
+        """Learn whether the minimum is past, and switch if so or if the warm-up is at its limit."""
         at_limit = step == self.config.warmup_limit
         if step < MIN_LOSSES and not at_limit:
             return
-        decision = self._decide()
-        if decision is None and at_limit:
-            decision = self.decision  # the last test that had a fit
-        self._state = after_test(self.config, self._state, step, decision, self._fallback_lr)
-        if (switch := self._state.switch) is None:
+        rank, size = rank_and_size(self.process_group)
+        found = self._judge(step) if size == 1 else self._exchange(rank, size)
+        if found is not None:
+            self._verdict = found
+        elif at_limit:
+            found = self._verdict
+        self._state = after_test(self.config, self._state, step, found, self._fallback_lr)
+        switch = self._state.switch
+        self._next_verdict = self._judge(step) if switch is None and size > 1 and rank == 0 else None
+        if switch is None or rank != 0:
             return
         _logger.info(
             "AutoWU switched at step %d of %d: LR %.4g, %s",
@@ -301,6 +405,23 @@ class AutoWU(LRScheduler):
             else f"the loss was lowest at step {switch.minimum:.0f}"
             + (f" (probability {switch.probability:.3f})" if switch.by_test else " (warm-up at its limit)"),
         )
+
+    def _exchange(self, rank: int, size: int) -> Verdict | None:
+        """Average the losses since the last test over the ranks; the first rank's verdict on those before."""
+        own = None if self._next_verdict is None else [float(v) for v in astuple(self._next_verdict)]
+        missing, said = exchange(self.history.staged, own, len(fields(Verdict)), self.process_group)
+        self.history.fold()
+        if missing and rank == 0:
+            self._report("rank", f"{missing} losses of the {size} ranks were missing or not finite; the mean is over the others")
+        if not said:
+            return None
+        switch, votes, probability, lr, minimum = said
+        return Verdict(bool(switch), int(votes), probability, lr, minimum)
+
+    def _judge(self, step: int) -> Verdict | None:
+        """Test whether the minimum is past; None where the curve could not be fitted."""
+        decision = self._decide()
+        return None if decision is None else verdict(self.config, step, decision)
 
     def _decide(self) -> SwitchDecision | None:
         curve = self.history.curve(self.config.warmup_steps)
@@ -328,16 +449,18 @@ class AutoWU(LRScheduler):
         if posterior.num_losses < self.history.steps:
             self._report(
                 "loss",
-                f"{self.history.steps - posterior.num_losses} of {self.history.steps} losses were not finite; "
+                f"{self.history.steps - posterior.num_losses} of {self.history.steps} losses were missing or not finite; "
                 "they are left out of the fit",
             )
         self.posterior, self.decision = posterior, decision
         return decision
 
     def _end_plateau_epoch(self) -> None:
-        assert self._epoch_losses is not None
-        mean = self._epoch_losses.mean()
-        self._state = end_plateau_epoch(self.config, self._state, mean)
+        total = (self._epoch_losses or LossHistory()).total()
+        if rank_and_size(self.process_group)[1] > 1:
+            total = sum_over_ranks(total, self.process_group)
+        loss_sum, count = total.tolist()
+        self._state = end_plateau_epoch(self.config, self._state, loss_sum / count if count else math.nan)
         self._epoch_losses = None
 
     def _report(self, kind: str, message: str) -> None:
@@ -347,7 +470,12 @@ class AutoWU(LRScheduler):
             _logger.warning("AutoWU, step %d: %s", self.last_epoch + 1, message)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on, as plain types and tensors, loadable with ``torch.load(weights_only=True)``."""
+        """All that the rest of the run depends on, as plain types and tensors, loadable with ``torch.load(weights_only=True)``.
+
+        In a process group the losses since the last test are this rank's own. Where only the first rank's state is saved, the
+        others resume with its losses of that interval: they still agree, but equal the uncut run bit for bit only where each
+        rank saves and loads its own state, or where the run was cut just after a test.
+        """
         state = asdict(self._state)
         engine_state: dict[str, Any] = getattr(self.gp, "state_dict", dict)()
         return {
@@ -359,6 +487,10 @@ class AutoWU(LRScheduler):
             "step_count": self._step_count,
             "ratios": list(self._ratios),
             "fallback_lr": self._fallback_lr,
+            "verdict": None if self._verdict is None else asdict(self._verdict),
+            "next_verdict": None if self._next_verdict is None else asdict(self._next_verdict),
+            "observed": self._observed,
+            "num_observed": self._num_observed,
             "reported": list(self._reported),
             "history": self.history.state_dict(),
             "epoch_losses": None if self._epoch_losses is None else self._epoch_losses.state_dict(),
@@ -370,6 +502,11 @@ class AutoWU(LRScheduler):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where the run that `state_dict` was taken of stood, whatever this object was built with, and set the LRs.
 
+        Of this object's own arguments one matters: more `total_epochs` (or `total_steps`, where neither has epochs) than the
+        state's extend the run. The warm-up stays as it is and the cooldown moves to the new end: an immediate one is stretched
+        over all steps after the switch, another begins anew when the last `cooldown_fraction` of the longer run does. The LR may
+        therefore rise at the point of extension.
+
         Raises:
             ValueError: if the state is of another scheduler, of another version, or of an engine that this object was not given
                 and that AutoWU cannot build.
@@ -379,7 +516,7 @@ class AutoWU(LRScheduler):
         if state_dict.get("version") != _STATE_VERSION:
             raise ValueError(f"version={state_dict.get('version')!r}: this autowu reads version {_STATE_VERSION}")
         self._load_engine(**state_dict["gp"])
-        self.config = Config(**state_dict["config"])
+        self.config = extended(Config(**state_dict["config"]), self.config)
         state = dict(state_dict["state"])
         if state["switch"] is not None:
             state["switch"] = Switch(**state["switch"])
@@ -388,6 +525,10 @@ class AutoWU(LRScheduler):
         self._step_count = state_dict["step_count"]
         self._ratios = list(state_dict["ratios"])
         self._fallback_lr = state_dict["fallback_lr"]
+        self._verdict, self._next_verdict = (
+            None if state_dict[key] is None else Verdict(**state_dict[key]) for key in ("verdict", "next_verdict")
+        )
+        self._observed, self._num_observed = state_dict["observed"], state_dict["num_observed"]
         self._reported = list(state_dict["reported"])
         self.history = LossHistory.from_state_dict(state_dict["history"])
         epoch = state_dict["epoch_losses"]
@@ -458,6 +599,16 @@ def _checked_seed(seed: Any) -> int:
     return int(seed)
 
 
+def _checked_group(group: Any) -> ProcessGroup | None:
+    if group is None:
+        return None
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(f"process_group={group!r}: must be a torch.distributed.ProcessGroup that has this rank, or None")
+    if rank_and_size(group)[0] < 0:
+        raise ValueError(f"process_group={group!r}: this rank is not in it; pass the group that it trains with, or None")
+    return group
+
+
 def _checked(loss: Any) -> float | Tensor:
     """`loss` if it is one floating-point number."""
     if isinstance(loss, Tensor):
@@ -468,8 +619,6 @@ def _checked(loss: Any) -> float | Tensor:
         return loss
     if isinstance(loss, float):
         return loss
-    if loss is None:
-        raise TypeError("loss=None: pass the training loss of the step, scheduler.step(loss)")
     if isinstance(loss, np.floating):
         return float(loss)
     raise TypeError(f"loss={loss!r}: pass the training loss of the step, a float or a tensor of one element")

@@ -8,7 +8,19 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from autowu.phases import State, Switch, after_test, base_lr, configure, end_plateau_epoch, is_test_due, phase_at
+from autowu.phases import (
+    State,
+    Switch,
+    Verdict,
+    after_test,
+    base_lr,
+    configure,
+    end_plateau_epoch,
+    extended,
+    is_test_due,
+    phase_at,
+    verdict,
+)
 from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, cooldown_factor
 from autowu.switching import SwitchDecision
 
@@ -147,7 +159,7 @@ def test_tests_are_due_at_the_interval_and_at_the_limit(interval):
 
 def test_a_switch_goes_to_the_lr_of_the_minimum():
     config = config_of()
-    switch = after_test(config, State(votes=2), 50, past(0.25, 0.97), fallback_lr=0.5).switch
+    switch = after_test(config, State(votes=2), 50, verdict(config, 50, past(0.25, 0.97)), fallback_lr=0.5).switch
     assert (switch.step, switch.probability, switch.by_test) == (50, 0.97, True)
     assert switch.minimum == pytest.approx(25)
     assert switch.lr == pytest.approx(1e-5 * 1e5**0.25)
@@ -155,18 +167,19 @@ def test_a_switch_goes_to_the_lr_of_the_minimum():
 
 def test_a_switch_takes_the_mean_over_the_subsamples():
     decision = SwitchDecision(True, 3, 0.97, (0.1, 0.2, 0.3))
-    switch = after_test(config_of(), State(votes=2), 50, decision, fallback_lr=0.5).switch
-    assert switch.lr == pytest.approx((1e-5 * 1e5**0.1 + 1e-5 * 1e5**0.2 + 1e-5 * 1e5**0.3) / 3)
-    assert switch.minimum == pytest.approx(20)
+    found = verdict(config_of(), 50, decision)
+    assert (found.switch, found.votes, found.probability) == (True, 3, 0.97)
+    assert found.lr == pytest.approx((1e-5 * 1e5**0.1 + 1e-5 * 1e5**0.2 + 1e-5 * 1e5**0.3) / 3)
+    assert found.minimum == pytest.approx(20)
 
 
 def test_a_warmup_without_a_switch_goes_on():
-    state = after_test(config_of(), State(), 50, SwitchDecision(False, 2, 0.99, (0.2,)), fallback_lr=0.5)
+    state = after_test(config_of(), State(), 50, Verdict(False, 2, 0.99, 0.1, 20.0), fallback_lr=0.5)
     assert (state.votes, state.switch) == (2, None)
 
 
 def test_a_warmup_at_its_limit_goes_back_to_the_minimum():
-    switch = after_test(config_of(), State(), 100, not_past(0.75), fallback_lr=0.5).switch
+    switch = after_test(config_of(), State(), 100, verdict(config_of(), 100, not_past(0.75)), fallback_lr=0.5).switch
     assert (switch.step, switch.by_test) == (100, False)
     assert switch.lr == pytest.approx(1e-5 * 1e5**0.75)
 
@@ -212,3 +225,29 @@ def test_configurations_and_states_are_frozen():
     for value in (config_of(), State(), switched(1).switch):
         with pytest.raises(dataclasses.FrozenInstanceError):
             value.step = 3
+
+
+@pytest.mark.parametrize("immediate", [True, False])
+def test_a_longer_run_moves_the_cooldown_and_leaves_the_warmup(immediate):
+    config = config_of(immediate_cooldown=immediate)
+    longer = extended(config, config_of(total_epochs=30, min_lr=1e-3, immediate_cooldown=not immediate))
+    assert longer == dataclasses.replace(config, total_steps=300, cooldown_start=240)
+    in_warmup = [base_lr(longer, State(), k) for k in range(100)]
+    assert in_warmup == [base_lr(config, State(), k) for k in range(100)]
+    after = switched(50, 0.8)
+    assert phase_at(longer, after, 200) == ("cooldown" if immediate else "stable")
+    assert base_lr(longer, after, 299) == pytest.approx(base_lr(config, after, 199), rel=0.7)
+    assert base_lr(longer, after, 170) > base_lr(config, after, 170)
+
+
+@pytest.mark.parametrize("other", [{"total_epochs": 20}, {"total_epochs": 5}, {"steps_per_epoch": 99, "total_epochs": 20}])
+def test_a_run_that_is_not_longer_in_epochs_changes_nothing(other):
+    assert extended(config_of(), config_of(**other)) == config_of()
+
+
+def test_steps_are_compared_only_with_steps():
+    steps = config_of(steps_per_epoch=None, total_epochs=None, total_steps=200)
+    longer = config_of(steps_per_epoch=None, total_epochs=None, total_steps=500)
+    assert extended(steps, longer).total_steps == 500
+    assert extended(config_of(), longer) == config_of()
+    assert extended(steps, config_of(total_epochs=100)) == steps
