@@ -131,9 +131,12 @@ class LossHistory:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The history as plain numbers and one tensor. Folds nothing: saving must not change what the run goes on to compute."""
+        """The history as plain numbers and one tensor, on the CPU so that it can be loaded anywhere.
+
+        Folds nothing: saving must not change what the run goes on to compute.
+        """
         num_bins = -(-self._folded // self._width)
-        packed = torch.cat([self._anchor[None], self._bins[:, :num_bins].flatten(), self.staged])
+        packed = torch.cat([self._anchor[None], self._bins[:, :num_bins].flatten(), self.staged]).cpu()
         return {
             "steps": self.steps,
             "folded": self._folded,
@@ -145,7 +148,7 @@ class LossHistory:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> LossHistory:
-        """The history that a :meth:`state_dict` was taken of, on the device where its tensor is."""
+        """The history that a :meth:`state_dict` was taken of; it moves to the device of the next loss."""
         history = cls(state["max_points"], state["stage"])
         packed, history.steps = state["losses"], state["steps"]
         history._folded, history._width = state["folded"], state["width"]

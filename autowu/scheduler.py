@@ -489,7 +489,7 @@ class AutoWU(LRScheduler):
             "fallback_lr": self._fallback_lr,
             "verdict": None if self._verdict is None else asdict(self._verdict),
             "next_verdict": None if self._next_verdict is None else asdict(self._next_verdict),
-            "observed": self._observed,
+            "observed": float(self._observed),
             "num_observed": self._num_observed,
             "reported": list(self._reported),
             "history": self.history.state_dict(),

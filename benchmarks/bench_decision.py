@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pathlib import Path
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # read once, when NumPy is loaded
 
 import torch
+from machine import machine
 from torch import Tensor
 
 from autowu import AutoWU, ClosedFormGP, GPyTorchGP
@@ -61,6 +61,7 @@ def one_test(engine: LossCurveGP, history: LossHistory, n: int) -> Callable[[], 
 def steps(scheduler: AutoWU, losses: list[Tensor]) -> Callable[[], object]:
     def call() -> None:
         for loss in losses:
+            scheduler.optimizer._opt_called = True  # type: ignore[attr-defined]  # what optimizer.step() leaves behind
             scheduler.step(loss)
 
     return call
@@ -101,13 +102,6 @@ def measure(n: int, device: str, repeats: int) -> dict[str, float]:
     return medians | {"test_ratio": medians["test_ms_gpytorch"] / medians["test_ms_closed_form"]}
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -125,11 +119,10 @@ def main() -> None:
         tests = f"{row['test_ms_closed_form']:11.2f} {row['test_ms_gpytorch']:10.1f} {row['test_ratio']:10.0f}x"
         print(f"{n:10,} | {tests} | {row['step_us_closed_form']:11.1f} {row['step_us_gpytorch']:12.1f}", flush=True)
 
-    device = cpu_name() if args.device == "cpu" else torch.cuda.get_device_name()
-    machine = {"device": device, "cpu": cpu_name(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1}
+    result = {"machine": machine(args.device), "repeats": args.repeats, "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": machine, "repeats": args.repeats, "rows": rows}, indent=2) + "\n")
-    print(f"medians of {args.repeats} on {device}, torch {torch.__version__}, one thread; written to {args.out}")
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"medians of {args.repeats}, one thread; written to {args.out}")
 
 
 if __name__ == "__main__":

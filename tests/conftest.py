@@ -15,8 +15,8 @@ settings.load_profile("autowu")
 
 
 def pytest_configure(config):
-    # Raised by torch when linear_operator, on which gpytorch stands, is imported.
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    # Raised by torch when linear_operator, on which gpytorch stands, or torch's own compiler is imported.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -61,7 +61,7 @@ def test_without_arguments_it_learns_the_digits(tmp_path):
     with Image.open(tmp_path / "run" / "figure.png") as image:
         assert image.width > 500
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["scheduler"]["last_epoch"] == 630
+    assert checkpoint["scheduler"][0]["last_epoch"] == 630
     assert json.loads((tmp_path / "run" / "config.json").read_text())["opt"] == "lars"
     for word in ("epoch  30/30", f"switch at step {summary['switch_step']}", "peak LR", "test accuracy"):
         assert word in result.stdout
@@ -106,6 +106,22 @@ def test_a_killed_run_goes_on_exactly(tmp_path, image_folder, data):
     whole, resumed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
     for name, weight in whole["model"].items():
         assert torch.equal(weight, resumed["model"][name])
+
+
+def test_two_processes_that_were_killed_go_on_exactly(tmp_path):
+    # An epoch of 33 steps with a test every second one: the checkpoint holds losses that the ranks have not yet averaged.
+    options = ["train.py", "--model", "test_convnext", "--batch-size", "20", "--epochs", "6", "--device", "cpu", "--run-dir"]
+    launcher = [*LAUNCHERS["torchrun"], "--standalone", "--nproc-per-node", "2"]
+    whole = launch(*launcher, *options, str(tmp_path / "whole"), timeout=300)
+    assert whole.returncode == 0, whole.stderr
+    cut = [sys.executable, *launcher, *options, str(tmp_path / "cut")]
+    with subprocess.Popen(cut, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert any(line.startswith("epoch   1/6") for line in process.stdout)
+        process.terminate()  # the launcher takes its processes with it
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    resumed = launch(*launcher, *options, str(tmp_path / "cut"), "--resume", timeout=300)
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows(tmp_path / "cut" / "metrics.csv") == rows(tmp_path / "whole" / "metrics.csv")
 
 
 @pytest.mark.parametrize(("option", "value"), [("--epochs", "5"), ("--opt", "lamb"), ("--sched", "cosine")])

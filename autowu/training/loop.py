@@ -140,7 +140,7 @@ class Run:
                 self.bar.set_postfix_str(f"epoch {epoch + 1}, LR {lrs[-1]:.3g} {phase}", refresh=False)
                 self.bar.update()
         test_loss, test_accuracy = self._test()
-        values = torch.stack(losses).tolist()  # the one read of the epoch's losses
+        values = self.process.mean(torch.stack(losses)).tolist()  # the one read of the epoch's losses
         finite = [v for v in values if math.isfinite(v)]
         step = epoch * self.steps_per_epoch
         self.last = {
@@ -154,10 +154,11 @@ class Run:
             "seconds": round(time.perf_counter() - started, 3),
         }
         self.elapsed += time.perf_counter() - started
+        state = self._state(epoch + 1)
         if self.folder is not None:
             self.folder.add_steps([(step + k, epoch + 1, lr, v) for k, (lr, v) in enumerate(zip(lrs, values, strict=True))])
             self.folder.add_epoch(self.last)
-            self.folder.save_checkpoint(self._state(epoch + 1))
+            self.folder.save_checkpoint(state)
             self.say(
                 f"epoch {epoch + 1:3d}/{self.config.epochs}  LR {lrs[-1]:9.3g} {phase:8s}  "
                 f"train loss {self.last['train_loss']:7.4f}  test loss {test_loss:7.4f}  test accuracy {test_accuracy:7.2%}"
@@ -171,12 +172,11 @@ class Run:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        loss = self.process.mean(loss.detach())
         if isinstance(self.scheduler, AutoWU):
-            self.scheduler.step(loss)
+            self.scheduler.step(loss)  # this process' own: AutoWU takes the mean
         else:
             self.scheduler.step()
-        return loss
+        return loss.detach()
 
     @torch.no_grad()
     def _test(self) -> tuple[float, float]:
@@ -213,13 +213,13 @@ class Run:
             "last": self.last,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "scheduler": self.process.gather(self.scheduler.state_dict()),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.scheduler.load_state_dict(state["scheduler"][self.process.rank])
         self.first_epoch, self.elapsed, self.last = state["epoch"], state["elapsed"], state["last"]
 
     def finish(self, wall_s: float) -> dict[str, Any]:

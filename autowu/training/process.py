@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,13 @@ class Process:
     def mean(self, value: Tensor) -> Tensor:
         """Mean of `value` over the processes, in place."""
         return self.sum(value).div_(self.world_size)
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, in the order of their ranks."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
 
 @contextmanager

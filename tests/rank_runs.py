@@ -1,0 +1,223 @@
+"""What tests/test_distributed.py runs on every rank: `torchrun --nproc-per-node N tests/rank_runs.py FOLDER`."""
+
+import io
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+
+from autowu import AutoWU, ClosedFormGP
+
+STEPS = 600
+LOWEST = 150
+
+
+def curve(rank=0):
+    """Losses of one rank: a common valley, and an offset and noise of the rank's own."""
+    steps = np.arange(STEPS)
+    noise = 0.02 * np.random.default_rng(100 + rank).normal(size=STEPS)
+    return 1 + np.abs(steps / LOWEST - 1) + 0.5 * rank + noise
+
+
+def scheduler_of(**arguments):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    return AutoWU(optimizer, **({"total_steps": STEPS, "min_lr": 1e-5, "max_lr": 1.0} | arguments))
+
+
+def run(scheduler, losses):
+    """One step for each loss, None for no loss at all: the LRs, and the collectives that each step made."""
+    lrs, collectives = [], []
+    for loss in losses:
+        lrs.append(scheduler.optimizer.param_groups[0]["lr"])
+        scheduler.optimizer.step()
+        with CommDebugMode() as mode:
+            scheduler.step(loss)
+        collectives.append(mode.get_total_counts())
+    return lrs, collectives
+
+
+def result(scheduler, lrs, **more):
+    switch = scheduler.switch
+    history = scheduler.history.state_dict()["losses"].nan_to_num(-1).tolist()
+    return {"lrs": lrs, "switch": vars(switch) if switch else None, "history": history, "phase": scheduler.phase, **more}
+
+
+def different_losses(rank, size):
+    scheduler = scheduler_of()
+    lrs, collectives = run(scheduler, curve(rank).tolist())
+    return result(scheduler, lrs, collectives=collectives, interval=scheduler.config.test_interval)
+
+
+def a_rank_of_nans_and_a_silent_one(rank, size):
+    losses = curve(0).tolist()
+    if rank == 1:
+        losses[40:] = [float("nan")] * (STEPS - 40)
+    if rank == size - 1 and size > 2:
+        losses = [None] * STEPS
+    if rank == 0:
+        losses[20] = float("inf")
+    reports = _Reports()
+    logging.getLogger("autowu").addHandler(reports)
+    scheduler = scheduler_of()
+    lrs, _ = run(scheduler, losses)
+    logging.getLogger("autowu").removeHandler(reports)
+    return result(scheduler, lrs, reports=reports.lines)
+
+
+class _Reports(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+class OtherArithmetic(ClosedFormGP):
+    """An engine that rounds otherwise: it finds the curve shifted by a share of itself that differs by rank."""
+
+    def posterior(self, curve):
+        posterior = super().posterior(curve)
+        posterior.mean[:, -1] += 1e-3 * dist.get_rank() * abs(posterior.mean[:, -1])
+        return posterior
+
+
+def ranks_that_round_otherwise(rank, size):
+    scheduler = scheduler_of(gp=OtherArithmetic(0.1))
+    lrs, _ = run(scheduler, curve(rank).tolist())
+    return result(scheduler, lrs)
+
+
+def no_switch_by_test(rank, size):
+    scheduler = scheduler_of(patience=1000)
+    lrs, _ = run(scheduler, curve(rank).tolist())
+    return result(scheduler, lrs)
+
+
+def groups_of_one(rank, size):
+    groups = [dist.new_group([r]) for r in range(size)]
+    scheduler = scheduler_of(process_group=groups[rank])
+    lrs, collectives = run(scheduler, curve(rank).tolist())
+    return result(scheduler, lrs, collectives=collectives)
+
+
+def groups_of_two(rank, size):
+    groups = [dist.new_group([r, r + 1]) for r in range(0, size, 2)]
+    scheduler = scheduler_of(process_group=groups[rank // 2])
+    lrs, _ = run(scheduler, curve(rank).tolist())
+    other = groups[1 - rank // 2] if size > 2 else None
+    try:
+        scheduler_of(process_group=other)
+    except (TypeError, ValueError) as error:
+        return result(scheduler, lrs, refused=str(error))
+    return result(scheduler, lrs, refused="")
+
+
+def plateau(rank, size):
+    scheduler = scheduler_of(
+        total_steps=None,
+        steps_per_epoch=10,
+        total_epochs=60,
+        immediate_cooldown=False,
+        decay_phase_stat="loss",
+        decay_phase_factor=0.5,
+        cooldown_fraction=0.1,
+    )
+    losses = curve(rank)
+    losses[250:] = 1.2 + rank  # no progress
+    lrs, collectives = run(scheduler, losses.tolist())
+    return result(scheduler, lrs, collectives=collectives)
+
+
+def resumed(rank, size, own):
+    """Cut within an interval: each rank goes on from its own state, or all from the first rank's."""
+    losses, cut = curve(rank).tolist(), 103
+    whole, first = scheduler_of(), scheduler_of()
+    expected, _ = run(whole, losses)
+    before, _ = run(first, losses[:cut])
+    state = [first.state_dict()]
+    if not own:
+        dist.broadcast_object_list(state)
+    file = io.BytesIO()
+    torch.save(state[0], file)
+    file.seek(0)
+    again = scheduler_of(min_lr=1e-3, patience=7)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    after, _ = run(again, losses[cut:])
+    return result(again, before + after, expected=expected)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 48), nn.LayerNorm(48), nn.ReLU(), nn.Linear(48, 10))
+
+
+def train(model, rank, size, sharded):
+    """60 epochs on the digits, each rank on its own part of every batch, with its own loss."""
+    digits = load_digits()
+    inputs = torch.tensor(digits.data[:1280], dtype=torch.float32) / 16
+    targets = torch.tensor(digits.target[:1280])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = AutoWU(optimizer, steps_per_epoch=10, total_epochs=30)
+    lrs, losses = [], []
+    for step in range(300):
+        batch = slice(step % 10 * 128, (step % 10 + 1) * 128)
+        x, y = inputs[batch][rank::size], targets[batch][rank::size]
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        lrs.append(optimizer.param_groups[0]["lr"])
+        losses.append(loss.item())
+        scheduler.step(loss)
+    weights = [(p.full_tensor() if sharded else p).flatten().tolist() for p in model.parameters()]
+    return result(scheduler, lrs, losses=losses, weights=[w for weight in weights for w in weight])
+
+
+def ddp(rank, size):
+    return train(nn.parallel.DistributedDataParallel(network()), rank, size, sharded=False)
+
+
+def fsdp2(rank, size):
+    model = network()
+    mesh = dist.init_device_mesh("cpu", (size,))
+    for layer in (model[0], model[3], model):
+        fully_shard(layer, mesh=mesh)
+    return train(model, rank, size, sharded=True)
+
+
+CASES = {
+    "different_losses": different_losses,
+    "a_rank_of_nans_and_a_silent_one": a_rank_of_nans_and_a_silent_one,
+    "ranks_that_round_otherwise": ranks_that_round_otherwise,
+    "no_switch_by_test": no_switch_by_test,
+    "groups_of_one": groups_of_one,
+    "groups_of_two": groups_of_two,
+    "plateau": plateau,
+    "resumed_from_own": lambda rank, size: resumed(rank, size, own=True),
+    "resumed_from_first": lambda rank, size: resumed(rank, size, own=False),
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+}
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    results = {name: case(rank, size) for name, case in CASES.items()}
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

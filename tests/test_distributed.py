@@ -1,0 +1,146 @@
+"""Ranks that agree: real gloo processes, each with losses of its own. What they run is in rank_runs.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rank_runs import CASES, LOWEST, STEPS, curve, run, scheduler_of
+
+import autowu.distributed as distributed
+
+HERE = Path(__file__).parent
+NEAR_THE_LOWEST = (0.8 * LOWEST, 1.2 * LOWEST)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """The results of every case on every rank, for two and for four processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([*command, HERE / "rank_runs.py", folder], env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+
+
+def assert_agree(ranks, case):
+    first = ranks[0][case]
+    for other in (rank[case] for rank in ranks[1:]):
+        assert other["lrs"] == first["lrs"]
+        assert other["switch"] == first["switch"]
+        assert other["history"] == first["history"]
+    return first
+
+
+@pytest.mark.parametrize("case", sorted(set(CASES) - {"groups_of_one", "groups_of_two"}))
+def test_ranks_run_at_the_same_lr_at_every_step(ranks, case):
+    first = assert_agree(ranks, case)
+    assert first["switch"] is not None
+    assert first["phase"] == "done"
+
+
+def test_a_test_makes_one_collective_and_no_other_step_any(ranks):
+    for rank in ranks:
+        made, interval = rank["different_losses"]["collectives"], rank["different_losses"]["interval"]
+        switch = rank["different_losses"]["switch"]["step"]
+        tests = {step for step in range(interval, switch + 1, interval) if step >= 10}
+        assert {step + 1 for step, count in enumerate(made) if count} == tests
+        assert set(made) == {0, 1}
+
+
+def test_the_losses_are_averaged_and_the_verdict_comes_one_test_later(ranks):
+    size = len(ranks)
+    mean = np.mean([curve(rank) for rank in range(size)], axis=0).tolist()
+    alone = scheduler_of()
+    run(alone, mean)
+    assert alone.switch.by_test
+    interval = alone.config.test_interval
+    switch = ranks[0]["different_losses"]["switch"]
+    assert switch["by_test"]
+    assert switch["step"] == alone.switch.step + interval
+    for key in ("lr", "minimum", "probability"):
+        assert switch[key] == pytest.approx(getattr(alone.switch, key), rel=1e-6)
+
+
+def test_nans_and_silence_of_some_ranks_leave_the_others_mean(ranks):
+    first = ranks[0]["a_rank_of_nans_and_a_silent_one"]
+    assert first["switch"]["by_test"]
+    assert NEAR_THE_LOWEST[0] < first["switch"]["minimum"] < NEAR_THE_LOWEST[1]
+    assert len([line for line in first["reports"] if "ranks were missing or not finite" in line]) == 1
+    assert all(not rank["a_rank_of_nans_and_a_silent_one"]["reports"] for rank in ranks[1:])
+
+
+def test_the_first_ranks_arithmetic_decides(ranks):
+    switch = ranks[0]["ranks_that_round_otherwise"]["switch"]
+    assert switch["by_test"]
+    assert NEAR_THE_LOWEST[0] < switch["minimum"] < NEAR_THE_LOWEST[1]
+
+
+def test_a_warmup_at_its_limit_goes_back_to_the_common_minimum(ranks):
+    switch = ranks[0]["no_switch_by_test"]["switch"]
+    assert (switch["step"], switch["by_test"]) == (STEPS // 2, False)
+    assert NEAR_THE_LOWEST[0] < switch["minimum"] < NEAR_THE_LOWEST[1]
+
+
+def test_ranks_in_groups_of_their_own_run_apart_without_a_collective(ranks):
+    for number, rank in enumerate(ranks):
+        alone = scheduler_of()
+        lrs, _ = run(alone, curve(number).tolist())
+        assert rank["groups_of_one"]["lrs"] == lrs
+        assert not any(rank["groups_of_one"]["collectives"])
+
+
+def test_process_group_chooses_who_decides_together(ranks):
+    for pair in zip(ranks[::2], ranks[1::2], strict=True):
+        assert pair[0]["groups_of_two"]["lrs"] == pair[1]["groups_of_two"]["lrs"]
+    if len(ranks) == 4:
+        assert ranks[0]["groups_of_two"]["history"] != ranks[2]["groups_of_two"]["history"]
+        assert all("process_group=" in rank["groups_of_two"]["refused"] for rank in ranks)
+
+
+def test_the_plateau_rule_makes_one_collective_an_epoch(ranks):
+    first = ranks[0]["plateau"]
+    stable = [count for step, count in enumerate(first["collectives"]) if first["switch"]["step"] <= step < 539]
+    assert sum(stable) == len(stable) // 10
+    assert min(first["lrs"][500:530]) < 0.6 * first["switch"]["lr"]
+
+
+def test_each_rank_goes_on_exactly_from_its_own_state(ranks):
+    for rank in ranks:
+        assert rank["resumed_from_own"]["lrs"] == rank["resumed_from_own"]["expected"]
+
+
+def test_from_the_first_ranks_state_all_go_on_and_switch(ranks):
+    for rank in ranks:
+        resumed = rank["resumed_from_first"]
+        assert resumed["lrs"][:103] == resumed["expected"][:103]
+        assert resumed["switch"]["by_test"]
+
+
+@pytest.mark.parametrize("case", ["ddp", "fsdp2"])
+def test_a_model_is_trained_and_stays_the_same_on_all_ranks(ranks, case):
+    assert ranks[0][case]["switch"]["by_test"]
+    for rank in ranks:
+        losses = rank[case]["losses"]
+        assert np.mean(losses[-10:]) < 0.2 * losses[0]
+        assert torch.equal(torch.tensor(rank[case]["weights"]), torch.tensor(ranks[0][case]["weights"]))
+    assert ranks[0][case]["losses"] != ranks[1][case]["losses"]
+
+
+def test_sharded_and_replicated_models_start_alike(ranks):
+    sharded, replicated = (ranks[0][case] for case in ("fsdp2", "ddp"))
+    assert sharded["losses"][:20] == pytest.approx(replicated["losses"][:20], rel=1e-4)
+
+
+def test_a_run_of_one_process_has_no_group():
+    assert distributed.rank_and_size(None) == (0, 1)
+
+
+def test_a_process_group_of_another_type_is_refused():
+    with pytest.raises(TypeError, match="process_group='nccl'"):
+        scheduler_of(process_group="nccl")
