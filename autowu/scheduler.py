@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import numbers
@@ -12,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -70,8 +72,8 @@ class AutoWU(LRScheduler):
     ``decay_phase_stat="loss"`` an epoch of the stable phase makes one, too.) All ranks must call :meth:`step` equally often; one
     that stops is noticed by the group's timeout, not here.
 
-    A call for which the optimizer made no step, because a ``GradScaler`` skipped it or because a wrapper calls several times, does
-    not count.
+    A call for which the optimizer was not called, because a ``GradScaler`` skipped it or because a wrapper calls several times,
+    does not count. (A fused optimizer is called all the same and skips on the device; its step counts.)
 
     Args:
         optimizer: any torch optimizer. The ratios between the LRs of its parameter groups (and timm's ``lr_scale``) are kept;
@@ -194,11 +196,25 @@ class AutoWU(LRScheduler):
         self._observed: float | Tensor = 0.0
         self._num_observed = 0
         self._sees_optimizer = False
+        self._sees_past_wrapper = False
         self._epoch_losses: LossHistory | None = None
         self._reported: list[str] = []
         self._ratios: list[float] = []
         self._fallback_lr = 0.0
         super().__init__(optimizer)
+        self._hook_optimizer()
+
+    def _hook_optimizer(self) -> bool:
+        """Have the optimizer note its calls; torch's wrapper of optimizer.step misses those of a method taken before."""
+        with contextlib.suppress(AttributeError):  # some optimizers skip the constructor that makes room for hooks
+            self.optimizer.register_step_post_hook(_note_call)
+            return True
+        return False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # The copy of an optimizer has neither wrapper nor hook.
+        self._sees_past_wrapper = self._hook_optimizer()
 
     @classmethod
     def paper(
@@ -269,6 +285,12 @@ class AutoWU(LRScheduler):
             >>> optimizer.step()
             >>> scheduler.step()
         """
+        if torch.compiler.is_compiling():
+            _observe_untraced(self, loss)
+        else:
+            self._observe(loss)
+
+    def _observe(self, loss: float | Tensor) -> None:
         loss = _checked(loss)
         if not self._records:
             return
@@ -296,11 +318,17 @@ class AutoWU(LRScheduler):
             TypeError: if `loss` is not a floating-point number.
             ValueError: if `loss` has several elements.
         """
+        if torch.compiler.is_compiling():
+            _step_untraced(self, loss)
+        else:
+            self._step(loss)
+
+    def _step(self, loss: float | Tensor | None) -> None:
         if loss is not None and self._num_observed == 0:
             loss = _checked(loss)
         else:
             if loss is not None:
-                self.observe(loss)
+                self._observe(loss)
             loss = self._observed / self._num_observed if self._num_observed else math.nan
             self._observed, self._num_observed = 0.0, 0
         if self._optimizer_was_skipped():
@@ -353,11 +381,13 @@ class AutoWU(LRScheduler):
         seen: the optimizer may have been called past the flag, or the two calls stand in the order that torch warns about. What
         a GradScaler skips in the first steps shows in the gradients; only there they are read.
         """
+        wrapped = hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
         if getattr(self.optimizer, "_opt_called", False) is True:
             self.optimizer._opt_called = _COUNTED  # type: ignore[attr-defined]
             self._sees_optimizer = True
+            self._sees_past_wrapper |= not wrapped
             return False
-        if not hasattr(self.optimizer.step, "_wrapped_by_lr_sched"):
+        if not wrapped and not self._sees_past_wrapper:
             if self._sees_optimizer:
                 self._report("optimizer", "optimizer.step was replaced; from here on every call counts, skipped steps too")
             return False
@@ -485,6 +515,7 @@ class AutoWU(LRScheduler):
             "state": state,
             "last_epoch": self.last_epoch,
             "step_count": self._step_count,
+            "base_lrs": [float(lr) for lr in self.base_lrs],
             "ratios": list(self._ratios),
             "fallback_lr": self._fallback_lr,
             "verdict": None if self._verdict is None else asdict(self._verdict),
@@ -508,22 +539,39 @@ class AutoWU(LRScheduler):
         therefore rise at the point of extension.
 
         Raises:
-            ValueError: if the state is of another scheduler, of another version, or of an engine that this object was not given
-                and that AutoWU cannot build.
+            TypeError: if the state is no dictionary.
+            ValueError: if the state is of another scheduler, of another version, incomplete, of more parameter groups than the
+                optimizer has, or of an engine that this object was not given and that AutoWU cannot build.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict={state_dict!r}: must be a dictionary, as state_dict() gives it")
         if state_dict.get("class") != type(self).__name__:
             raise ValueError(f"class={state_dict.get('class')!r}: the state is not of {type(self).__name__}")
         if state_dict.get("version") != _STATE_VERSION:
             raise ValueError(f"version={state_dict.get('version')!r}: this autowu reads version {_STATE_VERSION}")
+        if missing := [key for key in self.state_dict() if key not in state_dict]:
+            raise ValueError(f"state_dict without {', '.join(map(repr, missing))}: the state is incomplete")
+        saved_groups, groups = len(state_dict["ratios"]), len(self.optimizer.param_groups)
+        if saved_groups > groups:
+            raise ValueError(
+                f"state_dict of {saved_groups} parameter groups: the optimizer has {groups}; add the groups that were added "
+                "during the run before the state is loaded"
+            )
         self._load_engine(**state_dict["gp"])
-        self.config = extended(Config(**state_dict["config"]), self.config)
+        config = Config(**state_dict["config"])
         state = dict(state_dict["state"])
         if state["switch"] is not None:
             state["switch"] = Switch(**state["switch"])
         self._state = State(**state)
         self.last_epoch = state_dict["last_epoch"]
+        # An epoch of the stable phase that the cooldown cut short is none of the longer run's.
+        in_epoch = phase_at(config, self._state, self.last_epoch) == "stable"
+        self.config = extended(config, self.config)
         self._step_count = state_dict["step_count"]
-        self._ratios = list(state_dict["ratios"])
+        # Groups that the state does not know keep their ratio to the first.
+        scale = state_dict["ratios"][0] / (self._ratios[0] or 1.0)
+        self._ratios = [*state_dict["ratios"], *(ratio * scale for ratio in self._ratios[saved_groups:])]
+        self.base_lrs = [*state_dict["base_lrs"], *self.base_lrs[saved_groups:]]
         self._fallback_lr = state_dict["fallback_lr"]
         self._verdict, self._next_verdict = (
             None if state_dict[key] is None else Verdict(**state_dict[key]) for key in ("verdict", "next_verdict")
@@ -531,7 +579,7 @@ class AutoWU(LRScheduler):
         self._observed, self._num_observed = state_dict["observed"], state_dict["num_observed"]
         self._reported = list(state_dict["reported"])
         self.history = LossHistory.from_state_dict(state_dict["history"])
-        epoch = state_dict["epoch_losses"]
+        epoch = state_dict["epoch_losses"] if in_epoch or self.config == config else None
         self._epoch_losses = None if epoch is None else LossHistory.from_state_dict(epoch)
         decision, posterior = state_dict["decision"], state_dict["posterior"]
         self.decision = None if decision is None else SwitchDecision(**(decision | {"minima": tuple(decision["minima"])}))
@@ -577,6 +625,16 @@ class AutoWU(LRScheduler):
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
+# A compiled training loop may hold the scheduler; what it does is not for the compiler.
+_step_untraced = _disable_dynamo(AutoWU._step)
+_observe_untraced = _disable_dynamo(AutoWU._observe)
+
+
+def _note_call(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Step hook of the optimizer: set the flag of torch's schedulers."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
 def _engine(gp: str | LossCurveGP, config: Config, seed: int) -> LossCurveGP:
     lengthscale = 0.2
     if config.warmup_type == "exp":
@@ -617,8 +675,6 @@ def _checked(loss: Any) -> float | Tensor:
         if not loss.is_floating_point():
             raise TypeError(f"loss is a tensor of {loss.dtype}: pass the training loss, a floating-point number")
         return loss
-    if isinstance(loss, float):
-        return loss
-    if isinstance(loss, np.floating):
+    if isinstance(loss, (float, np.floating)):
         return float(loss)
     raise TypeError(f"loss={loss!r}: pass the training loss of the step, a float or a tensor of one element")
