@@ -16,6 +16,9 @@ MODULES = {
 }
 
 
+HOSTS = ("transformers", "accelerate", "lightning")
+
+
 def imports(path):
     """Full names of all that a file imports, inside functions too. `from a import b` counts as a and as a.b."""
     found = set()
@@ -38,7 +41,7 @@ def importers(top_level_package):
 
 
 def test_import_loads_no_heavy_package():
-    heavy = ("gpytorch", "timm", "matplotlib", "torchvision", "sklearn", "scipy", "tqdm")
+    heavy = ("gpytorch", "timm", "matplotlib", "torchvision", "sklearn", "scipy", "tqdm", *HOSTS)
     code = f"""
 import sys, torch
 before = set(sys.modules)  # torch itself may load tqdm
@@ -54,6 +57,7 @@ print(sorted(set({heavy}) & (set(sys.modules) - before)))
         ("autowu.schedules", set()),
         ("autowu.gp", set()),
         ("autowu.families", set()),
+        ("autowu.distributed", set()),
         ("autowu.gpytorch_engine", {"autowu.gp"}),
         ("autowu.history", {"autowu.gp"}),
         ("autowu.switching", {"autowu.gp"}),
@@ -71,7 +75,8 @@ def test_optim_uses_nothing_outside_itself():
 
 
 def test_scheduler_uses_no_optimizer_and_nothing_above_it():
-    above = {name for name in MODULES if name.startswith(("autowu.optim", "autowu.training", "autowu.plotting"))}
+    above = ("autowu.optim", "autowu.training", "autowu.plotting", "autowu.integrations")
+    above = {name for name in MODULES if name.startswith(above)}
     assert not modules_used("autowu.scheduler") & above
     assert modules_used("autowu.scheduler")
 
@@ -79,6 +84,14 @@ def test_scheduler_uses_no_optimizer_and_nothing_above_it():
 @pytest.mark.parametrize("package", ["timm", "torchvision", "sklearn", "tqdm"])
 def test_only_training_imports_its_packages(package):
     assert all(name.startswith("autowu.training") for name in importers(package))
+
+
+def test_an_integration_imports_its_own_framework_and_the_scheduler():
+    integrations = [name for name in MODULES if name.startswith("autowu.integrations.")]
+    assert set(integrations) == {"autowu.integrations.timm", "autowu.integrations.transformers"}
+    assert all(modules_used(name) <= {"autowu", "autowu.scheduler"} for name in integrations)
+    assert importers("transformers") == {"autowu.integrations.transformers"}
+    assert importers("accelerate") == importers("lightning") == set()
 
 
 def test_only_plotting_and_training_import_matplotlib():

@@ -47,7 +47,7 @@ def test_snippet_trains(snippet):
 
 def test_every_number_has_its_script():
     scripts = set(re.findall(r"`(benchmarks/\w+\.py)`", README))
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     for script in scripts:
         assert (ROOT / script).exists()
         assert (ROOT / "benchmarks" / "results" / f"{Path(script).stem}.json").exists()
@@ -67,6 +67,27 @@ def test_table_of_tests_is_the_measured_one():
     for row in results("bench_decision")["rows"]:
         closed, gpytorch, ratio = row["test_ms_closed_form"], row["test_ms_gpytorch"], row["test_ratio"]
         assert f"| {row['losses']:,} | {closed:.1f} ms | {gpytorch:.0f} ms | {ratio:.0f}x |" in README
+
+
+def test_table_of_steps_is_the_measured_one():
+    measured = results("bench_step")
+    for groups in (1, 8):
+        cells = " | ".join(
+            f"{row['step_us']:.1f} µs" + (f" ({row['ratio']:.1f}x)" if row["scheduler"] != "cosine" else "")
+            for row in measured["rows"]
+            if row["groups"] == groups
+        )
+        assert f"| {groups} | {cells} |" in README
+    loop = measured["loop"]
+    assert f"take {loop['added_ms']:.0f} ms together" in README
+    assert f"of {loop['step_ms']:.1f} ms kept {loop['throughput']:.1%} of its throughput" in README
+
+
+def test_every_page_and_script_of_the_stack_exists():
+    table = README.split("## In your stack")[1].split("## Arguments")[0]
+    linked = set(re.findall(r"\]\((.*?)\)", table))
+    assert len(linked) == 10
+    assert all((ROOT / link).exists() for link in linked)
 
 
 def test_table_of_optimizers_is_the_measured_one():

@@ -1,0 +1,68 @@
+"""AutoWU in the Trainer of Hugging Face Transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import Trainer
+
+from autowu.scheduler import AutoWU
+
+__all__ = ["AutoWUMixin", "AutoWUTrainer"]
+
+
+class AutoWUMixin:
+    """Gives a Trainer an :class:`~autowu.scheduler.AutoWU` over all its steps, and the loss of every optimizer step.
+
+    The arguments of AutoWU, all but the length of the run, are ``TrainingArguments(lr_scheduler_kwargs={...})``. Of the other
+    arguments ``learning_rate`` gives no peak (AutoWU finds it), only the LR to go on with if no loss curve could be fitted;
+    ``lr_scheduler_type`` and the warm-up arguments have no effect.
+
+    A scheduler passed as ``optimizers=(optimizer, scheduler)`` is left as it is. If it is an AutoWU it is given the losses.
+
+    Example::
+
+        class MyTrainer(AutoWUMixin, Seq2SeqTrainer): ...
+    """
+
+    args: Any
+    accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+    is_deepspeed_enabled: bool
+    _created_lr_scheduler: bool
+    _loss_of_step: Any = 0.0
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
+        """Build the AutoWU of a run of `num_training_steps` optimizer steps, unless the Trainer was given a scheduler.
+
+        Raises:
+            TypeError, ValueError: if AutoWU does not take ``args.lr_scheduler_kwargs``.
+            NotImplementedError: under DeepSpeed.
+        """
+        if self.is_deepspeed_enabled and (self.lr_scheduler is None or isinstance(self.lr_scheduler, AutoWU)):
+            raise NotImplementedError("AutoWU does not work under DeepSpeed, which steps schedulers before the loss is known")
+        self._loss_of_step = 0.0
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            kwargs = self.args.lr_scheduler_kwargs or {}
+            self.lr_scheduler = AutoWU(optimizer, total_steps=num_training_steps, **kwargs)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's own; hands the loss of the optimizer step to AutoWU. Does not wait for the device."""
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(self.lr_scheduler, AutoWU):
+            # Divided by the Trainer, or by the number of items in all micro-batches: their sum is the loss that is logged.
+            self._loss_of_step = self._loss_of_step + loss
+            if self.accelerator.sync_gradients:
+                self.lr_scheduler.observe(self._loss_of_step)
+                self._loss_of_step = 0.0
+        return loss
+
+
+class AutoWUTrainer(AutoWUMixin, Trainer):  # type: ignore[misc]
+    """The Trainer with :class:`AutoWUMixin`; takes what the Trainer takes."""

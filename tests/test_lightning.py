@@ -1,0 +1,362 @@
+"""AutoWU in Lightning's Trainer: a plain loop's LRs, weights and switch, bit for bit.
+
+Run as a script, `python tests/test_lightning.py FOLDER`, it is one rank of the test with two processes.
+"""
+
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from sklearn.datasets import load_digits
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from autowu import AutoWU
+
+pytestmark = [
+    # Lightning itself uses what torch deprecates.
+    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated"),
+    pytest.mark.filterwarnings("ignore:The '\\w+_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need"),
+]
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "lightning.md").read_text()
+EPOCHS = 20
+
+
+def digits():
+    data = load_digits()
+    return torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
+
+
+def network():
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64), torch.nn.ReLU(), torch.nn.Linear(64, 10)
+    return torch.nn.Sequential(*layers)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+class Batches:
+    """Shuffled batches, in an order of each epoch's own; goes on within an epoch when its state is loaded."""
+
+    def __init__(self, size=90):
+        self.inputs, self.targets = digits()
+        self.size, self.drawn = size, 0
+
+    def __len__(self):
+        return len(self.inputs) // self.size
+
+    def __iter__(self):
+        epoch, start = divmod(self.drawn, len(self))
+        order = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(epoch))
+        for index in order.split(self.size)[start : len(self)]:
+            self.drawn += 1
+            yield self.inputs[index], self.targets[index]
+
+    def state_dict(self):
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state):
+        self.drawn = state["drawn"]
+
+
+class Observing(L.LightningModule):
+    def __init__(self, total_steps=None):
+        super().__init__()
+        self.model = network()
+        self.total_steps = total_steps
+        self.lrs, self.losses = [], []
+
+    def loss(self, batch):
+        inputs, targets = batch
+        loss = cross_entropy(self.model(inputs), targets)
+        self.losses.append(loss.item())
+        return loss
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.lr_schedulers().observe(loss)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        self.lrs.append(optimizer.param_groups[0]["lr"])
+
+    def configure_optimizers(self):
+        optimizer = sgd(self)
+        scheduler = AutoWU(optimizer, total_steps=self.total_steps or self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Monitoring(Observing):
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        configured["lr_scheduler"] |= {"monitor": "train_loss", "reduce_on_plateau": True}
+        return configured
+
+
+def validating(kind, **arguments):
+    def validation_step(self, batch, batch_idx):
+        inputs, targets = batch
+        self.log("val_loss", cross_entropy(self.model(inputs), targets))
+
+    return type(f"Validating{kind.__name__}", (kind,), {"validation_step": validation_step})(**arguments)
+
+
+def fit(module, loader=None, ckpt_path=None, validate=None, **arguments):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    arguments = {"accelerator": "cpu", "max_epochs": EPOCHS, "logger": False, "enable_checkpointing": False} | quiet | arguments
+    trainer = L.Trainer(**arguments)
+    trainer.fit(module, Batches() if loader is None else loader, validate, ckpt_path=ckpt_path)
+    return module
+
+
+def plain_run(size=90, accumulate=1, averages=True):
+    """A loop without a framework: its model, its scheduler and the LRs that its steps ran at."""
+    model, loader = network(), Batches(size)
+    optimizer = sgd(model)
+    scheduler = AutoWU(optimizer, total_steps=math.ceil(len(loader) / accumulate) * EPOCHS)
+    lrs, losses = [], []
+    for _ in range(EPOCHS):
+        for index, (inputs, targets) in enumerate(loader, 1):
+            loss = cross_entropy(model(inputs), targets)
+            (loss / accumulate).backward()
+            losses.append(loss.item())
+            if index % accumulate and index < len(loader):
+                continue
+            lrs.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step(sum(losses) / len(losses) if averages else losses[-1])
+            losses.clear()
+    return model, scheduler, lrs
+
+
+def assert_same_run(module, plain):
+    model, scheduler, lrs = plain
+    assert module.lrs == lrs
+    assert module.lr_schedulers().switch == scheduler.switch
+    assert_same_weights(module.model, model)
+
+
+def assert_same_weights(one, other):
+    for (name, a), (_, b) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return plain_run()
+
+
+@pytest.mark.parametrize("kind", [Observing, Monitoring])
+def test_the_run_is_that_of_a_plain_loop(kind, plain):
+    module = fit(kind())
+    assert_same_run(module, plain)
+    scheduler = module.lr_schedulers()
+    assert scheduler.switch.by_test
+    assert scheduler.phase == "done"
+    assert scheduler.last_epoch == len(module.lrs) == EPOCHS * 19
+
+
+@pytest.mark.parametrize("kind", [Observing, Monitoring])
+def test_validation_within_the_epoch_changes_nothing(kind, plain):
+    validate = DataLoader(TensorDataset(*digits()), 900)
+    assert_same_run(fit(validating(kind), validate=validate, val_check_interval=5), plain)
+
+
+@pytest.mark.parametrize(("kind", "averages"), [(Observing, True), (Monitoring, False)])
+def test_accumulation_advances_once_an_optimizer_step(kind, averages):
+    # 28 micro-batches an epoch: 10 optimizer steps, the last of which has a single one.
+    module = fit(kind(), Batches(64), accumulate_grad_batches=3)
+    assert module.lr_schedulers().last_epoch == len(module.lrs) == EPOCHS * 10
+    assert len(module.losses) == EPOCHS * 28
+    assert module.lr_schedulers().switch is not None
+    assert_same_run(module, plain_run(64, 3, averages))
+
+
+def test_manual_optimization_is_the_same_run(plain):
+    class Manual(Observing):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = self.loss(batch)
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.lr_schedulers().step(loss)
+
+    assert_same_run(fit(Manual()), plain)
+
+
+def test_the_monitor_logs_the_lr_of_every_step(tmp_path, plain):
+    monitor, logger = LearningRateMonitor(), CSVLogger(tmp_path)
+    module = fit(Monitoring(), callbacks=[monitor], logger=logger, log_every_n_steps=1)
+    _, scheduler, lrs = plain
+    assert module.lrs == lrs
+    assert monitor.lrs["lr-SGD"] == lrs
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    logged = {int(row["step"]): float(row["lr-SGD"]) for row in rows if row["lr-SGD"]}
+    assert [logged[step] for step in range(len(lrs))] == lrs
+    assert lrs[scheduler.switch.step] == scheduler.switch.lr
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_run_resumed_within_an_epoch_is_the_uncut_one(tmp_path, accumulate):
+    size = 90 if accumulate == 1 else 30
+    epoch = math.ceil(len(Batches(size)) / accumulate)
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=15, save_top_k=-1)
+    uncut = fit(
+        Observing(epoch * EPOCHS), Batches(size), accumulate_grad_batches=accumulate, enable_checkpointing=True, callbacks=[saving]
+    )
+    switch, total = uncut.lr_schedulers().switch, len(uncut.lrs)
+    assert 60 < switch.step < total - 60
+    for step in (switch.step // 15 * 15, switch.step // 15 * 15 + 60):
+        assert step % epoch != 0
+        path = tmp_path / f"step={step}.ckpt"
+        assert torch.load(path, weights_only=True)["lr_schedulers"][0]["last_epoch"] == step
+        resumed = fit(Observing(epoch * EPOCHS), Batches(size), path, accumulate_grad_batches=accumulate)
+        assert resumed.lrs == uncut.lrs[step:]
+        assert resumed.losses == uncut.losses[-len(resumed.losses) :]
+        assert resumed.lr_schedulers().switch == switch
+        assert_same_weights(resumed, uncut)
+
+
+def test_a_monitored_run_resumed_at_the_end_of_an_epoch_is_the_uncut_one(tmp_path):
+    # Not shuffled: Lightning takes up the order of a loader only where the run was cut within an epoch.
+    loader, validate = (DataLoader(TensorDataset(*digits()), size) for size in (90, 900))
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)
+    uncut = fit(validating(Monitoring), loader, validate=validate, enable_checkpointing=True, callbacks=[saving])
+    step = 5 * len(loader)
+    assert step < uncut.lr_schedulers().switch.step
+    resumed = fit(validating(Monitoring), loader, tmp_path / f"step={step}.ckpt", validate)
+    assert resumed.lrs == uncut.lrs[step:]
+    assert resumed.lr_schedulers().switch == uncut.lr_schedulers().switch
+    assert_same_weights(resumed, uncut)
+
+
+def test_lightning_loads_the_state_of_a_loader_only_where_the_total_is_given(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=30, save_top_k=-1)
+    uncut = fit(Observing(), enable_checkpointing=True, callbacks=[saving], max_epochs=3)
+    path = tmp_path / "step=30.ckpt"
+    given, asked = (fit(Observing(total), None, path, max_epochs=3).losses for total in (3 * 19, None))
+    assert given == uncut.losses[30:]
+    assert asked[0] != uncut.losses[30]
+
+
+@pytest.mark.parametrize(("kind", "behind"), [(Observing, 0), (Monitoring, 1)])
+@pytest.mark.parametrize("saving", [{"every_n_train_steps": 5}, {"monitor": "val_loss"}], ids=["steps", "validation"])
+def test_only_a_monitored_run_is_saved_a_step_behind(tmp_path, kind, behind, saving):
+    saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **saving)
+    validate = DataLoader(TensorDataset(*digits()), 900)
+    callbacks = {"enable_checkpointing": True, "callbacks": [saving]}
+    fit(validating(kind), validate=validate, val_check_interval=5, max_epochs=1, **callbacks)
+    for step in (5, 10, 15):
+        state = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert state["global_step"] == step
+        assert state["lr_schedulers"][0]["last_epoch"] == step - behind
+
+
+def test_a_run_can_be_extended_by_more_epochs(tmp_path, plain):
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=19 * EPOCHS, save_top_k=-1)
+    fit(Observing(), enable_checkpointing=True, callbacks=[saving])
+    longer = fit(Observing(), None, tmp_path / f"step={19 * EPOCHS}.ckpt", max_epochs=EPOCHS + 5)
+    assert len(longer.lrs) == 5 * 19
+    assert longer.lr_schedulers().last_epoch == longer.lr_schedulers().config.total_steps == (EPOCHS + 5) * 19
+    assert longer.lr_schedulers().switch == plain[1].switch
+
+
+def test_two_dev_steps_are_enough_and_one_is_refused():
+    assert fit(Observing(), fast_dev_run=2).lr_schedulers().last_epoch == 2
+    with pytest.raises(ValueError, match="run of 1 steps"):
+        fit(Observing(), fast_dev_run=True)
+
+
+class Rank(Callback):
+    """Writes what a rank saw to a file of its own."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def on_train_end(self, trainer, module):
+        scheduler = module.lr_schedulers()
+        seen = {
+            "ranks": trainer.world_size,
+            "last_epoch": scheduler.last_epoch,
+            "switch": vars(scheduler.switch),
+            "lrs": module.lrs,
+            "losses": module.losses,
+        }
+        (self.folder / f"{type(module).__name__}_{trainer.global_rank}.json").write_text(json.dumps(seen))
+
+
+def test_two_processes_switch_together(tmp_path):
+    done = subprocess.run([sys.executable, __file__, tmp_path], env=os.environ, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for kind in ("Observing", "Monitoring"):
+        first, second = (json.loads((tmp_path / f"{kind}_{rank}.json").read_text()) for rank in (0, 1))
+        assert first["ranks"] == 2
+        assert first["losses"] != second["losses"]
+        assert first["lrs"] == second["lrs"]
+        assert first["switch"] == second["switch"]
+        assert first["switch"]["by_test"]
+        assert first["last_epoch"] == second["last_epoch"] == len(first["lrs"]) == 10 * EPOCHS
+
+
+def run_rank(folder):
+    loader = DataLoader(TensorDataset(*digits()), 90, shuffle=True)
+    for kind in (Observing, Monitoring):
+        fit(kind(), loader, strategy="ddp", devices=2, callbacks=[Rank(folder)])
+
+
+def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 5
+    names = {"model": network(), "train_loader": DataLoader(TensorDataset(*digits()), 90)}
+    for block in blocks:
+        exec(block, names)
+        names["model"] = network()
+    first, resumed = names["classifier"], names["resumed"]
+    assert first.lr_schedulers().switch.by_test
+    assert resumed.lr_schedulers().switch == first.lr_schedulers().switch
+    assert_same_weights(resumed, first)
+    for name in ("monitored", "manual"):
+        assert names[name].lr_schedulers().switch == first.lr_schedulers().switch
+    assert list(tmp_path.glob("logs/**/metrics.csv"))
+
+
+def test_the_example_learns_in_two_processes():
+    (command,) = re.findall(r"^python (examples/.*)$", PAGE, re.MULTILINE)
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "--devices 2" in command
+    switch, total = map(int, re.search(r"peak LR \S+ from step (\d+) of (\d+)", done.stdout).groups())
+    assert f"AutoWU switched at step {switch} of {total}" in done.stderr
+    assert done.stdout.count("peak LR") == done.stderr.count("AutoWU switched") == 1
+    assert float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) > 85
+
+
+if __name__ == "__main__":
+    run_rank(sys.argv[1])
