@@ -134,7 +134,7 @@ def phase_at(config: Config, state: State, step: int) -> Phase:
     """Phase of optimizer step `step`."""
     if step >= config.total_steps:
         return "done"
-    if state.switch is None:
+    if state.switch is None or step < state.switch.step:
         return "warmup"
     if config.immediate_cooldown or step >= config.cooldown_start:
         return "cooldown"
@@ -147,7 +147,7 @@ def base_lr(config: Config, state: State, step: int) -> float:
     The first step after a switch runs at the peak, the last step of the run above 0, and every step after it at that same LR.
     """
     step = min(step, config.total_steps - 1)
-    if state.switch is None:
+    if state.switch is None or step < state.switch.step:
         return _warmup_lr(config, step)
     start = state.switch.step
     if not config.immediate_cooldown:

@@ -232,6 +232,14 @@ def test_lr_at_tells_the_future():
     assert lrs == [scheduler.lr_at(k) if k >= scheduler.switch.step else lrs[k] for k in range(140)]
 
 
+@pytest.mark.parametrize("immediate", [True, False])
+def test_lr_at_remembers_the_past(immediate):
+    scheduler = AutoWU(sgd(), total_steps=400, immediate_cooldown=immediate, **RANGE)
+    lrs = advance(scheduler, v_curve(400, lowest=110))
+    assert scheduler.switch.by_test
+    assert [scheduler.lr_at(k) for k in range(400)] == lrs
+
+
 def test_get_last_lr_is_what_the_optimizer_has():
     scheduler = AutoWU(sgd(groups=[{"params": [parameter()]}, {"params": [parameter()], "lr": 0.02}]), total_steps=100)
     for loss in v_curve(110, lowest=25):
