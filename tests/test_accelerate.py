@@ -220,8 +220,12 @@ def test_a_run_that_goes_on_is_the_uncut_one(build, tmp_path):
 
 def launch(script, *arguments):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200)
+    for _ in range(4):
+        command = [*torchrun, str(script), *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200)
+        # Torch itself aborts now and then where a process that used gloo and DDP exits.
+        if done.returncode == 0 or "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     return done
 

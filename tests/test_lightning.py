@@ -311,9 +311,18 @@ class Rank(Callback):
         (self.folder / f"{type(module).__name__}_{trainer.global_rank}.json").write_text(json.dumps(seen))
 
 
-def test_two_processes_switch_together(tmp_path):
-    done = subprocess.run([sys.executable, __file__, tmp_path], env=os.environ, capture_output=True, text=True, timeout=200)
+def run(*command):
+    for _ in range(4):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200)
+        # Torch itself aborts now and then where a process that used gloo and DDP exits.
+        if done.returncode == 0 or "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_two_processes_switch_together(tmp_path):
+    run(__file__, tmp_path)
     for kind in ("Observing", "Monitoring"):
         first, second = (json.loads((tmp_path / f"{kind}_{rank}.json").read_text()) for rank in (0, 1))
         assert first["ranks"] == 2
