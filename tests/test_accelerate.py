@@ -5,9 +5,7 @@ Run as a script, `torchrun --nproc-per-node 2 tests/test_accelerate.py FOLDER`, 
 
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
+from processes import ROOT, launch, torchrun
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -24,7 +23,6 @@ from autowu import AutoWU
 from autowu.families import LR_RANGES
 from autowu.optim import LARS
 
-ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "accelerate.md").read_text()
 EPOCHS = 20
 BUILDS = ["before", "after", "unwrapped"]
@@ -218,18 +216,6 @@ def test_a_run_that_goes_on_is_the_uncut_one(build, tmp_path):
         assert_same_weights(again.model, uncut.model)
 
 
-def launch(script, *arguments):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for _ in range(4):
-        command = [*torchrun, str(script), *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200)
-        # Torch itself aborts now and then where a process that used gloo and DDP exits.
-        if done.returncode == 0 or "terminate called without an active exception" not in done.stderr:
-            break
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 RANK_RUNS = {
     "after": {},
     "before": {"build": "before"},
@@ -269,7 +255,7 @@ def run_rank(folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    launch(__file__, folder)
+    torchrun(2, __file__, folder)
     return {name: [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in (0, 1)] for name in RANK_RUNS}
 
 
@@ -321,15 +307,13 @@ def assert_learned(done):
 def test_the_example_learns():
     command = "examples/accelerate_digits.py"
     assert f"\npython {command}\n" in PAGE
-    done = subprocess.run([sys.executable, command], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert_learned(done)
+    assert_learned(launch(command))
 
 
 def test_the_example_learns_in_two_processes():
     command = "examples/accelerate_digits.py --accumulate 2"
     assert f"\ntorchrun --nproc-per-node 2 {command}\n" in PAGE
-    assert_learned(launch(*command.split()))
+    assert_learned(torchrun(2, *command.split()))
 
 
 if __name__ == "__main__":

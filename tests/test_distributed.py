@@ -1,19 +1,15 @@
 """Ranks that agree: real gloo processes, each with losses of its own. What they run is in rank_runs.py."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import torchrun
 from rank_runs import CASES, LOWEST, STEPS, curve, run, scheduler_of
 
 import autowu.distributed as distributed
 
-HERE = Path(__file__).parent
 NEAR_THE_LOWEST = (0.8 * LOWEST, 1.2 * LOWEST)
 
 
@@ -21,10 +17,7 @@ NEAR_THE_LOWEST = (0.8 * LOWEST, 1.2 * LOWEST)
 def ranks(request, tmp_path_factory):
     """The results of every case on every rank, for two and for four processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run([*command, HERE / "rank_runs.py", folder], env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(request.param, "tests/rank_runs.py", folder, timeout=400)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 

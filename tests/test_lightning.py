@@ -6,9 +6,7 @@ Run as a script, `python tests/test_lightning.py FOLDER`, it is one rank of the 
 import csv
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from processes import ROOT, launch
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,7 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need"),
 ]
 
-ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "lightning.md").read_text()
 EPOCHS = 20
 
@@ -311,18 +309,8 @@ class Rank(Callback):
         (self.folder / f"{type(module).__name__}_{trainer.global_rank}.json").write_text(json.dumps(seen))
 
 
-def run(*command):
-    for _ in range(4):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200)
-        # Torch itself aborts now and then where a process that used gloo and DDP exits.
-        if done.returncode == 0 or "terminate called without an active exception" not in done.stderr:
-            break
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 def test_two_processes_switch_together(tmp_path):
-    run(__file__, tmp_path)
+    launch(__file__, tmp_path)
     for kind in ("Observing", "Monitoring"):
         first, second = (json.loads((tmp_path / f"{kind}_{rank}.json").read_text()) for rank in (0, 1))
         assert first["ranks"] == 2
@@ -358,8 +346,7 @@ def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
 
 def test_the_example_learns_in_two_processes():
     (command,) = re.findall(r"^python (examples/.*)$", PAGE, re.MULTILINE)
-    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    done = launch(*command.split())
     assert "--devices 2" in command
     switch, total = map(int, re.search(r"peak LR \S+ from step (\d+) of (\d+)", done.stdout).groups())
     assert f"AutoWU switched at step {switch} of {total}" in done.stderr

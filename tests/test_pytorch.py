@@ -1,20 +1,13 @@
 """The example and the page on plain PyTorch."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).parent.parent
+from processes import ROOT, launch
 
 
 def test_the_example_learns():
-    command = [sys.executable, "examples/pytorch_digits.py", "--backend", "aot_eager"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    done = launch("examples/pytorch_digits.py", "--backend", "aot_eager")
     assert "before `optimizer.step()`" not in done.stderr
     assert "AutoWU switched at step" in done.stderr
     assert float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) > 90

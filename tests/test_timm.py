@@ -1,15 +1,12 @@
 """AutoWU behind timm's scheduler protocol, driven as timm's training script drives it, with timm's own meters and savers."""
 
 import argparse
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from processes import ROOT, launch
 from sklearn.datasets import load_digits
 from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2
@@ -19,7 +16,6 @@ from timm.utils import AverageMeter, CheckpointSaver, NativeScaler
 from autowu import AutoWU
 from autowu.integrations.timm import AutoWUScheduler
 
-ROOT = Path(__file__).parent.parent
 EPOCHS = 12
 BATCH = 64
 UPDATES = 28  # of an epoch, 1792 of the 1797 digits
@@ -400,10 +396,7 @@ def test_lookahead_saves_its_state_by_the_optimizer_inside():
 
 
 def test_the_example_finds_its_lr():
-    script = ROOT / "examples" / "timm_digits.py"
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = launch("examples/timm_digits.py")
     step, lr = re.search(r"warm-up ended at update (\d+); peak LR (\S+)", done.stdout).groups()
     assert 10 < int(step) < 172
     assert 1e-4 < float(lr) < 1

@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from processes import ROOT, launch, torchrun
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -23,7 +22,6 @@ from transformers import (
 from autowu import AutoWU
 from autowu.integrations.transformers import AutoWUMixin, AutoWUTrainer
 
-ROOT = Path(__file__).parent.parent
 LENGTH = 32
 STEPS = 120
 
@@ -305,9 +303,7 @@ json.dump([trainer.args.world_size, results], open(f"{{folder}}/{{trainer.args.p
 def test_ranks_switch_alike_and_resume_alike(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK.format(tests=str(Path(__file__).parent)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(2, script, tmp_path)
     (size, first), (_, second) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert size == 2
     assert len(first) == 2
@@ -380,10 +376,7 @@ def test_the_page_works_as_it_stands(tmp_path, monkeypatch):
 
 
 def test_the_example_finds_its_lr():
-    script = ROOT / "examples" / "transformers_text.py"
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = launch("examples/transformers_text.py")
     step, lr = re.search(r"warm-up ended at step (\d+); peak LR (\S+)", done.stdout).groups()
     assert 10 < int(step) < 100
     assert 1e-4 < float(lr) < 1
