@@ -32,7 +32,9 @@ def sum_over_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
     return values
 
 
-def exchange(losses: Tensor, verdict: Sequence[float] | None, width: int, group: ProcessGroup | None) -> tuple[int, list[float]]:
+def exchange(
+    losses: Tensor, verdict: Sequence[float] | None, width: int, sound: Tensor | None, group: ProcessGroup | None
+) -> tuple[int, list[float], bool]:
     """Average `losses` over the ranks of `group`, in place, and learn the first rank's verdict; one collective.
 
     Args:
@@ -40,21 +42,24 @@ def exchange(losses: Tensor, verdict: Sequence[float] | None, width: int, group:
             NaN where no rank has a finite one.
         verdict: what the first rank has to say, `width` numbers, or None; that of other ranks is not heard.
         width: length of a verdict.
+        sound: (1,) 1.0 where this rank's weights are finite, None where it does not matter.
 
     Returns:
-        How many of the n losses of all ranks were not finite, and the verdict, empty where there is none.
+        How many of the n losses of all ranks were not finite, the verdict, empty where there is none, and whether all ranks are
+        sound.
     """
     rank, size = rank_and_size(group)
     heard = [1.0, *verdict] if rank == 0 and verdict is not None else [0.0] * (width + 1)
     finite = losses.isfinite()
-    packed = torch.cat([torch.where(finite, losses, 0.0), finite.to(losses), losses.new_tensor(heard)])
+    own = losses.new_ones(1) if sound is None else sound.to(losses)
+    packed = torch.cat([torch.where(finite, losses, 0.0), finite.to(losses), own, losses.new_tensor(heard)])
     packed = sum_over_ranks(packed, group)
     n = len(losses)
     sums, counts = packed[: 2 * n].view(2, n)
     losses.copy_(sums / counts)  # 0 / 0 is NaN
     said: list[float]
-    number, given, *said = torch.cat([counts.sum()[None], packed[2 * n :]]).tolist()
-    return size * n - int(number), said if given else []
+    number, sane, given, *said = torch.cat([counts.sum()[None], packed[2 * n :]]).tolist()
+    return size * n - int(number), said if given else [], sane == size
 
 
 def _device(device: torch.device, group: ProcessGroup | None) -> torch.device:

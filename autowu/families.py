@@ -6,7 +6,7 @@ from typing import Final
 
 from torch.optim import Optimizer
 
-__all__ = ["LR_RANGES", "family", "lr_range"]
+__all__ = ["LR_RANGES", "family", "lr_range", "wrapped_optimizer"]
 
 LR_RANGES: Final[dict[str, tuple[float, float]]] = {
     "sgd": (1e-5, 10.0),
@@ -45,10 +45,16 @@ def family(optimizer: Optimizer) -> str:
     """
     names = (cls.__name__.lower().replace("_", "") for cls in type(optimizer).__mro__)
     found = next((_FAMILY_OF[name] for name in names if name in _FAMILY_OF), "unknown")
-    wrapped = next((w for name in _WRAPPED if (w := getattr(optimizer, name, None)) is not None), None)
-    if isinstance(wrapped, Optimizer) and (found == "unknown" or family(wrapped) == "adam"):
+    wrapped = wrapped_optimizer(optimizer)
+    if wrapped is not None and (found == "unknown" or family(wrapped) == "adam"):
         return family(wrapped)
     return found
+
+
+def wrapped_optimizer(optimizer: Optimizer) -> Optimizer | None:
+    """The optimizer inside a wrapper such as LARS, timm's Lookahead or Accelerate's; None for one that wraps nothing."""
+    inside = (getattr(optimizer, name, None) for name in _WRAPPED)
+    return next((wrapped for wrapped in inside if isinstance(wrapped, Optimizer)), None)
 
 
 def lr_range(optimizer: Optimizer) -> tuple[float, float]:

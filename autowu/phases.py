@@ -26,6 +26,7 @@ __all__ = [
     "configure",
     "end_plateau_epoch",
     "extended",
+    "falls",
     "is_test_due",
     "phase_at",
     "plateau_epoch_due",
@@ -35,6 +36,8 @@ __all__ = [
 Phase = Literal["warmup", "stable", "cooldown", "done"]
 
 TESTS_PER_WARMUP: Final = 60
+FALLING: Final = 0.8
+"""A test that finds the minimum past with less than this probability says that the loss still falls."""
 PLATEAU_PATIENCE: Final = 5
 """Epochs without a better mean loss before `decay_phase_stat="loss"` lowers the LR (Kim et al. 2021 and its code)."""
 PLATEAU_THRESHOLD: Final = 1e-4
@@ -180,6 +183,11 @@ def verdict(config: Config, step: int, decision: SwitchDecision) -> Verdict:
     minima = [min(m * config.warmup_steps, float(step)) for m in decision.minima]
     lr = sum(_warmup_lr(config, m) for m in minima) / len(minima)
     return Verdict(decision.switch, decision.votes, decision.probability, lr, sum(minima) / len(minima))
+
+
+def falls(verdict: Verdict | None) -> bool:
+    """Whether a test found that the loss still falls."""
+    return verdict is not None and verdict.probability < FALLING
 
 
 def after_test(config: Config, state: State, step: int, verdict: Verdict | None, fallback_lr: float) -> State:

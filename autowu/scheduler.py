@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
@@ -34,11 +34,13 @@ from autowu.phases import (
     configure,
     end_plateau_epoch,
     extended,
+    falls,
     is_test_due,
     phase_at,
     plateau_epoch_due,
     verdict,
 )
+from autowu.snapshot import Snapshot
 from autowu.switching import MIN_LOSSES, SwitchDecision, decide
 
 __all__ = ["AutoWU"]
@@ -103,6 +105,9 @@ class AutoWU(LRScheduler):
             ones is half a decade of LR, at most a fifth of the warm-up.
         device: where the GP does its sums; None for the device of the losses.
         seed: of the draws that the GPyTorch engine makes; the closed form draws nothing.
+        model: what is trained. Its parameters and buffers and the optimizer's state are copied as long as the loss falls, at the
+            tests, and put back at the switch, so that the steps at too high an LR leave no trace. None: they stay as they are.
+        snapshot_device: where the copy is held: None for beside the original, or "cpu" (pinned memory, if the model is on a GPU).
         process_group: the ranks that train together; None for the default group, if there is one at the first test. A group of
             this rank alone makes the run independent of the others.
 
@@ -156,6 +161,8 @@ class AutoWU(LRScheduler):
         gp: str | LossCurveGP = "closed-form",
         device: torch.device | str | int | None = None,
         seed: int = 0,
+        model: nn.Module | None = None,
+        snapshot_device: torch.device | str | int | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -181,10 +188,11 @@ class AutoWU(LRScheduler):
             min_contrast=min_contrast,
         )
         self.gp: LossCurveGP = _engine(gp, self.config, _checked_seed(seed))
-        try:
-            self.device = None if device is None else torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(f"device={device!r}: must be a torch device or None ({error})") from None
+        self.device = _checked_device("device", device)
+        if not isinstance(model, (nn.Module, type(None))):
+            raise TypeError(f"model={model!r}: must be a torch.nn.Module or None")
+        place = _checked_device("snapshot_device", snapshot_device)
+        self._snapshot = None if model is None else Snapshot(model, optimizer, place)
         self.process_group = _checked_group(process_group)
         # What is staged when a test comes must still be there, for the mean over the ranks.
         self.history = LossHistory(self.gp.max_points, max(_STAGED_LOSSES, self.config.test_interval + MIN_LOSSES))
@@ -377,14 +385,15 @@ class AutoWU(LRScheduler):
     def _optimizer_was_skipped(self) -> bool:
         """Whether the optimizer was not called since the last step.
 
-        Torch's schedulers have the optimizer set a flag when it is called. Nothing follows from its absence before it was ever
-        seen: the optimizer may have been called past the flag, or the two calls stand in the order that torch warns about. What
-        a GradScaler skips in the first steps shows in the gradients; only there they are read.
+        Torch's schedulers have the optimizer set a flag when it is called. Nothing follows from its absence before a step was
+        seen that trained something: the optimizer may have been called past the flag, the two calls may stand in the order that
+        torch warns about, or the losses are those of another run. What a GradScaler skips in the first steps shows in the
+        gradients; only there they are read.
         """
         wrapped = hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
         if getattr(self.optimizer, "_opt_called", False) is True:
             self.optimizer._opt_called = _COUNTED  # type: ignore[attr-defined]
-            self._sees_optimizer = True
+            self._sees_optimizer = self._sees_optimizer or bool(self.optimizer.state) or bool(self._gradients())
             self._sees_past_wrapper |= not wrapped
             return False
         if not wrapped and not self._sees_past_wrapper:
@@ -393,8 +402,10 @@ class AutoWU(LRScheduler):
             return False
         if self._sees_optimizer:
             return True
-        grads = (p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None)
-        return any(not grad.isfinite().all() for grad in grads)
+        return any(not grad.isfinite().all() for grad in self._gradients())
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     @property
     def _records(self) -> bool:
@@ -415,7 +426,11 @@ class AutoWU(LRScheduler):
         if step < MIN_LOSSES and not at_limit:
             return
         rank, size = rank_and_size(self.process_group)
-        found = self._judge(step) if size == 1 else self._exchange(rank, size)
+        sound = None if self._snapshot is None else self._snapshot.sound()
+        if size == 1:
+            found, all_sound = self._judge(step), sound is None or bool(sound)
+        else:
+            found, all_sound = self._exchange(rank, size, sound)
         if found is not None:
             self._verdict = found
         elif at_limit:
@@ -423,7 +438,12 @@ class AutoWU(LRScheduler):
         self._state = after_test(self.config, self._state, step, found, self._fallback_lr)
         switch = self._state.switch
         self._next_verdict = self._judge(step) if switch is None and size > 1 and rank == 0 else None
-        if switch is None or rank != 0:
+        if self._snapshot is not None and switch is None and all_sound and (self._verdict is None or falls(found)):
+            self._snapshot.take(step)
+        if switch is None:
+            return
+        restored = self._roll_back()
+        if rank != 0:
             return
         _logger.info(
             "AutoWU switched at step %d of %d: LR %.4g, %s",
@@ -433,20 +453,31 @@ class AutoWU(LRScheduler):
             "no curve was fitted; LR from the optimizer's own"
             if switch.minimum is None
             else f"the loss was lowest at step {switch.minimum:.0f}"
-            + (f" (probability {switch.probability:.3f})" if switch.by_test else " (warm-up at its limit)"),
+            + (f" (probability {switch.probability:.3f})" if switch.by_test else " (warm-up at its limit)")
+            + ("" if restored is None else f", model and optimizer are back at step {restored}"),
         )
 
-    def _exchange(self, rank: int, size: int) -> Verdict | None:
+    def _roll_back(self) -> int | None:
+        """Put the snapshot back if the minimum is past; the step that it was taken at."""
+        snapshot, found = self._snapshot, self._verdict
+        if snapshot is None or snapshot.step is None:
+            return None
+        step = None if found is None or falls(found) else snapshot.restore()
+        snapshot.free()
+        return step
+
+    def _exchange(self, rank: int, size: int, sound: Tensor | None) -> tuple[Verdict | None, bool]:
         """Average the losses since the last test over the ranks; the first rank's verdict on those before."""
         own = None if self._next_verdict is None else [float(v) for v in astuple(self._next_verdict)]
-        missing, said = exchange(self.history.staged, own, len(fields(Verdict)), self.process_group)
+        width = len(fields(Verdict))
+        missing, said, all_sound = exchange(self.history.staged, own, width, sound, self.process_group)
         self.history.fold()
         if missing and rank == 0:
             self._report("rank", f"{missing} losses of the {size} ranks were missing or not finite; the mean is over the others")
         if not said:
-            return None
+            return None, all_sound
         switch, votes, probability, lr, minimum = said
-        return Verdict(bool(switch), int(votes), probability, lr, minimum)
+        return Verdict(bool(switch), int(votes), probability, lr, minimum), all_sound
 
     def _judge(self, step: int) -> Verdict | None:
         """Test whether the minimum is past; None where the curve could not be fitted."""
@@ -504,7 +535,8 @@ class AutoWU(LRScheduler):
 
         In a process group the losses since the last test are this rank's own. Where only the first rank's state is saved, the
         others resume with its losses of that interval: they still agree, but equal the uncut run bit for bit only where each
-        rank saves and loads its own state, or where the run was cut just after a test.
+        rank saves and loads its own state, or where the run was cut just after a test. The copy of the model that is kept in the
+        warm-up with ``model=`` is no part of it: a resumed run has none until a test finds the loss falling again.
         """
         state = asdict(self._state)
         engine_state: dict[str, Any] = getattr(self.gp, "state_dict", dict)()
@@ -557,6 +589,8 @@ class AutoWU(LRScheduler):
                 f"state_dict of {saved_groups} parameter groups: the optimizer has {groups}; add the groups that were added "
                 "during the run before the state is loaded"
             )
+        if self._snapshot is not None:
+            self._snapshot.free()  # of other weights
         self._load_engine(**state_dict["gp"])
         config = Config(**state_dict["config"])
         state = dict(state_dict["state"])
@@ -655,6 +689,13 @@ def _checked_seed(seed: Any) -> int:
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"seed={seed!r}: must be an integer")
     return int(seed)
+
+
+def _checked_device(name: str, device: Any) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{name}={device!r}: must be a torch device or None ({error})") from None
 
 
 def _checked_group(group: Any) -> ProcessGroup | None:

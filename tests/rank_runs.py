@@ -167,7 +167,7 @@ def train(model, rank, size, sharded):
     inputs = torch.tensor(digits.data[:1280], dtype=torch.float32) / 16
     targets = torch.tensor(digits.target[:1280])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    scheduler = AutoWU(optimizer, steps_per_epoch=10, total_epochs=30)
+    scheduler = AutoWU(optimizer, steps_per_epoch=10, total_epochs=30, model=model)
     lrs, losses = [], []
     for step in range(300):
         batch = slice(step % 10 * 128, (step % 10 + 1) * 128)

@@ -1,5 +1,6 @@
 """Which calls count as a step, and what loss it had: micro-batches, skipped optimizer steps, replaced and wrapped optimizers."""
 
+import contextlib
 import copy
 import functools
 import logging
@@ -22,7 +23,10 @@ ORDER = "how-to-adjust-learning-rate"
 
 
 def parameter():
-    return torch.nn.Parameter(torch.ones(3))
+    """A parameter in training: it has a gradient."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.zeros(2)
+    return weight
 
 
 def sgd(parameters=None, lr=0.1):
@@ -582,6 +586,19 @@ def test_a_step_held_from_before_is_seen():
     train_on(scheduler, held, CURVE[5:])
     scheduler.step(1.0)  # no optimizer step before it
     assert scheduler.last_epoch == len(CURVE)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_losses_of_another_run_can_be_replayed_without_training(steps):
+    weight = torch.nn.Parameter(torch.ones(2))
+    scheduler = autowu(sgd([weight]))
+    take(scheduler, CURVE[:steps])  # without a gradient nothing is trained
+    with contextlib.nullcontext() if steps else pytest.warns(UserWarning, match=ORDER):
+        for loss in CURVE[steps:]:
+            scheduler.step(loss)
+    reference = autowu()
+    take(reference, CURVE)
+    assert (scheduler.switch, scheduler.last_epoch) == (reference.switch, len(CURVE))
 
 
 def test_a_copy_of_a_run_reports_nothing_and_sees_skips(caplog):

@@ -1,0 +1,256 @@
+"""A run put back to its snapshot goes on as it went on from there, and AutoWU puts it back at the switch."""
+
+import copy
+import math
+
+import pytest
+import timm.optim
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from autowu import AutoWU
+from autowu.optim import LARS
+from autowu.snapshot import Snapshot
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "sgd for-loop": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=False),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), amsgrad=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True),
+    "lbfgs-like lists": lambda p: Listing(p),
+    "lars": lambda p: LARS(torch.optim.SGD(p, lr=1.0, momentum=0.9)),
+    "lamb": lambda p: timm.optim.Lamb(p, lr=0.01),
+    "lookahead": lambda p: timm.optim.Lookahead(torch.optim.SGD(p, lr=0.1, momentum=0.9), k=3),
+}
+
+
+class Listing(torch.optim.Optimizer):
+    """An optimizer that keeps lists and numbers: it goes along the mean of the last gradients, by a step that grows."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1, "growth": 1.0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["growth"] *= 1.1
+            for p in group["params"]:
+                last = self.state[p].setdefault("last", [])
+                last.append(p.grad.clone())
+                p -= group["lr"] * group["growth"] * torch.stack(last[-5:]).mean(0)
+
+
+class Training:
+    """A small network with batch norm on the digits, one batch a step, the same ones every time."""
+
+    def __init__(self, make, **arguments):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+        self.optimizer = make(self.model.parameters())
+        digits = load_digits()
+        self.inputs = torch.tensor(digits.data / 16, dtype=torch.float32).split(100)
+        self.targets = torch.tensor(digits.target).split(100)
+
+    def steps(self, start, stop):
+        for k in range(start, stop):
+            loss = nn.functional.cross_entropy(self.model(self.inputs[k % 17]), self.targets[k % 17])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return self
+
+    def tensors(self):
+        return [t.clone() for t in (*self.model.parameters(), *self.model.buffers())]
+
+
+def assert_equal(ours, others):
+    assert len(ours) == len(others)
+    assert all(torch.equal(one, other) for one, other in zip(ours, others, strict=True))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 7])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_restored_run_goes_on_as_it_did(name, taken):
+    run = Training(OPTIMIZERS[name]).steps(0, taken)
+    snapshot = Snapshot(run.model, run.optimizer)
+    snapshot.take(taken)
+    expected = run.steps(taken, taken + 9).tensors()
+    run.steps(0, 5)
+    assert snapshot.restore() == taken
+    assert_equal(run.steps(taken, taken + 9).tensors(), expected)
+    snapshot.restore()  # the copy is still there
+    assert_equal(run.steps(taken, taken + 9).tensors(), expected)
+
+
+def test_tensors_are_restored_in_place_and_copied_into_the_same_room():
+    run = Training(OPTIMIZERS["adamw"]).steps(0, 3)
+    snapshot = Snapshot(run.model, run.optimizer)
+    snapshot.take(3)
+    room = [t.data_ptr() for t in snapshot._copies.values()]
+    live = [t.data_ptr() for t in (*run.model.parameters(), *run.model.buffers())]
+    state = [s["exp_avg"].data_ptr() for s in run.optimizer.state.values()]
+    run.steps(3, 6)
+    snapshot.take(6)
+    run.steps(6, 9)
+    snapshot.restore()
+    assert [t.data_ptr() for t in snapshot._copies.values()] == room
+    assert [t.data_ptr() for t in (*run.model.parameters(), *run.model.buffers())] == live
+    assert [s["exp_avg"].data_ptr() for s in run.optimizer.state.values()] == state
+
+
+def test_the_lr_is_the_schedules():
+    run = Training(OPTIMIZERS["amsgrad"]).steps(0, 3)
+    snapshot = Snapshot(run.model, run.optimizer)
+    snapshot.take(3)
+    run.optimizer.param_groups[0]["lr"].fill_(7.0)
+    snapshot.restore()
+    assert run.optimizer.param_groups[0]["lr"] == 7.0
+
+
+def test_parameters_outside_the_model_are_copied_too():
+    run = Training(OPTIMIZERS["sgd"])
+    scale = nn.Parameter(torch.ones(1))
+    run.optimizer.add_param_group({"params": [scale]})
+    snapshot = Snapshot(run.model, run.optimizer)
+    snapshot.take(0)
+    scale.data.fill_(5.0)
+    snapshot.restore()
+    assert scale.item() == 1.0
+
+
+def test_without_a_copy_there_is_nothing_to_restore():
+    run = Training(OPTIMIZERS["sgd"])
+    snapshot = Snapshot(run.model, run.optimizer)
+    with pytest.raises(RuntimeError, match="no snapshot"):
+        snapshot.restore()
+    snapshot.take(0)
+    snapshot.free()
+    assert snapshot.step is None
+    assert not snapshot._copies
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["parameter", "buffer", "state"])
+def test_what_is_not_finite_is_not_sound(bad, where):
+    run = Training(OPTIMIZERS["adamw"]).steps(0, 3)
+    snapshot = Snapshot(run.model, run.optimizer)
+    assert snapshot.sound() == 1.0
+    tensors = {
+        "parameter": run.model[3].bias.data,
+        "buffer": run.model[1].running_var,
+        "state": run.optimizer.state[run.model[0].weight]["exp_avg_sq"],
+    }
+    tensors[where].view(-1)[3] = bad
+    assert snapshot.sound() == 0.0
+
+
+def test_huge_but_finite_is_sound():
+    run = Training(OPTIMIZERS["sgd"])
+    run.model[0].weight.data.fill_(3e38)
+    assert Snapshot(run.model, run.optimizer).sound() == 1.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_copy_in_host_memory_is_pinned():
+    run = Training(OPTIMIZERS["adamw"])
+    run.model.cuda()
+    run.inputs, run.targets = ([t.cuda() for t in ts] for ts in (run.inputs, run.targets))
+    run.optimizer = OPTIMIZERS["adamw"](run.model.parameters())
+    run.steps(0, 3)
+    snapshot = Snapshot(run.model, run.optimizer, torch.device("cpu"))
+    snapshot.take(3)
+    expected = run.steps(3, 9).tensors()
+    assert all(t.is_pinned() for t in snapshot._copies.values())
+    snapshot.restore()
+    assert_equal(run.steps(3, 9).tensors(), expected)
+
+
+# ---------------------------------------------------------------- in AutoWU
+
+
+def perceptron(seed, **arguments):
+    """An MLP without normalisation, which an overshoot can destroy; AutoWU's end of the story and the accuracy."""
+    torch.manual_seed(seed)
+    digits = load_digits()
+    inputs, targets = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+    layers = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
+    model = nn.Sequential(*layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    keeps = {"model": model} if arguments.pop("keeps") else {}
+    scheduler = AutoWU(optimizer, steps_per_epoch=14, total_epochs=30, **keeps, **arguments)
+    torch.manual_seed(seed)
+    for _ in range(30):
+        for index in torch.randperm(len(inputs)).split(128)[:14]:
+            loss = nn.functional.cross_entropy(model(inputs[index]), targets[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step(loss)
+    return scheduler, (model(inputs).argmax(1) == targets).float().mean().item()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_overshoot_leaves_no_trace(seed, caplog):
+    with caplog.at_level("INFO", logger="autowu"):
+        scheduler, accuracy = perceptron(seed, keeps=True)
+    assert scheduler.switch.by_test
+    assert accuracy > 0.98
+    assert "model and optimizer are back at step" in caplog.text
+    assert scheduler._snapshot.step is None  # given back
+
+
+def test_without_the_model_it_does():
+    assert min(perceptron(seed, keeps=False)[1] for seed in range(4)) < 0.9
+
+
+def test_the_snapshot_changes_no_decision():
+    assert perceptron(1, keeps=True)[0].switch == perceptron(1, keeps=False)[0].switch
+
+
+def test_a_loss_that_falls_to_the_limit_of_the_warmup_keeps_the_model_as_it_is():
+    run = Training(OPTIMIZERS["sgd"])
+    scheduler = AutoWU(run.optimizer, total_steps=200, model=run.model)
+    for k in range(100):
+        run.optimizer.step()
+        scheduler.step(3.0 - k / 100)
+        with torch.no_grad():
+            run.model[3].bias.fill_(k)
+    assert scheduler.switch.step == 100
+    assert run.model[3].bias[0] == 99
+
+
+def test_weights_that_are_not_finite_are_no_snapshot():
+    run = Training(OPTIMIZERS["sgd"])
+    scheduler = AutoWU(run.optimizer, total_steps=400, model=run.model)
+    taken = []
+    for k in range(60):
+        run.optimizer.step()
+        if k == 40:
+            run.model[3].bias.data.fill_(math.nan)  # a loss that is still finite
+        scheduler.step(3.0 - k / 100)
+        taken.append(scheduler._snapshot.step)
+    assert max(step for step in taken if step is not None) <= 40
+    assert taken[-1] == taken[41]
+
+
+def test_loading_a_state_gives_up_the_copy_of_other_weights():
+    run = Training(OPTIMIZERS["sgd"])
+    scheduler = AutoWU(run.optimizer, total_steps=400, model=run.model)
+    for k in range(60):
+        run.optimizer.step()
+        scheduler.step(3.0 - k / 100)
+    assert scheduler._snapshot.step is not None
+    scheduler.load_state_dict(copy.deepcopy(scheduler.state_dict()))
+    assert scheduler._snapshot.step is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [({"model": "resnet50"}, "model='resnet50'"), ({"snapshot_device": "abacus"}, "snapshot_device='abacus'")],
+)
+def test_a_bad_argument_is_named(arguments, named):
+    with pytest.raises((TypeError, ValueError), match=named):
+        AutoWU(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), total_steps=100, **arguments)
