@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autowu import AutoWU
-from autowu.schedules import COOLDOWN_TYPES
+from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES
 
 EPOCH, EPOCHS = 2, 80
 TOTAL = EPOCH * EPOCHS
@@ -231,6 +231,30 @@ def test_a_restored_run_equals_the_uncut_one(variant, cut):
     assert restored.scheduler.phase == [*uncut.phases, "done"][step]
     assert restored.scheduler.get_last_lr() == [*uncut.lrs, uncut.scheduler.get_last_lr()][step]
     assert_equals_the_rest(restored.advance(TOTAL * uncut.parts), uncut, step)
+
+
+ENGINES = {
+    "closed-form": ({"test_interval": 3}, (-1, 0, 1)),
+    # A test of GPyTorch is slow: a few, and a cut between them.
+    "gpytorch": ({"test_interval": 30, "gp": "gpytorch"}, (-25,)),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("immediate", [True, False], ids=("immediate", "stable"))
+@pytest.mark.parametrize("cooldown", COOLDOWN_TYPES)
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+@pytest.mark.parametrize("warmup", WARMUP_TYPES)
+def test_every_combination_goes_on_around_its_switch(warmup, unit, cooldown, immediate, engine):
+    more, cuts = ENGINES[engine]
+    arguments = {"warmup_type": warmup, "warmup_unit": unit, "cooldown_type": cooldown, "immediate_cooldown": immediate} | more
+    saved, uncut = {}, Training(lambda optimizer: AutoWU(optimizer, EPOCH, EPOCHS, **arguments))
+    while uncut.position < TOTAL:
+        saved[uncut.position] = uncut.save()
+        uncut.micro_batch()
+    for cut in cuts:
+        step = uncut.scheduler.switch.step + cut
+        assert_equals_the_rest(fresh_training().load(saved[step]).advance(TOTAL), uncut, step)
 
 
 def test_the_plateau_rule_acts_in_the_runs_that_test_it():
