@@ -26,16 +26,16 @@ class LossHistory:
 
     Args:
         max_points: number of bins at most, an even number; None keeps every loss in a bin of its own.
-        stage: number of losses that can be staged, and still be changed, before they must be folded.
+        stage: number of losses, at least, that can be staged, and still be changed, before they are folded.
     """
 
-    def __init__(self, max_points: int | None = 2048, stage: int = _STAGE) -> None:
+    def __init__(self, max_points: int | None = 2048, stage: int = 0) -> None:
         self.max_points = max_points
         self.steps = 0
         """Number of losses appended, the missing ones included."""
         self._width = 1
         self._folded = 0
-        self._staged = torch.empty(stage, dtype=torch.float64)
+        self._staged = torch.empty(max(stage, _STAGE), dtype=torch.float64)
         # Rows: sums, squares, counts.
         self._bins = torch.zeros(3, max_points or _STAGE, dtype=torch.float64)
         self._anchor = torch.tensor(torch.nan, dtype=torch.float64)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, fields
 from typing import Any, Final
 
@@ -48,7 +48,6 @@ __all__ = ["AutoWU"]
 _logger = logging.getLogger("autowu")
 
 _STATE_VERSION: Final = 2
-_STAGED_LOSSES: Final = 1024
 
 _COUNTED: Final = 1
 """Put for True into torch's flag that the optimizer was called: true as well, and known to have been seen."""
@@ -195,7 +194,7 @@ class AutoWU(LRScheduler):
         self._snapshot = None if model is None else Snapshot(model, optimizer, place)
         self.process_group = _checked_group(process_group)
         # What is staged when a test comes must still be there, for the mean over the ranks.
-        self.history = LossHistory(self.gp.max_points, max(_STAGED_LOSSES, self.config.test_interval + MIN_LOSSES))
+        self.history = LossHistory(self.gp.max_points, self.config.test_interval + MIN_LOSSES)
         self.decision: SwitchDecision | None = None
         self.posterior: CurvePosterior | None = None
         self._state = State()
@@ -402,7 +401,7 @@ class AutoWU(LRScheduler):
             return False
         if self._sees_optimizer:
             return True
-        return any(not grad.isfinite().all() for grad in self._gradients())
+        return any(not (g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in self._gradients())
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -426,7 +425,7 @@ class AutoWU(LRScheduler):
         if step < MIN_LOSSES and not at_limit:
             return
         rank, size = rank_and_size(self.process_group)
-        sound = None if self._snapshot is None else self._snapshot.sound()
+        sound = self._copying(Snapshot.sound, size)
         if size == 1:
             found, all_sound = self._judge(step), sound is None or bool(sound)
         else:
@@ -439,7 +438,7 @@ class AutoWU(LRScheduler):
         switch = self._state.switch
         self._next_verdict = self._judge(step) if switch is None and size > 1 and rank == 0 else None
         if self._snapshot is not None and switch is None and all_sound and (self._verdict is None or falls(found)):
-            self._snapshot.take(step)
+            self._copying(lambda snapshot: snapshot.take(step), size)
         if switch is None:
             return
         restored = self._roll_back()
@@ -456,6 +455,19 @@ class AutoWU(LRScheduler):
             + (f" (probability {switch.probability:.3f})" if switch.by_test else " (warm-up at its limit)")
             + ("" if restored is None else f", model and optimizer are back at step {restored}"),
         )
+
+    def _copying(self, act: Callable[[Snapshot], Tensor | None], size: int) -> Tensor | None:
+        """`act` on the snapshot, if there is one; a run of one process survives that it fails, and goes on without."""
+        if self._snapshot is None:
+            return None
+        try:
+            return act(self._snapshot)
+        except Exception as error:
+            if size > 1:  # a rank that went on without a copy would part from the others at the switch
+                raise
+            self._snapshot = None
+            self._report("snapshot", f"the model could not be copied ({error}); it will not go back at the switch")
+            return None
 
     def _roll_back(self) -> int | None:
         """Put the snapshot back if the minimum is past; the step that it was taken at."""

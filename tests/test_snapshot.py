@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 
 import pytest
 import timm.optim
@@ -234,6 +235,17 @@ def test_weights_that_are_not_finite_are_no_snapshot():
         taken.append(scheduler._snapshot.step)
     assert max(step for step in taken if step is not None) <= 40
     assert taken[-1] == taken[41]
+
+
+def test_a_model_that_cannot_be_copied_is_survived_and_reported_once(caplog):
+    run = Training(OPTIMIZERS["sgd"])
+    run.optimizer.param_groups[0]["lock"] = threading.Lock()  # no copy of it can be made
+    scheduler = AutoWU(run.optimizer, total_steps=400, model=run.model)
+    for k in range(400):
+        run.optimizer.step()
+        scheduler.step(abs(k / 100 - 1) + 0.01 * math.sin(7 * k))
+    assert scheduler.switch.by_test
+    assert len([r for r in caplog.records if "could not be copied" in r.getMessage()]) == 1
 
 
 def test_loading_a_state_gives_up_the_copy_of_other_weights():

@@ -601,6 +601,16 @@ def test_losses_of_another_run_can_be_replayed_without_training(steps):
     assert (scheduler.switch, scheduler.last_epoch) == (reference.switch, len(CURVE))
 
 
+@pytest.mark.parametrize(("value", "counted"), [(1.0, 1), (math.inf, 0)])
+def test_sparse_gradients_show_what_was_skipped_first(value, counted):
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    scheduler = autowu(torch.optim.SGD(embedding.parameters(), lr=0.1))
+    (embedding(torch.tensor([1, 1])).sum() * value).backward()
+    with pytest.warns(UserWarning, match=ORDER) if counted else contextlib.nullcontext():
+        scheduler.step(1.0)
+    assert scheduler.last_epoch == counted
+
+
 def test_a_copy_of_a_run_reports_nothing_and_sees_skips(caplog):
     scheduler = autowu()
     take(scheduler, CURVE[:5])
