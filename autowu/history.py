@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor
 
 from autowu.gp import LossCurve
 
-__all__ = ["LossHistory"]
+__all__ = ["MISSING", "LossHistory"]
+
+MISSING = -math.inf
+"""Stands for a loss that did not come; left out as those that are not finite are, but no sign that the run has blown up."""
 
 _STAGE = 1024
 
@@ -45,7 +49,7 @@ class LossHistory:
         return self._staged.device
 
     def append(self, loss: float | Tensor) -> None:
-        """Append the loss of one optimizer step: a float or a tensor of one element. NaN stands for a missing loss."""
+        """Append the loss of one optimizer step: a float or a tensor of one element; :data:`MISSING` where there was none."""
         if self.steps - self._folded == len(self._staged):
             self.fold()
         if isinstance(loss, Tensor):

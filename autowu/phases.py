@@ -17,6 +17,7 @@ from autowu.switching import SwitchDecision
 
 __all__ = [
     "Config",
+    "Event",
     "Phase",
     "State",
     "Switch",
@@ -30,7 +31,9 @@ __all__ = [
     "is_test_due",
     "phase_at",
     "plateau_epoch_due",
+    "set_back",
     "verdict",
+    "watch_is_over",
 ]
 
 Phase = Literal["warmup", "stable", "cooldown", "done"]
@@ -38,6 +41,12 @@ Phase = Literal["warmup", "stable", "cooldown", "done"]
 TESTS_PER_WARMUP: Final = 60
 FALLING: Final = 0.8
 """A test that finds the minimum past with less than this probability says that the loss still falls."""
+SETBACK_FACTOR: Final = 0.5
+"""On the peak LR, each time that training has diverged after the switch."""
+MAX_SETBACKS: Final = 3
+"""After so many the run is left alone."""
+WATCHED_DOWN_TO: Final = 0.5
+"""Share of the peak LR: a cooldown that has come below it is not watched any longer."""
 PLATEAU_PATIENCE: Final = 5
 """Epochs without a better mean loss before `decay_phase_stat="loss"` lowers the LR (Kim et al. 2021 and its code)."""
 PLATEAU_THRESHOLD: Final = 1e-4
@@ -75,6 +84,23 @@ class Config:
     patience: int
     confidence: float
     min_contrast: float
+    watch: bool
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that befell a run.
+
+    Attributes:
+        kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; or the kind of a trouble
+            that was survived, told once a run: "loss", "fit", "rank", "snapshot", "optimizer".
+        step: optimizer steps taken by then.
+        message: what the log said.
+    """
+
+    kind: str
+    step: int
+    message: str
 
 
 @dataclass(frozen=True)
@@ -86,7 +112,7 @@ class Switch:
         lr: the peak LR, of the parameter group with the largest LR.
         probability: of the minimum being past, as the last test put it, in [0, 1]; None where no test succeeded.
         minimum: where the fitted curve is lowest, in steps, fractional; None where no test succeeded.
-        by_test: False where the warm-up reached its limit without a switch.
+        by_test: False where the warm-up reached its limit without a switch, or a loss that exploded ended it.
     """
 
     step: int
@@ -124,6 +150,8 @@ class State:
         switch: None during the warm-up.
         plateau_factor, best_epoch_loss, bad_epochs: of the plateau rule, `decay_phase_stat="loss"`: the factor on the peak LR, the
             lowest mean loss of an epoch, and the epochs since.
+        peak_factor, setbacks: factor on the peak LR after the divergences since the switch, and their number.
+        watched: whether the watch over the run goes on.
     """
 
     votes: int = 0
@@ -131,6 +159,9 @@ class State:
     plateau_factor: float = 1.0
     best_epoch_loss: float = math.inf
     bad_epochs: int = 0
+    peak_factor: float = 1.0
+    setbacks: int = 0
+    watched: bool = True
 
 
 def phase_at(config: Config, state: State, step: int) -> Phase:
@@ -155,7 +186,7 @@ def base_lr(config: Config, state: State, step: int) -> float:
     start = state.switch.step
     if not config.immediate_cooldown:
         start = max(start, config.cooldown_start)
-    lr = state.switch.lr * state.plateau_factor
+    lr = state.switch.lr * state.plateau_factor * state.peak_factor
     if config.decay_phase_factor != 1.0 and config.decay_phase_stat is None:
         assert config.steps_per_epoch is not None
         lr *= config.decay_phase_factor ** ((min(step, start) - state.switch.step) // config.steps_per_epoch)
@@ -190,19 +221,34 @@ def falls(verdict: Verdict | None) -> bool:
     return verdict is not None and verdict.probability < FALLING
 
 
-def after_test(config: Config, state: State, step: int, verdict: Verdict | None, fallback_lr: float) -> State:
-    """The state after a test (or a failed one, `verdict` None) at `step`: switched, where the test or the limit says so.
+def after_test(config: Config, state: State, step: int, verdict: Verdict | None, fallback_lr: float, *, ends: bool) -> State:
+    """The state after a test (or a failed one, `verdict` None) at `step`: switched, if the test says so or the warm-up ends here.
 
     A warm-up that ends with no verdict at all goes on at `fallback_lr`, brought into the LR range.
     """
     state = replace(state, votes=0 if verdict is None else verdict.votes)
     by_test = verdict is not None and verdict.switch
-    if not by_test and step < config.warmup_limit:
+    if not by_test and not ends:
         return state
     if verdict is None:
         lr = min(max(fallback_lr, config.min_lr), config.max_lr)
         return replace(state, switch=Switch(step, lr, None, None, by_test=False))
     return replace(state, switch=Switch(step, verdict.lr, verdict.probability, verdict.minimum, by_test))
+
+
+def set_back(state: State) -> State:
+    """The state after a divergence: a lower peak, and after the last one that is borne no watch any longer."""
+    setbacks = state.setbacks + 1
+    factor = state.peak_factor * SETBACK_FACTOR
+    return replace(state, peak_factor=factor, setbacks=setbacks, watched=setbacks < MAX_SETBACKS)
+
+
+def watch_is_over(config: Config, state: State, step: int) -> bool:
+    """Whether the cooldown has brought the LR of optimizer step `step` so far down that training will not diverge."""
+    if state.switch is None or phase_at(config, state, step) not in ("cooldown", "done"):
+        return False
+    top = base_lr(config, state, max(state.switch.step, 0 if config.immediate_cooldown else config.cooldown_start))
+    return base_lr(config, state, step) < WATCHED_DOWN_TO * top
 
 
 def plateau_epoch_due(config: Config, state: State, step: int) -> bool:
@@ -211,6 +257,7 @@ def plateau_epoch_due(config: Config, state: State, step: int) -> bool:
         config.decay_phase_stat == "loss"
         and config.steps_per_epoch is not None
         and state.switch is not None
+        and step > state.switch.step
         and phase_at(config, state, step) == "stable"
         and (step - state.switch.step) % config.steps_per_epoch == 0
     )
@@ -252,6 +299,7 @@ def configure(
     patience: int,
     confidence: float,
     min_contrast: float,
+    watch: bool,
 ) -> Config:
     """Check the arguments of `AutoWU` and resolve them.
 
@@ -273,8 +321,9 @@ def configure(
     if not min_lr < max_lr:
         raise ValueError(f"min_lr={min_lr!r}: must be below max_lr={max_lr!r}")
     patience = _check_count("patience", patience)
-    if not isinstance(immediate_cooldown, bool):
-        raise TypeError(f"immediate_cooldown={immediate_cooldown!r}: must be True or False")
+    for name, flag in (("immediate_cooldown", immediate_cooldown), ("watch", watch)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}={flag!r}: must be True or False")
 
     if steps_per_epoch is None:
         for name, value in (("warmup_unit", warmup_unit), ("test_interval", test_interval)):
@@ -329,6 +378,7 @@ def configure(
         patience=patience,
         confidence=float(confidence),
         min_contrast=float(min_contrast),
+        watch=watch,
     )
 
 

@@ -7,8 +7,8 @@ import logging
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, astuple, fields
-from typing import Any, Final
+from dataclasses import asdict, astuple, fields, replace
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -18,13 +18,15 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from autowu.distributed import exchange, rank_and_size, sum_over_ranks
+from autowu.distributed import LateRead, average, exchange, rank_and_size, sum_over_ranks
 from autowu.families import lr_range
 from autowu.gp import MIN_LENGTHSCALE, ClosedFormGP, CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import GPyTorchGP
-from autowu.history import LossHistory
+from autowu.history import MISSING, LossHistory
 from autowu.phases import (
+    MAX_SETBACKS,
     Config,
+    Event,
     Phase,
     State,
     Switch,
@@ -38,16 +40,27 @@ from autowu.phases import (
     is_test_due,
     phase_at,
     plateau_epoch_due,
+    set_back,
     verdict,
+    watch_is_over,
 )
 from autowu.snapshot import Snapshot
 from autowu.switching import MIN_LOSSES, SwitchDecision, decide
+from autowu.watch import LossWatch
 
 __all__ = ["AutoWU"]
 
+_T = TypeVar("_T")
+
 _logger = logging.getLogger("autowu")
 
-_STATE_VERSION: Final = 2
+_STATE_VERSION: Final = 3
+
+_BLOCK: Final = 10
+"""Steps after which the watch reads losses that are on a device or spread over ranks."""
+
+_SKIPPED: Final = 20
+"""Calls without an optimizer step after which the loss is looked at."""
 
 _COUNTED: Final = 1
 """Put for True into torch's flag that the optimizer was called: true as well, and known to have been seen."""
@@ -75,6 +88,13 @@ class AutoWU(LRScheduler):
 
     A call for which the optimizer was not called, because a ``GradScaler`` skipped it or because a wrapper calls several times,
     does not count. (A fused optimizer is called all the same and skips on the device; its step counts.)
+
+    All along, until the cooldown has brought the LR to half the peak, a watch follows the loss. One that explodes in the warm-up
+    (three in a row not finite, or above the start by more than twice the progress made) ends the warm-up at once. One that diverges
+    after the switch (30 % of the progress lost, by more than 10 standard errors) sets the run back: the last good copy of the model
+    is restored, where there is `model`, and the peak LR is halved; at most three times, then the run is left alone. Both are
+    warned of through ``logging`` and kept in `events`. Losses on a GPU are read in blocks of 10 steps, and each block when the
+    next is full, so that nothing waits; in a process group each block makes one more small collective.
 
     Args:
         optimizer: any torch optimizer. The ratios between the LRs of its parameter groups (and timm's ``lr_scale``) are kept;
@@ -105,8 +125,10 @@ class AutoWU(LRScheduler):
         device: where the GP does its sums; None for the device of the losses.
         seed: of the draws that the GPyTorch engine makes; the closed form draws nothing.
         model: what is trained. Its parameters and buffers and the optimizer's state are copied as long as the loss falls, at the
-            tests, and put back at the switch, so that the steps at too high an LR leave no trace. None: they stay as they are.
+            tests, and put back at the switch, so that the steps at too high an LR leave no trace. After the switch the copy is
+            renewed as often, and put back if training diverges. None: they stay as they are.
         snapshot_device: where the copy is held: None for beside the original, or "cpu" (pinned memory, if the model is on a GPU).
+        watch: whether to watch the loss for explosions and divergence.
         process_group: the ranks that train together; None for the default group, if there is one at the first test. A group of
             this rank alone makes the run independent of the others.
 
@@ -132,6 +154,7 @@ class AutoWU(LRScheduler):
         decision: outcome of the last test, a :class:`~autowu.switching.SwitchDecision`, or None; of the first rank only.
         posterior: the fitted curve of the last test, a :class:`~autowu.gp.CurvePosterior`, or None; of the first rank only.
         config: the arguments as resolved, a :class:`~autowu.phases.Config`.
+        events: what befell the run so far, a list of :class:`~autowu.phases.Event`: switch, explosion, divergences, troubles.
         history: the losses of the warm-up, a :class:`~autowu.history.LossHistory`.
         gp: the engine.
     """
@@ -162,6 +185,7 @@ class AutoWU(LRScheduler):
         seed: int = 0,
         model: nn.Module | None = None,
         snapshot_device: torch.device | str | int | None = None,
+        watch: bool = True,
         process_group: ProcessGroup | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -185,6 +209,7 @@ class AutoWU(LRScheduler):
             patience=patience,
             confidence=confidence,
             min_contrast=min_contrast,
+            watch=watch,
         )
         self.gp: LossCurveGP = _engine(gp, self.config, _checked_seed(seed))
         self.device = _checked_device("device", device)
@@ -192,6 +217,7 @@ class AutoWU(LRScheduler):
             raise TypeError(f"model={model!r}: must be a torch.nn.Module or None")
         place = _checked_device("snapshot_device", snapshot_device)
         self._snapshot = None if model is None else Snapshot(model, optimizer, place)
+        self._copy_failed = False  # on this rank; the others are told
         self.process_group = _checked_group(process_group)
         # What is staged when a test comes must still be there, for the mean over the ranks.
         self.history = LossHistory(self.gp.max_points, self.config.test_interval + MIN_LOSSES)
@@ -204,8 +230,14 @@ class AutoWU(LRScheduler):
         self._num_observed = 0
         self._sees_optimizer = False
         self._sees_past_wrapper = False
+        self._skipped = 0
         self._epoch_losses: LossHistory | None = None
-        self._reported: list[str] = []
+        self._watch = LossWatch()
+        self._watched_losses = self.history  # after the switch, those since the last look
+        self._looked_at = 0  # step of the watch's last look
+        self._mean_at_copy = math.nan
+        self._pending: LateRead | None = None
+        self.events: list[Event] = []
         self._ratios: list[float] = []
         self._fallback_lr = 0.0
         super().__init__(optimizer)
@@ -237,12 +269,12 @@ class AutoWU(LRScheduler):
         a length-scale of a fifth of the time so far; hyperparameters from 100 Adam steps on at most 100 losses, kept between tests.
         Where the published code is plainly at fault this preset is not: the last step of the run has an LR above 0, the first step
         after the switch runs at the peak, a warm-up that times out goes back to the fitted minimum, a fit that fails ends no run,
-        and fewer than 10 losses make no test.
+        and fewer than 10 losses make no test. Nothing watches the loss.
 
         Args:
             overrides: any keyword argument of :class:`AutoWU`.
         """
-        published: dict[str, Any] = {"min_lr": 1e-5, "max_lr": 1.0, "test_interval": "epoch", "min_contrast": 0.0}
+        published: dict[str, Any] = {"min_lr": 1e-5, "max_lr": 1.0, "test_interval": "epoch", "min_contrast": 0.0, "watch": False}
         if "gp" not in overrides:
             seed = _checked_seed(overrides.get("seed", 0))
             published["gp"] = GPyTorchGP(lengthscale=0.2, published=True, seed=seed)
@@ -336,12 +368,19 @@ class AutoWU(LRScheduler):
         else:
             if loss is not None:
                 self._observe(loss)
-            loss = self._observed / self._num_observed if self._num_observed else math.nan
+            loss = self._observed / self._num_observed if self._num_observed else MISSING
             self._observed, self._num_observed = 0.0, 0
-        if self._optimizer_was_skipped():
-            return
-        self._record(loss)
         step = self.last_epoch + 1
+        if self._optimizer_was_skipped():
+            self._skipped += 1
+            if self._skipped % _SKIPPED == 0 and self._broken(loss):
+                self._end_warmup(step)
+                self._write_lrs()
+            return
+        self._skipped = 0
+        self._record(loss)
+        if self._state.watched and self.config.watch:
+            self._look(step, loss)
         if is_test_due(self.config, self._state, step):
             self._test(step)
         elif plateau_epoch_due(self.config, self._state, step):
@@ -409,20 +448,122 @@ class AutoWU(LRScheduler):
     @property
     def _records(self) -> bool:
         """Whether the loss of the coming step is of use."""
-        return self._state.switch is None or (self.config.decay_phase_stat is not None and self.phase == "stable")
+        return self._state.switch is None or self._is_watched or self._is_plateau_phase
+
+    @property
+    def _is_watched(self) -> bool:
+        return self.config.watch and self._state.watched
+
+    @property
+    def _is_plateau_phase(self) -> bool:
+        return self.config.decay_phase_stat is not None and self.phase == "stable"
 
     def _record(self, loss: float | Tensor) -> None:
         if self._state.switch is None:
             self.history.append(loss)
-        elif self._records:
+            return
+        if self._is_watched:
+            self._watched_losses.append(loss)
+        if self._is_plateau_phase:
             if self._epoch_losses is None:
                 self._epoch_losses = LossHistory()
             self._epoch_losses.append(loss)
 
-    def _test(self, step: int) -> None:
-        """Learn whether the minimum is past, and switch if so or if the warm-up is at its limit."""
-        at_limit = step == self.config.warmup_limit
-        if step < MIN_LOSSES and not at_limit:
+    def _look(self, step: int, loss: float | Tensor) -> None:
+        """Have the watch follow the loss: at once where the host has it, else in blocks, each read when the next is full."""
+        losses = self.history if self._state.switch is None else self._watched_losses
+        size = rank_and_size(self.process_group)[1]
+        if size == 1 and losses.device.type == "cpu":
+            self._watch.push(float(loss))
+        elif step - self._looked_at < _BLOCK and not is_test_due(self.config, self._state, step):
+            return
+        else:
+            block = losses.staged[self._looked_at - step :]
+            if size > 1:
+                block = average(block, self._copy_failed, self.process_group)
+            before, self._pending = self._pending, LateRead(block)
+            for value in [] if before is None else self._averages(before.get(), size):
+                self._watch.push(value)
+        since, self._looked_at = self._looked_at, step
+        if self._state.switch is None:
+            if self._watch.exploded:
+                self._end_warmup(step)
+            return
+        if losses.device.type != "cpu" or size > 1 or len(losses.staged) >= _BLOCK:
+            losses.fold()  # they have been read
+        if self._watch.diverged:
+            self._set_back(step, size)
+        elif since // self.config.test_interval < step // self.config.test_interval:
+            if watch_is_over(self.config, self._state, step):
+                self._end_watch()
+            elif self._snapshot is not None and self._watch.near_best:
+                self._renew_copy(step, size)
+
+    def _averages(self, values: list[float], size: int) -> list[float]:
+        """The losses of a block; what follows them where there are several ranks is how many could not copy their model."""
+        if size == 1:
+            return values
+        if values[-1]:
+            self._snapshot = None
+        return values[:-1]
+
+    def _broken(self, loss: float | Tensor) -> bool:
+        """Whether a run whose optimizer is skipped again and again has a loss that is not finite: nothing there will mend it."""
+        if not self._is_watched or self._state.switch is not None or rank_and_size(self.process_group)[1] > 1:
+            return False
+        self._watch.push(float(loss))
+        return self._watch.exploded
+
+    def _end_warmup(self, step: int) -> None:
+        self._event("explosion", step, "the loss has exploded, which ends the warm-up", of_all=True)
+        self._test(step, exploded=True)
+
+    def _set_back(self, step: int, size: int) -> None:
+        """Go back to the last good copy, with a lower peak."""
+        self._state = set_back(self._state)
+        restored = self._put_back(size)
+        self._watch.go_back(None if restored is None else self._mean_at_copy)
+        self._pending = None
+        switch = self._state.switch
+        assert switch is not None
+        self._event(
+            "divergence",
+            step,
+            f"training has diverged ({self._state.setbacks} of {MAX_SETBACKS}); the peak LR is now "
+            f"{switch.lr * self._state.peak_factor:.4g}"
+            + ("" if restored is None else f", model and optimizer are back at step {restored}")
+            + ("" if self._state.watched else "; from here on the run is left alone"),
+            of_all=True,
+        )
+        if not self._state.watched:
+            self._end_watch()
+
+    def _end_watch(self) -> None:
+        self._state = replace(self._state, watched=False)
+        self._pending = None
+        self._watched_losses = self.history
+        if self._snapshot is not None:
+            self._snapshot.free()
+
+    def _renew_copy(self, step: int, size: int) -> None:
+        """Copy the run after the switch, if its weights are finite."""
+        sound = self._copying(Snapshot.sound, size)
+        if size > 1:
+            sound = torch.zeros(1, dtype=torch.float64, device=self._watched_losses.device) if sound is None else sound
+            all_sound = bool(sum_over_ranks(sound, self.process_group) == size)
+        else:
+            all_sound = sound is not None and bool(sound)
+        if all_sound:
+            self._take(step, size)
+
+    def _take(self, step: int, size: int) -> None:
+        self._copying(lambda snapshot: snapshot.take(step), size)
+        self._mean_at_copy = self._watch.mean
+
+    def _test(self, step: int, *, exploded: bool = False) -> None:
+        """Learn whether the minimum is past, and switch if so or if the warm-up ends: at its limit, or since the loss exploded."""
+        ends = exploded or step == self.config.warmup_limit
+        if step < MIN_LOSSES and not ends:
             return
         rank, size = rank_and_size(self.process_group)
         sound = self._copying(Snapshot.sound, size)
@@ -432,64 +573,79 @@ class AutoWU(LRScheduler):
             found, all_sound = self._exchange(rank, size, sound)
         if found is not None:
             self._verdict = found
-        elif at_limit:
+        elif ends:
             found = self._verdict
-        self._state = after_test(self.config, self._state, step, found, self._fallback_lr)
+        self._state = after_test(self.config, self._state, step, found, self._fallback_lr, ends=ends)
         switch = self._state.switch
         self._next_verdict = self._judge(step) if switch is None and size > 1 and rank == 0 else None
         if self._snapshot is not None and switch is None and all_sound and (self._verdict is None or falls(found)):
-            self._copying(lambda snapshot: snapshot.take(step), size)
+            self._take(step, size)
         if switch is None:
             return
-        restored = self._roll_back()
-        if rank != 0:
-            return
-        _logger.info(
-            "AutoWU switched at step %d of %d: LR %.4g, %s",
-            switch.step,
-            self.config.total_steps,
-            switch.lr,
-            "no curve was fitted; LR from the optimizer's own"
-            if switch.minimum is None
-            else f"the loss was lowest at step {switch.minimum:.0f}"
-            + (f" (probability {switch.probability:.3f})" if switch.by_test else " (warm-up at its limit)")
-            + ("" if restored is None else f", model and optimizer are back at step {restored}"),
+        restored = self._roll_back(exploded, size)
+        self._watch.go_back(None if restored is None else self._mean_at_copy)
+        self._pending, self._looked_at = None, step
+        self._watched_losses = LossHistory(max_points=2)
+        if not self.config.watch:
+            self._end_watch()
+        ended = f" (probability {switch.probability:.3f})" if switch.by_test else "" if exploded else " (warm-up at its limit)"
+        message = (
+            f"AutoWU switched at step {switch.step} of {self.config.total_steps}: LR {switch.lr:.4g}, "
+            + (
+                "no curve was fitted; LR from the optimizer's own"
+                if switch.minimum is None
+                else f"the loss was lowest at step {switch.minimum:.0f}{ended}"
+            )
+            + ("" if restored is None else f", model and optimizer are back at step {restored}")
         )
+        self.events.append(Event("switch", step, message))
+        if rank == 0:
+            _logger.info(message)
 
-    def _copying(self, act: Callable[[Snapshot], Tensor | None], size: int) -> Tensor | None:
-        """`act` on the snapshot, if there is one; a run of one process survives that it fails, and goes on without."""
-        if self._snapshot is None:
+    def _copying(self, act: Callable[[Snapshot], _T], size: int) -> _T | None:
+        """`act` on the snapshot, if there is one. That it fails is survived, by all ranks together, and the run goes on without."""
+        if self._snapshot is None or self._copy_failed:
             return None
         try:
             return act(self._snapshot)
         except Exception as error:
-            if size > 1:  # a rank that went on without a copy would part from the others at the switch
-                raise
-            self._snapshot = None
-            self._report("snapshot", f"the model could not be copied ({error}); it will not go back at the switch")
+            self._report("snapshot", f"the model could not be copied ({error}); it will not go back")
+            if size == 1:
+                self._snapshot = None
+            else:  # the others, which have a copy, learn it before they could use it
+                self._copy_failed = True
+                self._snapshot.free()
             return None
 
-    def _roll_back(self) -> int | None:
+    def _roll_back(self, exploded: bool, size: int) -> int | None:
         """Put the snapshot back if the minimum is past; the step that it was taken at."""
-        snapshot, found = self._snapshot, self._verdict
-        if snapshot is None or snapshot.step is None:
-            return None
-        step = None if found is None or falls(found) else snapshot.restore()
-        snapshot.free()
-        return step
+        falling = self._verdict is None or falls(self._verdict)
+        return self._put_back(size) if exploded or not falling else None
+
+    def _put_back(self, size: int) -> int | None:
+        """Restore the snapshot, if all ranks have one; the step that it was taken at."""
+        has = self._snapshot is not None and self._snapshot.step is not None
+        if size > 1:
+            able = torch.tensor([float(has)], dtype=torch.float64)
+            has = float(sum_over_ranks(able, self.process_group)) == size
+        return self._snapshot.restore() if has and self._snapshot is not None else None
 
     def _exchange(self, rank: int, size: int, sound: Tensor | None) -> tuple[Verdict | None, bool]:
         """Average the losses since the last test over the ranks; the first rank's verdict on those before."""
+        if self._copy_failed:
+            sound = torch.full((1,), math.nan, dtype=torch.float64)
         own = None if self._next_verdict is None else [float(v) for v in astuple(self._next_verdict)]
         width = len(fields(Verdict))
         missing, said, all_sound = exchange(self.history.staged, own, width, sound, self.process_group)
+        if all_sound is None:
+            self._snapshot = None
         self.history.fold()
         if missing and rank == 0:
             self._report("rank", f"{missing} losses of the {size} ranks were missing or not finite; the mean is over the others")
         if not said:
-            return None, all_sound
+            return None, bool(all_sound)
         switch, votes, probability, lr, minimum = said
-        return Verdict(bool(switch), int(votes), probability, lr, minimum), all_sound
+        return Verdict(bool(switch), int(votes), probability, lr, minimum), bool(all_sound)
 
     def _judge(self, step: int) -> Verdict | None:
         """Test whether the minimum is past; None where the curve could not be fitted."""
@@ -538,17 +694,22 @@ class AutoWU(LRScheduler):
 
     def _report(self, kind: str, message: str) -> None:
         """Warn once a run and kind of trouble."""
-        if kind not in self._reported:
-            self._reported.append(kind)
-            _logger.warning("AutoWU, step %d: %s", self.last_epoch + 1, message)
+        if all(event.kind != kind for event in self.events):
+            self._event(kind, self.last_epoch + 1, message)
+
+    def _event(self, kind: str, step: int, message: str, *, of_all: bool = False) -> None:
+        """Note and warn; what befell all ranks alike is told by the first."""
+        self.events.append(Event(kind, step, message))
+        if not of_all or rank_and_size(self.process_group)[0] == 0:
+            _logger.warning("AutoWU, step %d: %s", step, message)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on, as plain types and tensors, loadable with ``torch.load(weights_only=True)``.
 
         In a process group the losses since the last test are this rank's own. Where only the first rank's state is saved, the
         others resume with its losses of that interval: they still agree, but equal the uncut run bit for bit only where each
-        rank saves and loads its own state, or where the run was cut just after a test. The copy of the model that is kept in the
-        warm-up with ``model=`` is no part of it: a resumed run has none until a test finds the loss falling again.
+        rank saves and loads its own state, or where the run was cut just after a test. The copy of the model that is held with
+        ``model=`` is part of it ("snapshot", which may be set to None: a resumed run then has none until the next is taken).
         """
         state = asdict(self._state)
         engine_state: dict[str, Any] = getattr(self.gp, "state_dict", dict)()
@@ -566,8 +727,17 @@ class AutoWU(LRScheduler):
             "next_verdict": None if self._next_verdict is None else asdict(self._next_verdict),
             "observed": float(self._observed),
             "num_observed": self._num_observed,
-            "reported": list(self._reported),
+            "events": [asdict(event) for event in self.events],
             "history": self.history.state_dict(),
+            "watch": {
+                "state": self._watch.state_dict(),
+                "losses": None if self._watched_losses is self.history else self._watched_losses.state_dict(),
+                "looked_at": self._looked_at,
+                "mean_at_copy": self._mean_at_copy,
+                "pending": None if self._pending is None else self._pending.get(),
+                "skipped": self._skipped,
+            },
+            "snapshot": None if self._snapshot is None else self._snapshot.state_dict(),
             "epoch_losses": None if self._epoch_losses is None else self._epoch_losses.state_dict(),
             "gp": {"class": type(self.gp).__name__, "state": engine_state},
             "decision": None if self.decision is None else asdict(self.decision),
@@ -601,8 +771,6 @@ class AutoWU(LRScheduler):
                 f"state_dict of {saved_groups} parameter groups: the optimizer has {groups}; add the groups that were added "
                 "during the run before the state is loaded"
             )
-        if self._snapshot is not None:
-            self._snapshot.free()  # of other weights
         self._load_engine(**state_dict["gp"])
         config = Config(**state_dict["config"])
         state = dict(state_dict["state"])
@@ -623,8 +791,15 @@ class AutoWU(LRScheduler):
             None if state_dict[key] is None else Verdict(**state_dict[key]) for key in ("verdict", "next_verdict")
         )
         self._observed, self._num_observed = state_dict["observed"], state_dict["num_observed"]
-        self._reported = list(state_dict["reported"])
+        self.events = [Event(**event) for event in state_dict["events"]]
         self.history = LossHistory.from_state_dict(state_dict["history"])
+        watch = state_dict["watch"]
+        self._watch.load_state_dict(watch["state"])
+        self._watched_losses = self.history if watch["losses"] is None else LossHistory.from_state_dict(watch["losses"])
+        self._looked_at, self._mean_at_copy, self._skipped = (watch[key] for key in ("looked_at", "mean_at_copy", "skipped"))
+        self._pending = None if watch["pending"] is None else LateRead(torch.tensor(watch["pending"], dtype=torch.float64))
+        if self._snapshot is not None:
+            self._snapshot.load_state_dict(state_dict["snapshot"])
         epoch = state_dict["epoch_losses"] if in_epoch or self.config == config else None
         self._epoch_losses = None if epoch is None else LossHistory.from_state_dict(epoch)
         decision, posterior = state_dict["decision"], state_dict["posterior"]

@@ -45,7 +45,7 @@ class Snapshot:
         tensors, rest = self._live()
         kept = self._copies
         self._copies = {
-            key: kept[key] if key in kept and kept[key].shape == tensor.shape else self._room(tensor)
+            key: kept[key] if key in kept and self._holds(kept[key], tensor) else self._room(tensor)
             for key, tensor in tensors.items()
         }
         _copy(list(self._copies.values()), list(tensors.values()))
@@ -91,6 +91,19 @@ class Snapshot:
         """Give the memory back."""
         self._copies, self._rest, self.step = {}, {}, None
 
+    def state_dict(self) -> dict[str, Any] | None:
+        """The copy itself, on the host; None where there is none."""
+        if self.step is None:
+            return None
+        tensors = {key: tensor.to("cpu", copy=True) for key, tensor in self._copies.items()}
+        return {"step": self.step, "tensors": tensors, "rest": copy.deepcopy(self._rest)}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Hold the copy that a :meth:`state_dict` was taken of, on the host until the next is taken."""
+        self.free()
+        if state is not None:
+            self.step, self._copies, self._rest = state["step"], dict(state["tensors"]), copy.deepcopy(state["rest"])
+
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
@@ -132,6 +145,9 @@ class Snapshot:
                 elif name not in _OF_THE_SCHEDULE:
                     rest[where, name] = value
         return tensors, rest
+
+    def _holds(self, room: Tensor, tensor: Tensor) -> bool:
+        return room.shape == tensor.shape and room.dtype == tensor.dtype and room.device.type == (self.device or tensor.device).type
 
     def _room(self, tensor: Tensor) -> Tensor:
         device = self.device or tensor.device

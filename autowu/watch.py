@@ -1,0 +1,114 @@
+"""The watch over a run: has the loss blown up in the warm-up, has training come apart after the switch? Plain arithmetic on floats.
+
+It asks how much has been lost of the progress made, which no factor on the loss and no constant added to it changes, and by how
+many standard errors, so that noise alone is no divergence.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+__all__ = ["LossWatch"]
+
+_START: Final = 10
+"""Losses whose mean is where the run started."""
+_DECAY: Final = 0.9
+"""Of the exponential mean that stands for the loss now."""
+_NOISE_DECAY: Final = 0.95
+_STANDARD_ERROR: Final = math.sqrt((1 - _DECAY) / (1 + _DECAY))
+"""Of the exponential mean, in standard deviations of one loss."""
+IN_A_ROW: Final = 3
+"""Losses that must be out of range, one after the other: a single bad batch is none."""
+LOST: Final = 0.3
+"""Share of the progress that must be lost for a divergence."""
+NEAR: Final = 0.1
+"""Share of the progress that may be lost in a run that is worth copying."""
+SURE: Final = 10.0
+"""Standard errors that the same must amount to."""
+
+
+class LossWatch:
+    """Follows the losses of a run one by one and says whether it has exploded or diverged.
+
+    Attributes:
+        start: mean of the first 10 finite losses.
+        mean: exponential mean of the losses, decay 0.9, from `start`.
+        best: lowest `mean` so far.
+    """
+
+    __slots__ = ("above", "best", "count", "last", "mean", "noise", "silent", "start")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.start = self.mean = self.last = 0.0
+        self.best = math.inf
+        self.noise = 0.0  # variance of one loss about the curve, from the differences of neighbours
+        self.silent = 0  # losses in a row that were not finite
+        self.above = 0  # losses in a row far above the start
+
+    def push(self, loss: float) -> None:
+        """Take the loss of one step; -inf stands for one that is missing and says nothing."""
+        if not math.isfinite(loss):
+            self.silent += loss != -math.inf
+            return
+        self.silent = 0
+        self.count += 1
+        if self.count <= _START:
+            self.start += (loss - self.start) / self.count
+            self.mean = self.start
+            if self.count > 1:
+                self.noise += ((loss - self.last) ** 2 / 2 - self.noise) / (self.count - 1)
+        else:
+            far = loss > self.start + 2 * self.progress + SURE * math.sqrt(self.noise)
+            self.above = self.above + 1 if far else 0
+            self.mean += (1 - _DECAY) * (loss - self.mean)
+            if not far:  # an explosion is no noise
+                self.noise += (1 - _NOISE_DECAY) * ((loss - self.last) ** 2 / 2 - self.noise)
+        self.last = loss
+        if self.count >= _START:
+            self.best = min(self.best, self.mean)
+
+    @property
+    def progress(self) -> float:
+        """How far the run has come down from its start, 0 or more."""
+        return max(0.0, self.start - self.best)
+
+    @property
+    def exploded(self) -> bool:
+        """Whether 3 losses in a row were not finite or, in a run that had come down, lay above its start by twice as much."""
+        return self.silent >= IN_A_ROW or (self.above >= IN_A_ROW and self.progress > self._error(SURE))
+
+    @property
+    def diverged(self) -> bool:
+        """Whether 3 losses in a row were not finite, or 30 % of the progress is lost, by more than 10 standard errors."""
+        return self.silent >= IN_A_ROW or self._lost > max(LOST * self.progress, self._error(SURE))
+
+    @property
+    def near_best(self) -> bool:
+        """Whether no more than 10 % of the progress, or 3 standard errors, are lost: a run worth copying."""
+        return self.silent == 0 and self._lost <= max(NEAR * self.progress, self._error(3.0))
+
+    @property
+    def _lost(self) -> float:
+        return self.mean - self.best if self.count >= _START else 0.0
+
+    def _error(self, times: float) -> float:
+        """So many standard errors of the exponential mean."""
+        return times * _STANDARD_ERROR * math.sqrt(self.noise)
+
+    def go_back(self, mean: float | None = None) -> None:
+        """The run was put back to where the exponential mean was `mean`; None where it goes on from here, for better or worse."""
+        self.silent = self.above = 0
+        if mean is None:
+            self.start = max(self.start, self.mean)
+            self.best = self.mean if self.count >= _START else math.inf
+        else:
+            self.mean = mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.__slots__:
+            setattr(self, name, state[name])
