@@ -25,9 +25,11 @@ __all__ = [
     "after_test",
     "base_lr",
     "configure",
+    "cooldown_start",
     "end_plateau_epoch",
     "extended",
     "falls",
+    "forked",
     "is_test_due",
     "phase_at",
     "plateau_epoch_due",
@@ -396,6 +398,43 @@ def extended(config: Config, other: Config) -> Config:
     if total <= config.total_steps:
         return config
     return replace(config, total_steps=total, cooldown_start=_cooldown_start(total, config.cooldown_fraction))
+
+
+def cooldown_start(config: Config, cooldown_fraction: float) -> int:
+    """Step at which a cooldown over the last `cooldown_fraction` of the run begins.
+
+    Raises:
+        TypeError, ValueError: unless the fraction is a number above 0 and below 1.
+    """
+    _check_fraction("cooldown_fraction", cooldown_fraction)
+    return _cooldown_start(config.total_steps, cooldown_fraction)
+
+
+def forked(config: Config, step: int, cooldown_fraction: float) -> Config:
+    """The configuration of a run with another `cooldown_fraction`, if it could stand at `step` as a run of `config` does.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what it may be.
+    """
+    start = cooldown_start(config, cooldown_fraction)
+    if config.immediate_cooldown:
+        raise ValueError(
+            f"cooldown_fraction={cooldown_fraction!r}: without effect in a run with immediate_cooldown=True; "
+            "a run to fork needs immediate_cooldown=False"
+        )
+    if min(config.warmup_steps, start) != config.warmup_limit:
+        raise ValueError(
+            f"cooldown_fraction={cooldown_fraction!r}: the warm-up would end by step {min(config.warmup_steps, start)}, not by "
+            f"step {config.warmup_limit} as in this run; both cooldowns must begin at step {config.warmup_steps} or later"
+        )
+    latest = min(start, config.cooldown_start)
+    if config.decay_phase_stat == "loss" and start != config.cooldown_start:
+        latest -= 1  # of an epoch that ends where one of the cooldowns begins only the other run takes note
+    if step > latest:
+        raise ValueError(
+            f"cooldown_fraction={cooldown_fraction!r}: must be forked off at step {latest} or before, the run is at step {step}"
+        )
+    return replace(config, cooldown_fraction=float(cooldown_fraction), cooldown_start=start)
 
 
 def _cooldown_start(total_steps: int, cooldown_fraction: float) -> int:

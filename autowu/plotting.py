@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_run"]
+__all__ = ["draw_cooldowns", "draw_run"]
 
 
 def draw_run(losses: Sequence[float], lrs: Sequence[float], scheduler: AutoWU | None = None) -> Figure:
@@ -49,6 +49,57 @@ def draw_run(losses: Sequence[float], lrs: Sequence[float], scheduler: AutoWU | 
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best", fontsize=8, framealpha=0.9)
+    return figure
+
+
+def draw_cooldowns(
+    losses: Mapping[float, Sequence[float]], lrs: Mapping[float, Sequence[float]], final_losses: Mapping[float, float]
+) -> Figure:
+    """Draw runs that differ in their `cooldown_fraction` alone: losses, LRs, and the final loss against the fraction.
+
+    Args:
+        losses: loss of every optimizer step from step 0, by fraction; drawn as means over the last fiftieth of the run.
+        lrs: LR of the same steps.
+        final_losses: loss of each finished run.
+
+    Returns:
+        A figure of three panels, not shown and not registered with pyplot.
+
+    Example:
+        >>> figure = draw_cooldowns({0.2: [2.0, 1.5], 0.5: [2.0, 1.6]}, {0.2: [1.0, 0.1], 0.5: [1.0, 0.1]}, {0.2: 1.4, 0.5: 1.5})
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['training loss', 'learning rate', 'final test loss']
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(3, 2), height_ratios=(3, 2))
+    loss_axes = figure.add_subplot(grid[0, 0])
+    lr_axes = figure.add_subplot(grid[1, 0], sharex=loss_axes)
+    final_axes = figure.add_subplot(grid[:, 1])
+    fractions = sorted(losses)
+    everything = np.concatenate([losses[f] for f in fractions])
+    # The trunk comes last, so that it lies over what all have in common.
+    for color, fraction in reversed(list(enumerate(fractions))):
+        curve = np.asarray(losses[fraction], dtype=np.float64)
+        window = max(1, len(curve) // 50)
+        smooth = np.convolve(curve, np.full(window, 1 / window), mode="valid")
+        steps = np.arange(window - 1, len(curve))
+        label = f"cooldown_fraction {fraction:g}" + (" (trunk)" if color == 0 else "")
+        loss_axes.plot(steps, smooth, color=f"C{color}", linewidth=1, label=label)
+        lr_axes.plot(np.arange(len(curve)), lrs[fraction], color=f"C{color}")
+        final_axes.plot(fraction, final_losses[fraction], "o", color=f"C{color}")
+    final_axes.plot(fractions, [final_losses[f] for f in fractions], color="0.7", zorder=0)
+    loss_axes.set_ylabel("training loss")
+    if np.nanmin(everything, initial=np.inf) > 0:  # where cooldowns differ the loss is a small part of what it was
+        loss_axes.set_yscale("log")
+    else:
+        _limit_losses(loss_axes, everything)
+    lr_axes.set(xlabel="optimizer step", ylabel="learning rate", yscale="log")
+    final_axes.set(xlabel="cooldown_fraction", ylabel="final test loss")
+    for axes in (loss_axes, lr_axes, final_axes):
+        axes.grid(alpha=0.25)
+    loss_axes.legend(loc="best", fontsize=8, framealpha=0.9)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import numbers
@@ -34,9 +35,11 @@ from autowu.phases import (
     after_test,
     base_lr,
     configure,
+    cooldown_start,
     end_plateau_epoch,
     extended,
     falls,
+    forked,
     is_test_due,
     phase_at,
     plateau_epoch_due,
@@ -296,6 +299,48 @@ class AutoWU(LRScheduler):
         Past the present the warm-up is taken to go on to its limit, and the LR of a stable phase to stay.
         """
         return base_lr(self.config, self._state, step)
+
+    def cooldown_start(self, cooldown_fraction: float) -> int:
+        """Optimizer step, from 0, at which a cooldown over the last `cooldown_fraction`, in (0, 1), of the T steps begins.
+
+        Raises:
+            TypeError, ValueError: unless the fraction is a number in its range.
+        """
+        return cooldown_start(self.config, cooldown_fraction)
+
+    def fork_cooldown(self, cooldown_fraction: float) -> dict[str, Any]:
+        """The state, as of now, of a branch of this run with another `cooldown_fraction`, for :meth:`load_state_dict`.
+
+        It is the state that a full run with that fraction would have here, so that several fractions share warm-up and stable
+        phase. Train the trunk with the smallest fraction; where ``scheduler.cooldown_start(f)`` steps are done, save or deep-copy
+        model, optimizer and ``fork_cooldown(f)``. Each branch then loads them into a model, an optimizer and an AutoWU of its own
+        and trains the rest of the T steps. With ``decay_phase_stat="loss"`` the branch must leave one step earlier or before. In a
+        process group each rank forks its own state. The returned state shares no memory with this run.
+
+        Args:
+            cooldown_fraction: share of T, in (0, 1).
+
+        Raises:
+            TypeError: if the fraction is no number.
+            ValueError: if it is out of its range, if this run has ``immediate_cooldown=True``, if the run is past the step where
+                that cooldown or its own begins, or if the warm-up of a run with that fraction would have another limit.
+
+        Example:
+            >>> def sgd():
+            ...     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+            >>> trunk = AutoWU(sgd(), total_steps=100, immediate_cooldown=False, cooldown_fraction=0.1)
+            >>> for step in range(100):
+            ...     if step == trunk.cooldown_start(0.4):
+            ...         state = trunk.fork_cooldown(0.4)  # and copies of model and optimizer
+            ...     trunk.optimizer.step()
+            ...     trunk.step(1.0)
+            >>> branch = AutoWU(sgd(), total_steps=100)
+            >>> branch.load_state_dict(state)
+            >>> branch.phase, branch.last_epoch, branch.config.cooldown_fraction
+            ('cooldown', 60, 0.4)
+        """
+        config = forked(self.config, self.last_epoch, cooldown_fraction)
+        return copy.deepcopy(self.state_dict()) | {"config": asdict(config)}
 
     def get_lr(self) -> list[float | Tensor]:
         """LR of the coming optimizer step for each parameter group, as torch's schedulers compute it inside `step`."""

@@ -18,7 +18,10 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of train.py, as parsed; see ``python train.py --help`` for each."""
+    """The options of train.py, as parsed; see ``python train.py --help`` for each.
+
+    Several values of `cooldown_fraction` are a list in ascending order.
+    """
 
     dataset: str
     data_dir: Path | None
@@ -33,7 +36,7 @@ class TrainConfig:
     max_lr: float | None
     max_warmup_fraction: float | None
     cooldown_type: str | None
-    cooldown_fraction: float | None
+    cooldown_fraction: float | list[float] | None
     epochs: int
     batch_size: int
     label_smoothing: float
@@ -80,7 +83,11 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     sched.add_argument("--max-warmup-fraction", type=float, help="share of the run that the warm-up may take (default: 0.5)")
     sched.add_argument("--cooldown-type", help="'cosine', 'half_cosine', 'linear' or 'sqrt' (default: cosine)")
     sched.add_argument(
-        "--cooldown-fraction", type=float, help="hold the peak, then cool down over this last share (default: cool down at once)"
+        "--cooldown-fraction",
+        type=float,
+        nargs="+",
+        help="hold the peak, then cool down over this last share (default: cool down at once); of several shares each is tried, "
+        "for one run to the shortest cooldown and the steps of the other cooldowns",
     )
     run = parser.add_argument_group("run")
     run.add_argument("--epochs", type=int, default=30, help="epochs")
@@ -97,6 +104,8 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     args = vars(parser.parse_args(argv))
     del args["local_rank"]
+    if (fractions := args["cooldown_fraction"]) is not None:
+        args["cooldown_fraction"] = fractions[0] if len(fractions) == 1 else sorted(fractions)
     if args["dataset"] is None:
         args["dataset"] = "digits" if args["data_dir"] is None else "folder"
     if args["run_dir"] is None:
@@ -123,6 +132,12 @@ def _check(config: TrainConfig) -> None:
         for name in ("min_lr", "max_lr", "max_warmup_fraction", "cooldown_type", "cooldown_fraction"):
             if getattr(config, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')}: goes with AutoWU, not with --sched cosine")
+    if isinstance(config.cooldown_fraction, list):
+        for value in config.cooldown_fraction:
+            if not 0 < value < 1:
+                raise UsageError(f"--cooldown-fraction {value}: must be above 0 and below 1")
+            if config.cooldown_fraction.count(value) > 1:
+                raise UsageError(f"--cooldown-fraction {value}: is there twice")
     if config.lr is not None and not config.lr > 0:
         raise UsageError(f"--lr {config.lr}: must be above 0")
     if config.device not in (None, "cpu", "cuda"):

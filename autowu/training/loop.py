@@ -10,6 +10,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from autowu.scheduler import AutoWU
 from autowu.training.build import Model, build_model, build_optimizer, build_scheduler
 from autowu.training.config import TrainConfig, UsageError, parse_args
-from autowu.training.data import Loaders, find_data, make_loaders
+from autowu.training.cooldowns import report
+from autowu.training.data import Data, Loaders, find_data, make_loaders
 from autowu.training.process import Process, join
 from autowu.training.records import RunFolder
 
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: TrainConfig, process: Process) -> dict[str, Any]:
     """Train as `config` says and write the run folder; the summary, on every rank.
 
+    With several values of `cooldown_fraction` the trunk is the run of the smallest; its summary is returned.
+
     Raises:
         UsageError: if something in `config` cannot be, before anything was trained.
     """
@@ -58,11 +62,35 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
     data = find_data(config, process)
     folder = RunFolder(config, process.world_size) if process.is_main or config.resume else None
     built = build_model(config, data)
-    run = Run(config, process, built, make_loaders(config, process, data, built.size, built.data_config))
-    with run.records(folder):
-        for epoch in range(run.first_epoch, config.epochs):
-            run.epoch(epoch)
-        return run.finish(time.perf_counter() - started)
+    loaders = make_loaders(config, process, data, built.size, built.data_config)
+    if not isinstance(config.cooldown_fraction, list):
+        return Run(config, process, built, loaders).train(folder, started)
+    # On the main process, that the ranks do not differ on what is done.
+    trunk, *others = config.cooldown_fraction
+    branch_configs = [replace(config, cooldown_fraction=f, run_dir=config.run_dir / f"cooldown-{f}", resume=False) for f in others]
+    done = process.gather([(c.run_dir / "summary.json").exists() for c in branch_configs])[0]
+    run = Run(replace(config, cooldown_fraction=trunk), process, built, loaders)
+    run.plan_branches(others)
+    summary = run.train(folder, started)
+    first_steps = [0, *run.branches.values()]
+    del run, built  # of the device memory that the branches need
+    folders = [folder or RunFolder(replace(config, resume=True), process.world_size)]
+    for branch_config, is_done in zip(branch_configs, done, strict=True):
+        folders.append(RunFolder(branch_config, process.world_size, folders[0]))
+        if not is_done:
+            _train_branch(branch_config, process, data, loaders, folders[-1])
+    if process.is_main:
+        report(config.cooldown_fraction, first_steps, folders)
+    return summary
+
+
+def _train_branch(config: TrainConfig, process: Process, data: Data, loaders: Loaders, folder: RunFolder) -> None:
+    """Train a cooldown from its branch point, or from its own last checkpoint."""
+    started = time.perf_counter()
+    resume = process.gather(folder.checkpoint_path.is_file())[0]
+    if process.is_main:
+        print(f"\ncooldown_fraction {config.cooldown_fraction}", flush=True)
+    Run(replace(config, resume=resume), process, build_model(config, data), loaders).train(folder, started)
 
 
 class Run:
@@ -90,12 +118,38 @@ class Run:
         self.folder: RunFolder | None = None
         self.last: dict[str, Any] = {}
         self.bar: Any = None
+        self.branches: dict[float, int] = {}
+        self.begun: dict[str, Any] | None = None
+
+    def train(self, folder: RunFolder | None, started: float) -> dict[str, Any]:
+        """Train from the checkpoint, if there is one, to the end; the summary. `started` is as of `time.perf_counter`."""
+        with self.records(folder):
+            for epoch in range(self.first_epoch, self.config.epochs):
+                self.epoch(epoch)
+            return self.finish(time.perf_counter() - started)
+
+    def plan_branches(self, fractions: Sequence[float]) -> None:
+        """Save the state where the cooldowns of these shares of the run begin.
+
+        Raises:
+            UsageError: if one would begin in the warm-up.
+        """
+        assert isinstance(self.scheduler, AutoWU)
+        for fraction in fractions:
+            try:
+                self.scheduler.fork_cooldown(fraction)
+            except ValueError as error:
+                raise UsageError(f"--cooldown-fraction {fraction}: {error}") from None
+            self.branches[fraction] = self.scheduler.cooldown_start(fraction)
 
     @contextlib.contextmanager
     def records(self, folder: RunFolder | None) -> Iterator[None]:
         """Take up the checkpoint of a run to resume; on the main process, keep records and say what happens."""
         if folder is not None and self.config.resume:
             self._load(folder.load_checkpoint())
+        elif folder is not None and folder.trunk is not None:
+            assert isinstance(self.config.cooldown_fraction, float)
+            self._load(folder.load_checkpoint(folder.trunk.branch_path(self.config.cooldown_fraction)))
         if folder is None or not self.process.is_main:
             yield
             return
@@ -115,7 +169,7 @@ class Run:
         logger.setLevel(logging.INFO)
         logger.addHandler(lines)
         try:
-            initial = self.first_epoch * self.steps_per_epoch
+            initial = self.first_epoch * self.steps_per_epoch + len(self.begun["lrs"] if self.begun else [])
             with tqdm(total=total, initial=initial, unit="step", disable=None, leave=False) as self.bar:
                 yield
         finally:
@@ -130,17 +184,28 @@ class Run:
         torch.manual_seed(seed)
         random.seed(seed)  # timm's transforms
         self.loaders.sampler.set_epoch(epoch)
-        losses, lrs = [], []
+        losses: list[Tensor] = []
+        lrs: list[float] = []
+        earlier: list[float] = []
         self.forward.train()
-        for images, labels in self.loaders.train:
+        batches = iter(self.loaders.train)
+        if self.begun is not None:
+            lrs, earlier = self.begun["lrs"], self.begun["losses"]
+            for _ in lrs:
+                next(batches)
+            self._set_random_state(self.begun["random"][self.process.rank])
+            self.begun = None
+        self._save_branches(epoch, lrs, losses)
+        for images, labels in batches:
             lrs.append(float(self.optimizer.param_groups[0]["lr"]))
             phase = self.scheduler.phase if isinstance(self.scheduler, AutoWU) else ""
             losses.append(self._step(images, labels))
             if self.bar is not None:
                 self.bar.set_postfix_str(f"epoch {epoch + 1}, LR {lrs[-1]:.3g} {phase}", refresh=False)
                 self.bar.update()
+            self._save_branches(epoch, lrs, losses)
         test_loss, test_accuracy = self._test()
-        values = self.process.mean(torch.stack(losses)).tolist()  # the one read of the epoch's losses
+        values = earlier + self.process.mean(torch.stack(losses)).tolist()  # the one read of the epoch's losses
         finite = [v for v in values if math.isfinite(v)]
         step = epoch * self.steps_per_epoch
         self.last = {
@@ -163,6 +228,36 @@ class Run:
                 f"epoch {epoch + 1:3d}/{self.config.epochs}  LR {lrs[-1]:9.3g} {phase:8s}  "
                 f"train loss {self.last['train_loss']:7.4f}  test loss {test_loss:7.4f}  test accuracy {test_accuracy:7.2%}"
             )
+
+    def _save_branches(self, epoch: int, lrs: list[float], losses: list[Tensor]) -> None:
+        """Save the state of each branch that leaves here, `lrs` and `losses` being those of the epoch so far."""
+        for fraction, start in self.branches.items():
+            if start != epoch * self.steps_per_epoch + len(lrs) or len(lrs) == self.steps_per_epoch:
+                continue
+            assert isinstance(self.scheduler, AutoWU)
+            begun = {
+                "lrs": list(lrs),
+                "losses": self.process.mean(torch.stack(losses)).tolist() if losses else [],
+                "random": self.process.gather(self._random_state()),
+            }
+            state = self._state(epoch) | {
+                "scheduler": self.process.gather(self.scheduler.fork_cooldown(fraction)),
+                "step_in_epoch": len(lrs),
+                "begun": begun,
+            }
+            if self.folder is not None:
+                self.folder.save_checkpoint(state, self.folder.branch_path(fraction))
+
+    def _random_state(self) -> dict[str, Any]:
+        device = self.process.device
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return {"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": cuda}
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["torch"])
+        random.setstate(state["python"])
+        if state["cuda"] is not None and self.process.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.process.device)
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         device = self.process.device
@@ -221,6 +316,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"][self.process.rank])
         self.first_epoch, self.elapsed, self.last = state["epoch"], state["elapsed"], state["last"]
+        self.begun = state.get("begun")
 
     def finish(self, wall_s: float) -> dict[str, Any]:
         """Write summary and figure, and print the summary."""

@@ -22,7 +22,7 @@ _EPOCH_FIELDS = ("epoch", "step", "phase", "lr", "train_loss", "test_loss", "tes
 
 
 class RunFolder:
-    """The folder of one run.
+    """The folder of one run, or of a branch of one, which is a folder in that of its trunk.
 
     ``config.json``, ``metrics.csv`` (a row an optimizer step), ``epochs.csv`` (a row an epoch), ``checkpoint.pt`` (renewed after
     every epoch), and at the end ``summary.json`` and ``figure.png``.
@@ -31,10 +31,13 @@ class RunFolder:
         UsageError: if the folder holds something already, or is to be resumed and holds no checkpoint, or one of other options.
     """
 
-    def __init__(self, config: TrainConfig, world_size: int) -> None:
+    def __init__(self, config: TrainConfig, world_size: int, trunk: RunFolder | None = None) -> None:
         self.path = config.run_dir
         self.checkpoint_path = self.path / "checkpoint.pt"
         self.config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()} | {"world_size": world_size}
+        self.trunk = trunk
+        if trunk is not None:
+            return  # it has been checked
         if config.resume:
             self._check_resumable()
         elif self.path.is_dir() and any(self.path.iterdir()):
@@ -51,18 +54,21 @@ class RunFolder:
                 raise UsageError(f"--resume: {option} is {self.config[name]}, but the run was started with {before.get(name)}")
 
     def start(self, step: int) -> None:
-        """Make the folder, write the configuration; of a resumed run keep the metrics of the `step` steps of the checkpoint.
+        """Make the folder, write the configuration; keep the metrics of the `step` steps that are done.
+
+        They are in the folder itself, or, of a branch that has no checkpoint, in its trunk's.
 
         Raises:
             UsageError: if the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write_json("config.json", self.config)
+            self.write_json("config.json", self.config)
         except OSError as error:
             raise UsageError(f"--run-dir {self.path}: cannot be written: {error.strerror or error}") from None
+        source = self if self.trunk is None or self.checkpoint_path.is_file() else self.trunk
         for name, fields in (("metrics.csv", _STEP_FIELDS), ("epochs.csv", _EPOCH_FIELDS)):
-            kept = [row for row in self.rows(name) if int(row["step"]) < step] if step else []
+            kept = [row for row in source.rows(name) if int(row["step"]) < step] if step else []
             with (self.path / name).open("w", newline="") as file:
                 writer = csv.DictWriter(file, fields)
                 writer.writeheader()
@@ -83,19 +89,28 @@ class RunFolder:
         with (self.path / "epochs.csv").open("a", newline="") as file:
             csv.DictWriter(file, _EPOCH_FIELDS).writerow(row)
 
-    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint in one move, so that a cut never leaves half of one."""
-        partial = self.checkpoint_path.with_suffix(".partial")
-        torch.save(dict(state), partial)
-        partial.replace(self.checkpoint_path)
+    def branch_path(self, fraction: float) -> Path:
+        """The checkpoint that the branch with this cooldown_fraction begins with."""
+        return self.path / f"branch-{fraction}.pt"
 
-    def load_checkpoint(self) -> dict[str, Any]:
+    def save_checkpoint(self, state: Mapping[str, Any], path: Path | None = None) -> None:
+        """Replace the checkpoint in one move, so that a cut never leaves half of one."""
+        path = path or self.checkpoint_path
+        partial = path.with_suffix(".partial")
+        torch.save(dict(state), partial)
+        partial.replace(path)
+
+    def load_checkpoint(self, path: Path | None = None) -> dict[str, Any]:
         """The checkpoint, on the CPU."""
-        state: dict[str, Any] = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path or self.checkpoint_path, map_location="cpu", weights_only=True)
         return state
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        self._write_json("summary.json", summary)
+    def read_summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+        return summary
 
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self.write_json("summary.json", summary)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
