@@ -86,6 +86,7 @@ class Config:
     patience: int
     confidence: float
     min_contrast: float
+    peak_factor: float
     watch: bool
 
 
@@ -132,7 +133,7 @@ class Verdict:
         switch: whether to switch.
         votes: tests in a row, this one included, that found the minimum past.
         probability: of the minimum being past, in [0, 1].
-        lr: LR at the minimum, the mean over the subsamples, of the parameter group with the largest LR.
+        lr: the peak LR that follows: `peak_factor` times the LR at the minimum, the mean over the subsamples.
         minimum: where the fitted curve is lowest, in steps, fractional.
     """
 
@@ -152,7 +153,7 @@ class State:
         switch: None during the warm-up.
         plateau_factor, best_epoch_loss, bad_epochs: of the plateau rule, `decay_phase_stat="loss"`: the factor on the peak LR, the
             lowest mean loss of an epoch, and the epochs since.
-        peak_factor, setbacks: factor on the peak LR after the divergences since the switch, and their number.
+        setbacks: number of divergences since the switch, each of which has halved the peak LR.
         watched: whether the watch over the run goes on.
     """
 
@@ -161,7 +162,6 @@ class State:
     plateau_factor: float = 1.0
     best_epoch_loss: float = math.inf
     bad_epochs: int = 0
-    peak_factor: float = 1.0
     setbacks: int = 0
     watched: bool = True
 
@@ -188,7 +188,7 @@ def base_lr(config: Config, state: State, step: int) -> float:
     start = state.switch.step
     if not config.immediate_cooldown:
         start = max(start, config.cooldown_start)
-    lr = state.switch.lr * state.plateau_factor * state.peak_factor
+    lr = state.switch.lr * state.plateau_factor * SETBACK_FACTOR**state.setbacks
     if config.decay_phase_factor != 1.0 and config.decay_phase_stat is None:
         assert config.steps_per_epoch is not None
         lr *= config.decay_phase_factor ** ((min(step, start) - state.switch.step) // config.steps_per_epoch)
@@ -214,7 +214,7 @@ def is_test_due(config: Config, state: State, step: int) -> bool:
 def verdict(config: Config, step: int, decision: SwitchDecision) -> Verdict:
     """What `decision`, on the losses of the first `step` steps, comes to."""
     minima = [min(m * config.warmup_steps, float(step)) for m in decision.minima]
-    lr = sum(_warmup_lr(config, m) for m in minima) / len(minima)
+    lr = config.peak_factor * sum(_warmup_lr(config, m) for m in minima) / len(minima)
     return Verdict(decision.switch, decision.votes, decision.probability, lr, sum(minima) / len(minima))
 
 
@@ -241,8 +241,7 @@ def after_test(config: Config, state: State, step: int, verdict: Verdict | None,
 def set_back(state: State) -> State:
     """The state after a divergence: a lower peak, and after the last one that is borne no watch any longer."""
     setbacks = state.setbacks + 1
-    factor = state.peak_factor * SETBACK_FACTOR
-    return replace(state, peak_factor=factor, setbacks=setbacks, watched=setbacks < MAX_SETBACKS)
+    return replace(state, setbacks=setbacks, watched=setbacks < MAX_SETBACKS)
 
 
 def watch_is_over(config: Config, state: State, step: int) -> bool:
@@ -301,6 +300,7 @@ def configure(
     patience: int,
     confidence: float,
     min_contrast: float,
+    peak_factor: float,
     watch: bool,
 ) -> Config:
     """Check the arguments of `AutoWU` and resolve them.
@@ -318,6 +318,7 @@ def configure(
     _check_fraction("decay_phase_factor", decay_phase_factor, closed=True)
     _check_real("confidence", confidence, 0.5 < _number(confidence) < 1, "between 0.5 and 1")
     _check_real("min_contrast", min_contrast, 0 <= _number(min_contrast) < math.inf, "at least 0 and finite")
+    _check_fraction("peak_factor", peak_factor, closed=True)
     _check_real("min_lr", min_lr, 0 < _number(min_lr) < math.inf, "above 0 and finite")
     _check_real("max_lr", max_lr, 0 < _number(max_lr) < math.inf, "above 0 and finite")
     if not min_lr < max_lr:
@@ -380,6 +381,7 @@ def configure(
         patience=patience,
         confidence=float(confidence),
         min_contrast=float(min_contrast),
+        peak_factor=float(peak_factor),
         watch=watch,
     )
 

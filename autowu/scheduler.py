@@ -26,6 +26,7 @@ from autowu.gpytorch_engine import GPyTorchGP
 from autowu.history import MISSING, LossHistory
 from autowu.phases import (
     MAX_SETBACKS,
+    SETBACK_FACTOR,
     Config,
     Event,
     Phase,
@@ -122,6 +123,7 @@ class AutoWU(LRScheduler):
         confidence: probability that a test must exceed, in (0.5, 1).
         min_contrast: standard deviations that the fall to the minimum and the rise from it must make up together, 0 or more, so
             that noise on the flat start of a run is not taken for a minimum.
+        peak_factor: the peak LR as a share of the LR at the minimum, above 0, at most 1.
         gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`), or an object
             with their ``posterior`` method and ``max_points`` (:class:`~autowu.gp.LossCurveGP`). The length-scale of the two named
             ones is half a decade of LR, at most a fifth of the warm-up.
@@ -183,6 +185,7 @@ class AutoWU(LRScheduler):
         patience: int = 3,
         confidence: float = 0.95,
         min_contrast: float = 6.0,
+        peak_factor: float = 1.0,
         gp: str | LossCurveGP = "closed-form",
         device: torch.device | str | int | None = None,
         seed: int = 0,
@@ -212,6 +215,7 @@ class AutoWU(LRScheduler):
             patience=patience,
             confidence=confidence,
             min_contrast=min_contrast,
+            peak_factor=peak_factor,
             watch=watch,
         )
         self.gp: LossCurveGP = _engine(gp, self.config, _checked_seed(seed))
@@ -277,7 +281,14 @@ class AutoWU(LRScheduler):
         Args:
             overrides: any keyword argument of :class:`AutoWU`.
         """
-        published: dict[str, Any] = {"min_lr": 1e-5, "max_lr": 1.0, "test_interval": "epoch", "min_contrast": 0.0, "watch": False}
+        published: dict[str, Any] = {
+            "min_lr": 1e-5,
+            "max_lr": 1.0,
+            "test_interval": "epoch",
+            "min_contrast": 0.0,
+            "peak_factor": 1.0,
+            "watch": False,
+        }
         if "gp" not in overrides:
             seed = _checked_seed(overrides.get("seed", 0))
             published["gp"] = GPyTorchGP(lengthscale=0.2, published=True, seed=seed)
@@ -423,6 +434,8 @@ class AutoWU(LRScheduler):
                 self._write_lrs()
             return
         self._skipped = 0
+        if isinstance(loss, Tensor) and loss.is_cpu:
+            loss = loss.item()
         self._record(loss)
         if self._state.watched and self.config.watch:
             self._look(step, loss)
@@ -519,7 +532,8 @@ class AutoWU(LRScheduler):
         losses = self.history if self._state.switch is None else self._watched_losses
         size = rank_and_size(self.process_group)[1]
         if size == 1 and losses.device.type == "cpu":
-            self._watch.push(float(loss))
+            assert isinstance(loss, float)
+            self._watch.push(loss)
         elif step - self._looked_at < _BLOCK and not is_test_due(self.config, self._state, step):
             return
         else:
@@ -556,7 +570,7 @@ class AutoWU(LRScheduler):
         """Whether a run whose optimizer is skipped again and again has a loss that is not finite: nothing there will mend it."""
         if not self._is_watched or self._state.switch is not None or rank_and_size(self.process_group)[1] > 1:
             return False
-        self._watch.push(float(loss))
+        self._watch.push(loss.item() if isinstance(loss, Tensor) else loss)
         return self._watch.exploded
 
     def _end_warmup(self, step: int) -> None:
@@ -575,7 +589,7 @@ class AutoWU(LRScheduler):
             "divergence",
             step,
             f"training has diverged ({self._state.setbacks} of {MAX_SETBACKS}); the peak LR is now "
-            f"{switch.lr * self._state.peak_factor:.4g}"
+            f"{switch.lr * SETBACK_FACTOR**self._state.setbacks:.4g}"
             + ("" if restored is None else f", model and optimizer are back at step {restored}")
             + ("" if self._state.watched else "; from here on the run is left alone"),
             of_all=True,

@@ -63,7 +63,7 @@ class LossWatch:
             far = loss > self.start + 2 * self.progress + SURE * math.sqrt(self.noise)
             self.above = self.above + 1 if far else 0
             self.mean += (1 - _DECAY) * (loss - self.mean)
-            if not far:  # an explosion is no noise
+            if not far and self._lost <= max(NEAR * self.progress, self._error(SURE)):  # what comes apart is no noise
                 self.noise += (1 - _NOISE_DECAY) * ((loss - self.last) ** 2 / 2 - self.noise)
         self.last = loss
         if self.count >= _START:
@@ -77,7 +77,8 @@ class LossWatch:
     @property
     def exploded(self) -> bool:
         """Whether 3 losses in a row were not finite or, in a run that had come down, lay above its start by twice as much."""
-        return self.silent >= IN_A_ROW or (self.above >= IN_A_ROW and self.progress > self._error(SURE))
+        turned = self.silent >= IN_A_ROW and self.count > 0
+        return turned or (self.above >= IN_A_ROW and self.progress > self._error(SURE))
 
     @property
     def diverged(self) -> bool:

@@ -42,6 +42,8 @@ DEFAULTS = {
     "patience": 3,
     "confidence": 0.95,
     "min_contrast": 6.0,
+    "peak_factor": 1.0,
+    "watch": True,
 }
 
 
@@ -159,7 +161,7 @@ def test_tests_are_due_at_the_interval_and_at_the_limit(interval):
 
 def test_a_switch_goes_to_the_lr_of_the_minimum():
     config = config_of()
-    switch = after_test(config, State(votes=2), 50, verdict(config, 50, past(0.25, 0.97)), fallback_lr=0.5).switch
+    switch = after_test(config, State(votes=2), 50, verdict(config, 50, past(0.25, 0.97)), fallback_lr=0.5, ends=False).switch
     assert (switch.step, switch.probability, switch.by_test) == (50, 0.97, True)
     assert switch.minimum == pytest.approx(25)
     assert switch.lr == pytest.approx(1e-5 * 1e5**0.25)
@@ -174,24 +176,24 @@ def test_a_switch_takes_the_mean_over_the_subsamples():
 
 
 def test_a_warmup_without_a_switch_goes_on():
-    state = after_test(config_of(), State(), 50, Verdict(False, 2, 0.99, 0.1, 20.0), fallback_lr=0.5)
+    state = after_test(config_of(), State(), 50, Verdict(False, 2, 0.99, 0.1, 20.0), fallback_lr=0.5, ends=False)
     assert (state.votes, state.switch) == (2, None)
 
 
 def test_a_warmup_at_its_limit_goes_back_to_the_minimum():
-    switch = after_test(config_of(), State(), 100, verdict(config_of(), 100, not_past(0.75)), fallback_lr=0.5).switch
+    switch = after_test(config_of(), State(), 100, verdict(config_of(), 100, not_past(0.75)), fallback_lr=0.5, ends=True).switch
     assert (switch.step, switch.by_test) == (100, False)
     assert switch.lr == pytest.approx(1e-5 * 1e5**0.75)
 
 
 def test_a_failed_test_ends_the_votes_in_a_row():
-    state = after_test(config_of(), State(votes=2), 50, None, fallback_lr=0.5)
+    state = after_test(config_of(), State(votes=2), 50, None, fallback_lr=0.5, ends=False)
     assert (state.votes, state.switch) == (0, None)
 
 
 @pytest.mark.parametrize(("fallback", "expected"), [(0.5, 0.5), (7.0, 1.0), (0.0, 1e-5)])
 def test_a_warmup_that_ends_without_any_fit_takes_the_fallback_within_the_range(fallback, expected):
-    switch = after_test(config_of(), State(), 100, None, fallback_lr=fallback).switch
+    switch = after_test(config_of(), State(), 100, None, fallback_lr=fallback, ends=True).switch
     assert switch == Switch(100, expected, None, None, by_test=False)
 
 

@@ -1,6 +1,5 @@
 """A run put back to its snapshot goes on as it went on from there, and AutoWU puts it back at the switch."""
 
-import copy
 import math
 import threading
 
@@ -248,15 +247,21 @@ def test_a_model_that_cannot_be_copied_is_survived_and_reported_once(caplog):
     assert len([r for r in caplog.records if "could not be copied" in r.getMessage()]) == 1
 
 
-def test_loading_a_state_gives_up_the_copy_of_other_weights():
-    run = Training(OPTIMIZERS["sgd"])
+def test_a_loaded_state_brings_its_copy(tmp_path):
+    run, other = Training(OPTIMIZERS["sgd"]), Training(OPTIMIZERS["sgd"])
     scheduler = AutoWU(run.optimizer, total_steps=400, model=run.model)
     for k in range(60):
         run.optimizer.step()
         scheduler.step(3.0 - k / 100)
-    assert scheduler._snapshot.step is not None
-    scheduler.load_state_dict(copy.deepcopy(scheduler.state_dict()))
-    assert scheduler._snapshot.step is None
+    copied = {name: value.clone() for name, value in run.model.state_dict().items()}
+    assert scheduler._snapshot.step == 60
+    torch.save(scheduler.state_dict(), tmp_path / "state.pt")
+    run.optimizer.step()
+    scheduler._snapshot.take(61)  # over the first, which the saved state must not notice
+    resumed = AutoWU(other.optimizer, total_steps=400, model=other.model)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert resumed._snapshot.restore() == 60
+    assert all(torch.equal(value, copied[name]) for name, value in other.model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autowu import AutoWU
+from autowu.history import MISSING
 from autowu.optim import LARS
 
 TOTAL = 120
@@ -34,7 +35,7 @@ def sgd(parameters=None, lr=0.1):
 
 
 def autowu(optimizer=None, **arguments):
-    defaults = {"total_steps": TOTAL, "min_lr": 1e-5, "max_lr": 1.0, "immediate_cooldown": False}
+    defaults = {"total_steps": TOTAL, "min_lr": 1e-5, "max_lr": 1.0, "immediate_cooldown": False, "watch": False}
     return AutoWU(optimizer or sgd(), **(defaults | arguments))
 
 
@@ -123,7 +124,7 @@ def test_a_step_records_the_mean_of_whatever_forms_its_losses_had(steps):
         scheduler.optimizer.step()
         scheduler.step(None if last is None else last[0])
         values = [value for _, value in [*observed, *([] if last is None else [last])]]
-        expected.append(sum(values) / len(values) if values else math.nan)
+        expected.append(sum(values) / len(values) if values else MISSING)
     assert same(recorded(scheduler), expected)
     assert scheduler.last_epoch == len(steps)
 

@@ -99,8 +99,8 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     return optimizer
 
 
-def build_scheduler(config: TrainConfig, optimizer: Optimizer, steps_per_epoch: int) -> LRScheduler:
-    """The scheduler `config.sched`, stepped once an optimizer step.
+def build_scheduler(config: TrainConfig, model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> LRScheduler:
+    """The scheduler `config.sched` of a run of `model`, stepped once an optimizer step.
 
     Raises:
         UsageError: if AutoWU does not take its options.
@@ -123,6 +123,8 @@ def build_scheduler(config: TrainConfig, optimizer: Optimizer, steps_per_epoch: 
         if (value := getattr(config, name)) is not None:
             options[name] = value
     make = AutoWU.paper if config.sched == "paper" else AutoWU
+    if config.sched != "paper":
+        options["model"] = model
     try:
         return make(optimizer, steps_per_epoch, config.epochs, **options)
     except (TypeError, ValueError) as error:

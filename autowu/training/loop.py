@@ -107,7 +107,7 @@ class Run:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer: Optimizer = build_optimizer(config, self.model)
         self.steps_per_epoch = len(loaders.train)
-        self.scheduler: LRScheduler = build_scheduler(config, self.optimizer, self.steps_per_epoch)
+        self.scheduler: LRScheduler = build_scheduler(config, self.model, self.optimizer, self.steps_per_epoch)
         self.forward: nn.Module = self.model
         if process.world_size > 1:
             ids = [process.device.index] if process.device.type == "cuda" else None
@@ -241,7 +241,7 @@ class Run:
                 "random": self.process.gather(self._random_state()),
             }
             state = self._state(epoch) | {
-                "scheduler": self.process.gather(self.scheduler.fork_cooldown(fraction)),
+                "scheduler": self._of_all(self.scheduler.fork_cooldown(fraction)),
                 "step_in_epoch": len(lrs),
                 "begun": begun,
             }
@@ -308,13 +308,23 @@ class Run:
             "last": self.last,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.process.gather(self.scheduler.state_dict()),
+            "scheduler": self._of_all(self.scheduler.state_dict()),
         }
+
+    def _of_all(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """The schedulers' states of all processes. The copies of the model are alike: each keeps its own, none travels."""
+        if "snapshot" not in state:
+            return self.process.gather(state)
+        states = self.process.gather(state | {"snapshot": None})
+        states[self.process.rank] = state
+        return states
 
     def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"][self.process.rank])
+        states = state["scheduler"]
+        own = states[self.process.rank]
+        self.scheduler.load_state_dict(own | {"snapshot": states[0]["snapshot"]} if "snapshot" in own else own)
         self.first_epoch, self.elapsed, self.last = state["epoch"], state["elapsed"], state["last"]
         self.begun = state.get("begun")
 

@@ -1,0 +1,466 @@
+"""How far from a tuned learning rate? AutoWU, given no LR, beside a grid of peak LRs and beside what promises the same.
+
+    python benchmarks/regret.py [--quick] [--device cuda] [--methods autowu paper ...] [--jobs 2]
+
+Each case is a task, an optimizer, a batch size and a number of steps (tasks.py says what they are). For every seed it is trained
+with each of nine peak LRs, half a decade apart, under 5 % linear warm-up and cosine, and once with each method, with the same
+steps, data, order of the data and initial weights:
+
+- ``autowu``: AutoWU(optimizer, total_steps=..., model=model), and nothing else; ``paper``: AutoWU.paper, in 30 epochs.
+- ``onecycle``, ``plateau``: torch's OneCycleLR and ReduceLROnPlateau (fed the mean training loss of each thirtieth of the run) at
+  the LR that torch-lr-finder suggests after 100 steps of a range test, over AutoWU's own LR range.
+- ``schedule-free``, ``d-adaptation``, ``prodigy``: at the LRs their authors recommend, for SGD and AdamW, Prodigy for AdamW; the
+  first under 5 % warm-up alone, the second under the grid's schedule, the third under cosine.
+- names in ABLATION: AutoWU with one thing changed; run where asked for.
+
+A run is a line of JSON in the results file, written when it ends; those that are there already are not run again. The report
+takes test loss, final training loss (mean of the last tenth) and accuracy as ratios to the best of the grid on that seed and
+metric, a bar that no sweep can beat that has to choose before it knows; ``sweep`` is an honest one: LR chosen on the other seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import torch
+from machine import machine
+from tasks import Task, learning_rates, make_optimizer, make_task
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
+
+from autowu import AutoWU
+from autowu.families import lr_range
+from autowu.schedules import cooldown_factor
+
+HERE = Path(__file__).parent
+EPOCHS = 30
+RANGE_TEST_STEPS = 100
+SEEDS = (0, 1, 2)
+
+CASES = {
+    "cpu": (
+        *("mlp sgd 32 1980", "mlp sgd 128 480", "mlp adamw 128 480", "mlp adamp 512 240", "mlp lars 1347 240", "mlp lamb 128 480"),
+        *("cnn sgd 128 480", "cnn adamw 32 900", "cnn adamp 128 480", "cnn lars 512 240", "cnn lamb 1347 210"),
+        *("lm32 adamw 16 600", "lm32 adamp 64 210", "lm64 sgd 16 300", "lm64 adamw 16 300", "lm64 lars 16 300", "lm64 lamb 16 300"),
+        *("lm128 adamw 8 300", "resnet sgd 32 300", "resnet adamw 64 240", "resnet lars 128 210"),
+    ),
+    "quick": ("mlp sgd 128 240", "cnn adamw 128 240", "mlp lamb 128 240"),
+    "gpu": (
+        *(
+            "mlp sgd 128 480",
+            "cnn sgd 128 480",
+            "cnn lamb 1347 210",
+            "lm128 adamw 64 1980",
+            "lm256 adamw 64 1980",
+            "lm512 adamw 64 990",
+        ),
+        *("lm256 sgd 64 1980", "lm256 lars 256 990", "lm256 lamb 256 990", "lm256 adamp 64 990"),
+        *("resnet sgd 128 1980", "resnet adamw 512 600", "resnet lars 2048 300", "resnet lamb 2048 300"),
+    ),
+}
+
+METHODS = ("autowu", "paper", "onecycle", "plateau", "schedule-free", "d-adaptation", "prodigy")
+ABLATION: dict[str, dict[str, Any]] = {
+    "half the LR": {"peak_factor": 0.5},
+    "a quarter": {"max_warmup_fraction": 0.25},
+    "a quarter, half the LR": {"max_warmup_fraction": 0.25, "peak_factor": 0.5},
+    "a quarter, a third of the LR": {"max_warmup_fraction": 0.25, "peak_factor": 1 / 3},
+    "15 %": {"max_warmup_fraction": 0.15},
+    "15 %, half the LR": {"max_warmup_fraction": 0.15, "peak_factor": 0.5},
+    "15 %, a third of the LR": {"max_warmup_fraction": 0.15, "peak_factor": 1 / 3},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    task: str
+    optimizer: str
+    batch_size: int
+    steps: int
+
+    @classmethod
+    def parse(cls, name: str) -> Case:
+        task, optimizer, batch_size, steps = name.split()
+        return cls(task, optimizer, int(batch_size), int(steps))
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.optimizer} {self.batch_size} {self.steps}"
+
+
+class Recipe:
+    """An optimizer and what is to be done after each of its steps."""
+
+    def __init__(
+        self, optimizer: Optimizer, after_step: Callable[[Tensor], None], facts: Callable[[], dict[str, Any]] = dict
+    ) -> None:
+        self.optimizer, self.after_step, self.facts = optimizer, after_step, facts
+
+
+def cosine(optimizer: Optimizer, total: int, warmup: int) -> LambdaLR:
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return cooldown_factor(min(1.0, (step - warmup) / (total - warmup)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def range_test(case: Case, task: Task, seed: int) -> float:
+    """The LR at which the loss falls most steeply, as torch-lr-finder suggests it, on a model of its own."""
+    import matplotlib.pyplot as plt
+    from torch_lr_finder import LRFinder
+
+    torch.manual_seed(seed)
+    model = task.new_model()
+    low, high = lr_range(make_optimizer(case.optimizer, model, 1.0))
+    optimizer = make_optimizer(case.optimizer, model, low)
+    finder = LRFinder(_Flat(model), optimizer, nn.functional.cross_entropy, task.train[0].device)
+    loader = torch.utils.data.DataLoader(_Batches(task, case, seed), batch_size=None)
+    finder.range_test(loader, end_lr=high, num_iter=RANGE_TEST_STEPS)
+    figure, axes = plt.subplots()
+    try:
+        found = finder.plot(ax=axes, suggest_lr=True)
+    finally:
+        plt.close(figure)
+    return float(found[1]) if isinstance(found, tuple) else math.sqrt(low * high)
+
+
+class _Flat(nn.Module):
+    """A model whose logits are a matrix, as the range test wants them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x).flatten(0, -2)
+
+
+class _Batches(torch.utils.data.IterableDataset[Any]):
+    def __init__(self, task: Task, case: Case, seed: int) -> None:
+        self.task, self.case, self.seed = task, case, seed
+
+    def __iter__(self) -> Any:
+        return ((x, y.flatten()) for x, y in self.task.batches(self.case.batch_size, self.seed))
+
+
+def recipe(method: str, lr: float | None, case: Case, task: Task, model: nn.Module, seed: int) -> Recipe:
+    """What `method` does to train `model`; `lr` is for the grid."""
+    total, warmup = case.steps, round(0.05 * case.steps)
+    if method == "grid":
+        assert lr is not None
+        optimizer = make_optimizer(case.optimizer, model, lr)
+        schedule = cosine(optimizer, total, warmup)
+        return Recipe(optimizer, lambda loss: schedule.step())
+    if method in ("autowu", "paper", *ABLATION):
+        optimizer = make_optimizer(case.optimizer, model, 1.0)
+        if method == "paper":
+            scheduler = AutoWU.paper(optimizer, total // EPOCHS, EPOCHS, seed=seed)
+        else:
+            scheduler = AutoWU(optimizer, total_steps=total, **({"model": model} | ABLATION.get(method, {})))
+
+        def facts() -> dict[str, Any]:
+            switch = scheduler.switch
+            events = [event.kind for event in getattr(scheduler, "events", [])]
+            return {"found_lr": switch and switch.lr, "switch_step": switch and switch.step, "events": events}
+
+        return Recipe(optimizer, scheduler.step, facts)
+    if method in ("onecycle", "plateau"):
+        found = range_test(case, task, seed)
+        torch.manual_seed(seed)
+        optimizer = make_optimizer(case.optimizer, model, found)
+        extra = {"found_lr": found, "extra_steps": RANGE_TEST_STEPS}
+        if method == "onecycle":
+            cycle = OneCycleLR(optimizer, max_lr=found, total_steps=total)
+            return Recipe(optimizer, lambda loss: cycle.step(), lambda: extra)
+        plateau, losses = ReduceLROnPlateau(optimizer), []
+
+        def after_step(loss: Tensor) -> None:
+            losses.append(loss)
+            if len(losses) == total // EPOCHS:
+                plateau.step(torch.stack(losses).mean())
+                losses.clear()
+
+        return Recipe(optimizer, after_step, lambda: extra)
+    return _parameter_free(method, case, model)
+
+
+def _parameter_free(method: str, case: Case, model: nn.Module) -> Recipe:
+    total, warmup = case.steps, round(0.05 * case.steps)
+    groups = make_optimizer(case.optimizer, model, 1.0).param_groups
+    plain: list[dict[str, Any]] = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups]
+    if method == "schedule-free":
+        from schedulefree import AdamWScheduleFree, SGDScheduleFree
+
+        make = {"sgd": SGDScheduleFree, "adamw": AdamWScheduleFree}[case.optimizer]
+        optimizer: Any = make(plain, warmup_steps=warmup)
+        optimizer.train()
+        return Recipe(optimizer, lambda loss: None)
+    if method == "d-adaptation":
+        from dadaptation import DAdaptAdam, DAdaptSGD
+
+        adam = case.optimizer == "adamw"
+        optimizer = DAdaptAdam(plain, lr=1.0, decouple=True) if adam else DAdaptSGD(plain, lr=1.0, momentum=0.9)
+    else:
+        from prodigyopt import Prodigy
+
+        optimizer, warmup = Prodigy(plain, lr=1.0), 0
+    schedule = cosine(optimizer, total, warmup)
+    return Recipe(optimizer, lambda loss: schedule.step())
+
+
+def train(case: Case, method: str, lr: float | None, seed: int, device: str) -> dict[str, Any]:
+    """One run; the line of the results file."""
+    started = time.perf_counter()
+    task = make_task(case.task, device)
+    torch.manual_seed(seed)
+    model = task.new_model()
+    chosen = recipe(method, lr, case, task, model, seed)
+    batches, losses = task.batches(case.batch_size, seed), []
+    for _ in range(case.steps):
+        inputs, targets = next(batches)
+        loss = task.loss(model, inputs, targets)
+        chosen.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        chosen.optimizer.step()
+        chosen.after_step(loss.detach())
+        losses.append(loss.detach())
+    if method == "schedule-free":  # its average weights, and the batch-norm statistics that belong to them
+        chosen.optimizer.eval()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            for _ in range(50):
+                model(next(batches)[0])
+    test_loss, accuracy = task.evaluate(model, task.test)
+    train_loss = float(torch.stack(losses[-max(1, case.steps // 10) :]).mean())
+    finite = math.isfinite(test_loss) and math.isfinite(train_loss)
+    return {
+        "case": str(case),
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "finite": finite,
+        "test_loss": round(test_loss, 6) if finite else None,
+        "train_loss": round(train_loss, 6) if finite else None,
+        "accuracy": round(accuracy, 5),
+        "seconds": round(time.perf_counter() - started, 2),
+        **chosen.facts(),
+    }
+
+
+def applies(method: str, case: Case) -> bool:
+    """Whether there is such a method for the case's optimizer."""
+    only = {"schedule-free": ("sgd", "adamw"), "d-adaptation": ("sgd", "adamw"), "prodigy": ("adamw",)}
+    return case.optimizer in only.get(method, (case.optimizer,))
+
+
+# A case, a method, an LR for the grid, and a seed.
+Job = tuple[str, str, float | None, int]
+
+
+def jobs(cases: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -> list[Job]:
+    """All runs that are asked for: (case, method, LR, seed)."""
+    wanted: list[Job] = []
+    for seed in seeds:
+        for name in cases:
+            case = Case.parse(name)
+            for method in methods:
+                lrs: list[float | None] = [*learning_rates(case.optimizer)] if method == "grid" else [None]
+                wanted += [(name, method, lr, seed) for lr in lrs if applies(method, case)]
+    return wanted
+
+
+def run(job: Job, device: str) -> dict[str, Any]:
+    """A run in a process of its own."""
+    torch.set_num_threads(1)
+    logging.getLogger("autowu").setLevel(logging.ERROR)
+    for noisy in ("dadaptation", "root"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    name, method, lr, seed = job
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # what the range test prints
+        return train(Case.parse(name), method, lr, seed, device)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_all(wanted: list[Job], path: Path, device: str, workers: int) -> None:
+    """Run what is not in the file yet, and append it."""
+    done = {(r["case"], r["method"], r["lr"], r["seed"]) for r in read(path)}
+    left = [job for job in wanted if job not in done]
+    started = time.perf_counter()
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool, path.open("a") as file:
+        futures = {pool.submit(run, job, device): job for job in left}
+        for count, future in enumerate(as_completed(futures), 1):
+            if error := future.exception():
+                print(f"{futures[future]}: {error!r}", flush=True)
+                continue
+            file.write(json.dumps(future.result()) + "\n")
+            file.flush()
+            if count % 20 == 0 or count == len(left):
+                print(f"{count} of {len(left)} runs in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A method's ratios to the best of the grid, one a case and seed; None for a run that ended non-finite."""
+
+    method: str
+    ratios: dict[tuple[str, int], float | None]
+
+    @property
+    def finite(self) -> list[float]:
+        return [r for r in self.ratios.values() if r is not None]
+
+    @property
+    def mean(self) -> float:
+        return geometric_mean(self.finite)
+
+    @property
+    def worst(self) -> float:
+        """The worst case: its geometric mean over the seeds, infinite where a run ended non-finite."""
+        return max(self.of_case(case) for case in {case for case, _ in self.ratios})
+
+    def of_case(self, case: str) -> float:
+        ratios = [r for (name, _), r in self.ratios.items() if name == case]
+        return math.inf if None in ratios else geometric_mean(r for r in ratios if r is not None)
+
+
+def scores(rows: list[dict[str, Any]], metric: str) -> dict[str, Score]:
+    """Every method's score on `metric`, "test_loss", "train_loss" or "accuracy", and the honest sweep's as "sweep"."""
+    best_of: Callable[[Iterable[float]], float] = max if metric == "accuracy" else min
+    grid: dict[tuple[str, int], dict[float, float]] = {}
+    for row in rows:
+        if row["method"] == "grid":
+            value = row[metric] if row["finite"] else (0.0 if metric == "accuracy" else math.inf)
+            grid.setdefault((row["case"], row["seed"]), {})[row["lr"]] = value
+    best = {key: best_of(values.values()) for key, values in grid.items()}
+    ratios: dict[str, dict[tuple[str, int], float | None]] = {}
+    for row in rows:
+        key = row["case"], row["seed"]
+        if row["method"] != "grid" and key in best:
+            ratios.setdefault(row["method"], {})[key] = row[metric] / best[key] if row["finite"] else None
+    for (case, seed), values in grid.items():
+        others = [grid[other] for other in grid if other[0] == case and other[1] != seed]
+        if others:
+            sums = {lr: sum(math.log(max(other[lr], 1e-12)) for other in others) for lr in values}
+            bound = best_of(sums.values())
+            value = next(values[lr] for lr in sums if sums[lr] == bound)
+            ratios.setdefault("sweep", {})[case, seed] = value / best[case, seed] if math.isfinite(value) else None
+    return {method: Score(method, found) for method, found in ratios.items()}
+
+
+COSTS = {"sweep": "9", "onecycle": "1 and 100 steps", "plateau": "1 and 100 steps"}
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The tables, as Markdown."""
+    by_metric = {metric: scores(rows, metric) for metric in ("test_loss", "train_loss", "accuracy")}
+    test = by_metric["test_loss"]
+    order = sorted(test, key=lambda m: [*METHODS, "sweep"].index(m) if m in [*METHODS, "sweep"] else -1)
+    lines = [
+        "| method | cases | test loss | worst case | AutoWU on the same cases | training loss | accuracy | non-finite "
+        "| above twice | runs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method in order:
+        score = test[method]
+        same = [test["autowu"].ratios.get(key) for key in score.ratios] if "autowu" in test else []
+        shared = [r for r in same if r is not None]
+        cells = [
+            method,
+            str(len({case for case, _ in score.ratios})),
+            f"{score.mean:.2f}",
+            f"{score.worst:.2f}",
+            f"{geometric_mean(shared):.2f}" if shared else "",
+            f"{by_metric['train_loss'][method].mean:.2f}",
+            f"{by_metric['accuracy'][method].mean:.3f}",
+            str(sum(r is None for r in score.ratios.values())),
+            str(sum(r is not None and r > 2 for r in score.ratios.values())),
+            COSTS.get(method, "1"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"| case | {' | '.join(order)} |", "|---|" + "---|" * len(order)]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        has = [any(name == case for name, _ in test[m].ratios) for m in order]
+        cells = [f"{test[m].of_case(case):.2f}" if there else "" for m, there in zip(order, has, strict=True)]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A row a case: the ratio of each method's test loss to the best of the grid."""
+    import matplotlib.pyplot as plt
+
+    test = scores(rows, "test_loss")
+    cases = list(dict.fromkeys(row["case"] for row in rows))[::-1]
+    shown = [m for m in ("sweep", *METHODS) if m in test]
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(cases) + 1.4), layout="constrained")
+    marks = dict(zip(shown, "|osD^v<>P", strict=False))
+    limit = 12.0
+    for method in [m for m in shown if m != "autowu"] + ["autowu"]:
+        points = [(test[method].of_case(c), k) for k, c in enumerate(cases) if any(name == c for name, _ in test[method].ratios)]
+        strong = method == "autowu"
+        color = {"autowu": "tab:red", "sweep": "black"}.get(method)
+        x = [min(r, limit) for r, _ in points]
+        axes.scatter(
+            x, [k for _, k in points], marker=marks[method], s=45 if strong else 28, color=color, alpha=1 if strong else 0.65
+        )
+        axes.scatter([], [], marker=marks[method], color=color, label=method)
+    axes.axvline(1, color="gray", linewidth=0.8)
+    axes.set(xscale="log", xlim=(0.4, limit * 1.1), yticks=range(len(cases)), yticklabels=cases)
+    axes.set_xticks([0.5, 1, 2, 5, limit], ["0.5", "1", "2", "5", f"{limit:g}+"])
+    axes.minorticks_off()
+    axes.set_xlabel("test loss over that of the best LR of the grid (best chosen afterwards)")
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=len(shown), frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three small cases, the grid and AutoWU, two seeds: two minutes")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--cases", nargs="+", help="in place of the suite's")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=["grid", *METHODS, *ABLATION], help="beside the grid")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--figure", type=Path)
+    args = parser.parse_args()
+    suite = "quick" if args.quick else "cpu" if args.device == "cpu" else "gpu"
+    out = args.out or HERE / "results" / ("regret.jsonl" if suite == "cpu" else f"regret_{suite}.jsonl")
+    seeds, methods = (args.seeds[:2], ["autowu", "paper"]) if args.quick else (args.seeds, args.methods)
+    cases = args.cases or CASES[suite]
+    print(json.dumps(machine(args.device)))
+    run_all(jobs(cases, dict.fromkeys(["grid", *methods]), seeds), out, args.device, args.jobs)
+    rows = [row for row in read(out) if row["case"] in cases and row["seed"] in seeds and row["method"] in ("grid", *methods)]
+    print(report(rows))
+    if args.figure:
+        draw(rows, args.figure)
+
+
+if __name__ == "__main__":
+    main()
