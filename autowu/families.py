@@ -6,17 +6,20 @@ from typing import Final
 
 from torch.optim import Optimizer
 
-__all__ = ["LR_RANGES", "family", "lr_range", "wrapped_optimizer"]
+__all__ = ["LR_RANGES", "family", "lr_range", "peak_factor", "wrapped_optimizer"]
 
 LR_RANGES: Final[dict[str, tuple[float, float]]] = {
-    "sgd": (1e-5, 10.0),
-    "adam": (1e-6, 1.0),
-    "lars": (1e-3, 100.0),
-    "lamb": (1e-5, 1.0),
-    "unknown": (1e-6, 10.0),
+    "sgd": (1e-4, 10.0),
+    "adam": (1e-5, 1.0),
+    "lars": (1e-2, 100.0),
+    "lamb": (1e-4, 1.0),
+    "unknown": (1e-5, 10.0),
 }
 """`min_lr` and `max_lr` of a warm-up where none are given. They bracket the LRs in use with some decades to spare on both sides, so
 that the loss is flat at the one end and rises at the other; "lars" is for the usual `trust_coef` of 0.001."""
+
+_PEAK_FACTORS: Final = {"lamb": 0.25}
+"""The best peak LR as a share of the LR at the minimum of the loss, measured; half of it for all others."""
 
 _FAMILIES: Final[dict[str, tuple[str, ...]]] = {
     "lars": ("lars", "larc", "tvlars", "wars"),
@@ -60,3 +63,11 @@ def wrapped_optimizer(optimizer: Optimizer) -> Optimizer | None:
 def lr_range(optimizer: Optimizer) -> tuple[float, float]:
     """`min_lr` and `max_lr` for an optimizer, see :data:`LR_RANGES`."""
     return LR_RANGES[family(optimizer)]
+
+
+def peak_factor(optimizer: Optimizer) -> float:
+    """The peak LR for an optimizer as a share of the LR at the minimum of the loss: 0.25 for LAMB, 0.5 for all others.
+
+    The loss of a warm-up is lowest a little short of where training comes apart; the best peak lies below.
+    """
+    return _PEAK_FACTORS.get(family(optimizer), 0.5)

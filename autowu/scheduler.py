@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from autowu.distributed import LateRead, average, exchange, rank_and_size, sum_over_ranks
 from autowu.families import lr_range
+from autowu.families import peak_factor as default_peak_factor
 from autowu.gp import MIN_LENGTHSCALE, ClosedFormGP, CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import GPyTorchGP
 from autowu.history import MISSING, LossHistory
@@ -76,8 +77,8 @@ class AutoWU(LRScheduler):
     The LR of optimizer step k grows as :math:`\text{min\_lr} (\text{max\_lr} / \text{min\_lr})^{k/W}`,
     :math:`W = \lfloor \text{max\_warmup\_fraction} \cdot T \rfloor`, while the loss falls, stalls and begins to rise. A Gaussian
     process on all losses so far says how probable it is that the minimum of the noise-free curve is past. Once it has been so with
-    `confidence` in `patience` tests in a row, the LR goes back to what it was at that minimum, the peak, and decays from there over
-    the rest of the T steps. A warm-up that reaches its limit without such a verdict goes back to the LR of the fitted minimum too.
+    `confidence` in `patience` tests in a row, the LR goes back to `peak_factor` times what it was at that minimum, the peak, and
+    decays from there over the rest of the T steps. A warm-up that reaches its limit without such a verdict goes back there too.
 
     Call :meth:`step` with the training loss after every optimizer step, or :meth:`observe` with the loss of each micro-batch and
     then :meth:`step` without one. It does not wait for the device, except in a test, about 60 times and in the warm-up only, for
@@ -123,7 +124,7 @@ class AutoWU(LRScheduler):
         confidence: probability that a test must exceed, in (0.5, 1).
         min_contrast: standard deviations that the fall to the minimum and the rise from it must make up together, 0 or more, so
             that noise on the flat start of a run is not taken for a minimum.
-        peak_factor: the peak LR as a share of the LR at the minimum, above 0, at most 1.
+        peak_factor: the peak LR as a share of the LR at the minimum, above 0, at most 1. None: 0.5, for LAMB 0.25.
         gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`), or an object
             with their ``posterior`` method and ``max_points`` (:class:`~autowu.gp.LossCurveGP`). The length-scale of the two named
             ones is half a decade of LR, at most a fifth of the warm-up.
@@ -176,7 +177,7 @@ class AutoWU(LRScheduler):
         cooldown_fraction: float = 0.2,
         min_lr: float | None = None,
         max_lr: float | None = None,
-        max_warmup_fraction: float = 0.5,
+        max_warmup_fraction: float = 0.4,
         warmup_type: str = "exp",
         warmup_unit: str = "step",
         decay_phase_stat: str | None = None,
@@ -185,7 +186,7 @@ class AutoWU(LRScheduler):
         patience: int = 3,
         confidence: float = 0.95,
         min_contrast: float = 6.0,
-        peak_factor: float = 1.0,
+        peak_factor: float | None = None,
         gp: str | LossCurveGP = "closed-form",
         device: torch.device | str | int | None = None,
         seed: int = 0,
@@ -215,7 +216,7 @@ class AutoWU(LRScheduler):
             patience=patience,
             confidence=confidence,
             min_contrast=min_contrast,
-            peak_factor=peak_factor,
+            peak_factor=default_peak_factor(optimizer) if peak_factor is None else peak_factor,
             watch=watch,
         )
         self.gp: LossCurveGP = _engine(gp, self.config, _checked_seed(seed))
@@ -284,6 +285,7 @@ class AutoWU(LRScheduler):
         published: dict[str, Any] = {
             "min_lr": 1e-5,
             "max_lr": 1.0,
+            "max_warmup_fraction": 0.5,
             "test_interval": "epoch",
             "min_contrast": 0.0,
             "peak_factor": 1.0,

@@ -54,12 +54,18 @@ class Snapshot:
 
     @torch.no_grad()
     def sound(self) -> Tensor:
-        """Whether all that :meth:`take` would copy is finite: 1.0 or 0.0 on its device, (1,)."""
-        tensors = [t for t in self._live()[0].values() if t.is_floating_point() and t.numel() > 0]
+        """Whether all that :meth:`take` would copy is finite, buffers at least no NaN: 1.0 or 0.0 on its device, (1,).
+
+        An attention mask is a buffer with infinities.
+        """
+        tensors = {key: t for key, t in self._live()[0].items() if t.is_floating_point() and t.numel() > 0}
         if not tensors:  # a shard may be empty
             return torch.ones(1, dtype=torch.float64)
-        largest = torch.stack([norm.double().to(tensors[0].device) for norm in torch._foreach_norm(tensors, math.inf)])
-        return largest.isfinite().all().double()[None]
+        device = next(iter(tensors.values())).device
+        norms = torch._foreach_norm(list(tensors.values()), math.inf)
+        is_buffer = torch.tensor([key[0] == "buffer" for key in tensors]).to(device, non_blocking=True)
+        largest = torch.stack([norm.double().to(device) for norm in norms])
+        return (largest.isfinite() | (is_buffer & ~largest.isnan())).all().double()[None]
 
     @torch.no_grad()
     def restore(self) -> int:

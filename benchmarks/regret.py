@@ -52,6 +52,8 @@ from autowu.schedules import cooldown_factor
 HERE = Path(__file__).parent
 EPOCHS = 30
 RANGE_TEST_STEPS = 100
+FLOOR = 1e-4
+"""A training loss below this is none: ratios of smaller ones say nothing."""
 SEEDS = (0, 1, 2)
 
 CASES = {
@@ -78,14 +80,17 @@ CASES = {
 
 METHODS = ("autowu", "paper", "onecycle", "plateau", "schedule-free", "d-adaptation", "prodigy")
 ABLATION: dict[str, dict[str, Any]] = {
-    "half the LR": {"peak_factor": 0.5},
-    "a quarter": {"max_warmup_fraction": 0.25},
-    "a quarter, half the LR": {"max_warmup_fraction": 0.25, "peak_factor": 0.5},
-    "a quarter, a third of the LR": {"max_warmup_fraction": 0.25, "peak_factor": 1 / 3},
-    "15 %": {"max_warmup_fraction": 0.15},
-    "15 %, half the LR": {"max_warmup_fraction": 0.15, "peak_factor": 0.5},
-    "15 %, a third of the LR": {"max_warmup_fraction": 0.15, "peak_factor": 1 / 3},
+    f"{share:.0%} of the run, {factor:.2g} of the LR{', from a decade below' if below else ''}": {
+        "max_warmup_fraction": share,
+        "peak_factor": factor,
+        "below": below,
+    }
+    for share, factor, below in (
+        *((0.5, 1.0, True), (0.5, 0.5, True), (0.35, 0.5, True), (0.25, 1.0, True), (0.25, 0.5, True), (0.25, 1 / 3, True)),
+        *((0.4, 1.0, False), (0.4, 0.7, False), (0.4, 0.5, False), (0.3, 0.5, False), (0.3, 0.25, False)),
+    )
 }
+"""Share of the run for the warm-up, peak LR over the LR at the minimum; some from a tenth of the usual `min_lr`."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,10 @@ def recipe(method: str, lr: float | None, case: Case, task: Task, model: nn.Modu
         if method == "paper":
             scheduler = AutoWU.paper(optimizer, total // EPOCHS, EPOCHS, seed=seed)
         else:
-            scheduler = AutoWU(optimizer, total_steps=total, **({"model": model} | ABLATION.get(method, {})))
+            options = {"model": model} | ABLATION.get(method, {})
+            if options.pop("below", False):
+                options["min_lr"] = lr_range(optimizer)[0] / 10
+            scheduler = AutoWU(optimizer, total_steps=total, **options)
 
         def facts() -> dict[str, Any]:
             switch = scheduler.switch
@@ -354,14 +362,14 @@ def scores(rows: list[dict[str, Any]], metric: str) -> dict[str, Score]:
     grid: dict[tuple[str, int], dict[float, float]] = {}
     for row in rows:
         if row["method"] == "grid":
-            value = row[metric] if row["finite"] else (0.0 if metric == "accuracy" else math.inf)
+            value = max(row[metric], FLOOR) if row["finite"] else (0.0 if metric == "accuracy" else math.inf)
             grid.setdefault((row["case"], row["seed"]), {})[row["lr"]] = value
     best = {key: best_of(values.values()) for key, values in grid.items()}
     ratios: dict[str, dict[tuple[str, int], float | None]] = {}
     for row in rows:
         key = row["case"], row["seed"]
         if row["method"] != "grid" and key in best:
-            ratios.setdefault(row["method"], {})[key] = row[metric] / best[key] if row["finite"] else None
+            ratios.setdefault(row["method"], {})[key] = max(row[metric], FLOOR) / best[key] if row["finite"] else None
     for (case, seed), values in grid.items():
         others = [grid[other] for other in grid if other[0] == case and other[1] != seed]
         if others:

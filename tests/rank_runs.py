@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,10 @@ def curve(rank=0):
 
 
 def scheduler_of(**arguments):
+    # The losses are made up and rise whatever the LR, which the watch would take for a divergence.
+    defaults = {"total_steps": STEPS, "min_lr": 1e-5, "max_lr": 1.0, "watch": False}
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
-    return AutoWU(optimizer, **({"total_steps": STEPS, "min_lr": 1e-5, "max_lr": 1.0} | arguments))
+    return AutoWU(optimizer, **(defaults | arguments))
 
 
 def run(scheduler, losses):
@@ -55,6 +58,19 @@ def different_losses(rank, size):
     scheduler = scheduler_of()
     lrs, collectives = run(scheduler, curve(rank).tolist())
     return result(scheduler, lrs, collectives=collectives, interval=scheduler.config.test_interval)
+
+
+def watched(rank, size):
+    """As before, but for the watch; from the switch on the loss is low."""
+    scheduler = scheduler_of(watch=True, test_interval=7)
+    noise = curve(rank) - curve(rank).mean()
+    losses = (loss if scheduler.switch is None else 1 + 0.01 * float(noise[k]) for k, loss in enumerate(curve(rank).tolist()))
+    lrs, collectives = run(scheduler, losses)
+    return result(scheduler, lrs, collectives=collectives, interval=scheduler.config.test_interval, events=told(scheduler))
+
+
+def told(scheduler):
+    return [(event.kind, event.step, "back at step" in event.message) for event in scheduler.events]
 
 
 def a_rank_of_nans_and_a_silent_one(rank, size):
@@ -195,7 +211,54 @@ def fsdp2(rank, size):
     return train(model, rank, size, sharded=True)
 
 
+def go_wrong(rank, size, nan_at=None, breaks=None, slope=-0.3):
+    """A perceptron without normalisation: NaN gradients at a step, `slope` times them from 25 steps after the switch to a set-back.
+
+    From the moment that `breaks` finds, told the scheduler, rank 1 cannot copy its model.
+    """
+    steps = 300
+    digits = load_digits()
+    inputs, targets = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)]
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = AutoWU(optimizer, total_steps=steps, model=model, immediate_cooldown=False, cooldown_fraction=0.3)
+    lrs, weights, restored = [], [], []
+    for step in range(steps):
+        if breaks is not None and rank == 1 and breaks(scheduler):
+            optimizer.param_groups[0]["lock"] = threading.Lock()  # no copy of it can be made
+        batch = torch.randint(1797, (128,), generator=torch.Generator().manual_seed(step))[rank::size]
+        loss = nn.functional.cross_entropy(model(inputs[batch]), targets[batch])
+        wrong = scheduler.switch is not None and step >= scheduler.switch.step + 25 and scheduler._state.setbacks == 0
+        optimizer.zero_grad()
+        (loss * (float("nan") if step == nan_at else slope if wrong else 1.0)).backward()
+        lrs.append(optimizer.param_groups[0]["lr"])
+        held = scheduler._snapshot.step if scheduler._snapshot is not None else None
+        optimizer.step()
+        scheduler.step(loss)
+        weights.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
+        if held is not None and torch.equal(weights[-1], weights[held - 1]) and held <= step:
+            restored.append((step + 1, held))
+    return result(
+        scheduler,
+        lrs,
+        events=told(scheduler),
+        restored=restored,
+        weights=[float(w.double().sum()) for w in weights],
+        last=weights[-1].tolist(),
+        gave_up_copying=scheduler._snapshot is None,
+    )
+
+
 CASES = {
+    "watched": watched,
+    "explodes_and_diverges": lambda rank, size: go_wrong(rank, size, nan_at=90, slope=float("nan")),
+    "goes_uphill": go_wrong,
+    "a_rank_that_never_copies": lambda rank, size: go_wrong(rank, size, breaks=lambda scheduler: scheduler.last_epoch == 0),
+    "a_rank_that_stops_copying": lambda rank, size: go_wrong(
+        rank, size, breaks=lambda scheduler: scheduler.switch is not None and scheduler.last_epoch == scheduler.switch.step + 3
+    ),
     "different_losses": different_losses,
     "a_rank_of_nans_and_a_silent_one": a_rank_of_nans_and_a_silent_one,
     "ranks_that_round_otherwise": ranks_that_round_otherwise,
