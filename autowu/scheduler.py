@@ -243,7 +243,7 @@ class AutoWU(LRScheduler):
         self._watch = LossWatch()
         self._watched_losses = self.history  # after the switch, those since the last look
         self._looked_at = 0  # step of the watch's last look
-        self._mean_at_copy = math.nan
+        self._level_at_copy = math.nan
         self._pending: LateRead | None = None
         self.events: list[Event] = []
         self._ratios: list[float] = []
@@ -432,7 +432,7 @@ class AutoWU(LRScheduler):
         if self._optimizer_was_skipped():
             self._skipped += 1
             if self._skipped % _SKIPPED == 0 and self._broken(loss):
-                self._end_warmup(step)
+                self._end_warmup(self.last_epoch)
                 self._write_lrs()
             return
         self._skipped = 0
@@ -543,30 +543,32 @@ class AutoWU(LRScheduler):
             if size > 1:
                 block = average(block, self._copy_failed, self.process_group)
             before, self._pending = self._pending, LateRead(block)
-            for value in [] if before is None else self._averages(before.get(), size):
-                self._watch.push(value)
+            self._follow(before, size)
         since, self._looked_at = self._looked_at, step
+        copy_is_due = since // self.config.test_interval < step // self.config.test_interval
         if self._state.switch is None:
             if self._watch.exploded:
                 self._end_warmup(step)
             return
         if losses.device.type != "cpu" or size > 1 or len(losses.staged) >= _BLOCK:
             losses.fold()  # they have been read
+        if copy_is_due and self._snapshot is not None:  # which waits for the device anyway
+            before, self._pending = self._pending, None
+            self._follow(before, size)
         if self._watch.diverged:
             self._set_back(step, size)
-        elif since // self.config.test_interval < step // self.config.test_interval:
-            if watch_is_over(self.config, self._state, step):
-                self._end_watch()
-            elif self._snapshot is not None and self._watch.near_best:
-                self._renew_copy(step, size)
+        elif copy_is_due and watch_is_over(self.config, self._state, step):
+            self._end_watch()
+        elif copy_is_due and self._snapshot is not None and self._watch.near_best:
+            self._renew_copy(step, size)
 
-    def _averages(self, values: list[float], size: int) -> list[float]:
-        """The losses of a block; what follows them where there are several ranks is how many could not copy their model."""
-        if size == 1:
-            return values
-        if values[-1]:
+    def _follow(self, block: LateRead | None, size: int) -> None:
+        """Have the watch follow a block; behind the losses of several ranks stands how many could not copy their model."""
+        values = [] if block is None else block.get()
+        if size > 1 and values and values.pop():
             self._snapshot = None
-        return values[:-1]
+        for value in values:
+            self._watch.push(value)
 
     def _broken(self, loss: float | Tensor) -> bool:
         """Whether a run whose optimizer is skipped again and again has a loss that is not finite: nothing there will mend it."""
@@ -583,7 +585,7 @@ class AutoWU(LRScheduler):
         """Go back to the last good copy, with a lower peak."""
         self._state = set_back(self._state)
         restored = self._put_back(size)
-        self._watch.go_back(None if restored is None else self._mean_at_copy)
+        self._watch.go_back(None if restored is None else self._level_at_copy)
         self._pending = None
         switch = self._state.switch
         assert switch is not None
@@ -619,7 +621,7 @@ class AutoWU(LRScheduler):
 
     def _take(self, step: int, size: int) -> None:
         self._copying(lambda snapshot: snapshot.take(step), size)
-        self._mean_at_copy = self._watch.mean
+        self._level_at_copy = self._watch.level
 
     def _test(self, step: int, *, exploded: bool = False) -> None:
         """Learn whether the minimum is past, and switch if so or if the warm-up ends: at its limit, or since the loss exploded."""
@@ -644,7 +646,7 @@ class AutoWU(LRScheduler):
         if switch is None:
             return
         restored = self._roll_back(exploded, size)
-        self._watch.go_back(None if restored is None else self._mean_at_copy)
+        self._watch.go_back(None if restored is None else self._level_at_copy, settling=0)
         self._pending, self._looked_at = None, step
         self._watched_losses = LossHistory(max_points=2)
         if not self.config.watch:
@@ -794,7 +796,7 @@ class AutoWU(LRScheduler):
                 "state": self._watch.state_dict(),
                 "losses": None if self._watched_losses is self.history else self._watched_losses.state_dict(),
                 "looked_at": self._looked_at,
-                "mean_at_copy": self._mean_at_copy,
+                "level_at_copy": self._level_at_copy,
                 "pending": None if self._pending is None else self._pending.get(),
                 "skipped": self._skipped,
             },
@@ -857,7 +859,7 @@ class AutoWU(LRScheduler):
         watch = state_dict["watch"]
         self._watch.load_state_dict(watch["state"])
         self._watched_losses = self.history if watch["losses"] is None else LossHistory.from_state_dict(watch["losses"])
-        self._looked_at, self._mean_at_copy, self._skipped = (watch[key] for key in ("looked_at", "mean_at_copy", "skipped"))
+        self._looked_at, self._level_at_copy, self._skipped = (watch[key] for key in ("looked_at", "level_at_copy", "skipped"))
         self._pending = None if watch["pending"] is None else LateRead(torch.tensor(watch["pending"], dtype=torch.float64))
         if self._snapshot is not None:
             self._snapshot.load_state_dict(state_dict["snapshot"])

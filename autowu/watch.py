@@ -15,9 +15,12 @@ _START: Final = 10
 """Losses whose mean is where the run started."""
 _DECAY: Final = 0.9
 """Of the exponential mean that stands for the loss now."""
+_QUICK_DECAY: Final = 0.7
 _NOISE_DECAY: Final = 0.95
 _STANDARD_ERROR: Final = math.sqrt((1 - _DECAY) / (1 + _DECAY))
 """Of the exponential mean, in standard deviations of one loss."""
+_SETTLING: Final = 20
+"""Losses after which the mean of a run that was not put back has caught up with it."""
 IN_A_ROW: Final = 3
 """Losses that must be out of range, one after the other: a single bad batch is none."""
 LOST: Final = 0.3
@@ -26,6 +29,8 @@ NEAR: Final = 0.1
 """Share of the progress that may be lost in a run that is worth copying."""
 SURE: Final = 10.0
 """Standard errors that the same must amount to."""
+NEAR_SURE: Final = 4.0
+"""Standard errors that may be lost in a run that is worth copying."""
 
 
 class LossWatch:
@@ -35,17 +40,20 @@ class LossWatch:
         start: mean of the first 10 finite losses.
         mean: exponential mean of the losses, decay 0.9, from `start`.
         best: lowest `mean` so far.
+        level: exponential mean with decay 0.7: noisier, but it does not lag behind a steep fall.
     """
 
-    __slots__ = ("above", "best", "count", "last", "mean", "noise", "silent", "start")
+    __slots__ = ("above", "best", "count", "high", "last", "level", "mean", "noise", "settling", "silent", "start")
 
     def __init__(self) -> None:
         self.count = 0
-        self.start = self.mean = self.last = 0.0
+        self.start = self.mean = self.level = self.last = 0.0
         self.best = math.inf
         self.noise = 0.0  # variance of one loss about the curve, from the differences of neighbours
         self.silent = 0  # losses in a row that were not finite
         self.above = 0  # losses in a row far above the start
+        self.high = 0  # losses in a row that would each be a divergence
+        self.settling = 0  # losses until `best` is one again
 
     def push(self, loss: float) -> None:
         """Take the loss of one step; -inf stands for one that is missing and says nothing."""
@@ -56,17 +64,23 @@ class LossWatch:
         self.count += 1
         if self.count <= _START:
             self.start += (loss - self.start) / self.count
-            self.mean = self.start
+            self.mean = self.level = self.start
             if self.count > 1:
                 self.noise += ((loss - self.last) ** 2 / 2 - self.noise) / (self.count - 1)
         else:
+            self.high = self.high + 1 if loss > self.best + self._far_from_best else 0
             far = loss > self.start + 2 * self.progress + SURE * math.sqrt(self.noise)
             self.above = self.above + 1 if far else 0
-            self.mean += (1 - _DECAY) * (loss - self.mean)
+            self.level += (1 - _QUICK_DECAY) * (loss - self.level)
+            # So that one loss, however large, is no divergence.
+            self.mean += (1 - _DECAY) * (min(loss, self.best + IN_A_ROW * self._far_from_best) - self.mean)
             if not far and self._lost <= max(NEAR * self.progress, self._error(SURE)):  # what comes apart is no noise
                 self.noise += (1 - _NOISE_DECAY) * ((loss - self.last) ** 2 / 2 - self.noise)
         self.last = loss
-        if self.count >= _START:
+        if self.settling:
+            self.settling -= 1
+            self.best = self.mean
+        elif self.count >= _START:
             self.best = min(self.best, self.mean)
 
     @property
@@ -82,30 +96,38 @@ class LossWatch:
 
     @property
     def diverged(self) -> bool:
-        """Whether 3 losses in a row were not finite, or 30 % of the progress is lost, by more than 10 standard errors."""
-        return self.silent >= IN_A_ROW or self._lost > max(LOST * self.progress, self._error(SURE))
+        """Whether 3 losses in a row were not finite, or lost 30 % of the progress and 10 standard errors, as did their mean."""
+        return self.silent >= IN_A_ROW or (self.high >= IN_A_ROW and self._lost > self._far_from_best)
 
     @property
     def near_best(self) -> bool:
-        """Whether no more than 10 % of the progress, or 3 standard errors, are lost: a run worth copying."""
-        return self.silent == 0 and self._lost <= max(NEAR * self.progress, self._error(3.0))
+        """Whether no more than 10 % of the progress, or 4 standard errors, are lost: a run worth copying."""
+        return self.silent == 0 and self._lost <= max(NEAR * self.progress, self._error(NEAR_SURE))
 
     @property
     def _lost(self) -> float:
         return self.mean - self.best if self.count >= _START else 0.0
 
+    @property
+    def _far_from_best(self) -> float:
+        return max(LOST * self.progress, self._error(SURE))
+
     def _error(self, times: float) -> float:
         """So many standard errors of the exponential mean."""
         return times * _STANDARD_ERROR * math.sqrt(self.noise)
 
-    def go_back(self, mean: float | None = None) -> None:
-        """The run was put back to where the exponential mean was `mean`; None where it goes on from here, for better or worse."""
-        self.silent = self.above = 0
-        if mean is None:
-            self.start = max(self.start, self.mean)
-            self.best = self.mean if self.count >= _START else math.inf
+    def go_back(self, level: float | None = None, *, settling: int = _SETTLING) -> None:
+        """The run was put back to where `level` was the one given; None where it goes on from here, for better or worse.
+
+        In that case the next `settling` losses say where it stands.
+        """
+        self.silent = self.above = self.high = 0
+        if level is None:
+            self.settling = settling
         else:
-            self.mean = mean
+            self.mean = self.level = self.last = level
+        # What the run reached on the way that it did not go is no measure of what it reaches now.
+        self.best = self.mean if self.count >= _START else math.inf
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}

@@ -18,6 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from autowu import AutoWU, ClosedFormGP
 
+FIXED = {"max_warmup_fraction": 0.5, "peak_factor": 1.0}
 STEPS = 600
 LOWEST = 150
 
@@ -31,7 +32,7 @@ def curve(rank=0):
 
 def scheduler_of(**arguments):
     # The losses are made up and rise whatever the LR, which the watch would take for a divergence.
-    defaults = {"total_steps": STEPS, "min_lr": 1e-5, "max_lr": 1.0, "watch": False}
+    defaults = {"total_steps": STEPS, "min_lr": 1e-5, "max_lr": 1.0, "watch": False} | FIXED
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     return AutoWU(optimizer, **(defaults | arguments))
 
@@ -223,7 +224,8 @@ def go_wrong(rank, size, nan_at=None, breaks=None, slope=-0.3):
     layers = [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)]
     model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    scheduler = AutoWU(optimizer, total_steps=steps, model=model, immediate_cooldown=False, cooldown_fraction=0.3)
+    more = FIXED | {"immediate_cooldown": False, "cooldown_fraction": 0.3}
+    scheduler = AutoWU(optimizer, total_steps=steps, model=model, min_lr=1e-5, max_lr=10.0, **more)
     lrs, weights, restored = [], [], []
     for step in range(steps):
         if breaks is not None and rank == 1 and breaks(scheduler):

@@ -85,12 +85,10 @@ def test_an_explosion_and_a_divergence_are_acted_on_by_all_ranks_at_once(ranks):
         assert found["last"] == first["last"]
 
 
-@pytest.mark.xfail(strict=True, reason="the mean goes back to that of the copy, the best does not, and the difference diverges")
 def test_one_divergence_of_all_ranks_is_one(ranks):
     assert [kind for kind, *_ in ranks[0]["explodes_and_diverges"]["events"]].count("divergence") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the copy is renewed on the word of losses that are up to 20 steps old")
 def test_a_divergence_that_is_found_late_goes_back_to_a_copy_from_before_it(ranks):
     found = ranks[0]["goes_uphill"]
     wrong = found["switch"]["step"] + 25

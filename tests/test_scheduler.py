@@ -19,7 +19,7 @@ from autowu.gp import CurvePosterior
 from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, cooldown_factor, warmup_lr
 
 # The losses here are made up and do not mind the LR; what watches over them is tested in test_watch.py.
-RANGE = {"min_lr": 1e-5, "max_lr": 1.0, "watch": False}
+RANGE = {"min_lr": 1e-5, "max_lr": 1.0, "max_warmup_fraction": 0.5, "peak_factor": 1.0, "watch": False}
 
 
 def parameter():
@@ -109,7 +109,7 @@ def runs(draw):
 def test_every_step_runs_at_the_lr_of_the_definitions(run):
     arguments, minimum = run
     engine = Oracle(minimum)
-    scheduler = AutoWU(sgd(), **arguments, **RANGE, gp=engine)
+    scheduler = AutoWU(sgd(), **(RANGE | arguments), gp=engine)
     epoch, total = arguments["steps_per_epoch"], arguments["steps_per_epoch"] * arguments["total_epochs"]
     phases, lrs = [], []
     for _ in range(total + 5):
@@ -214,13 +214,13 @@ def test_total_steps_is_the_same_run_as_its_counts():
 def test_about_sixty_tests_by_default(total):
     engine = Oracle(2.0)
     advance(AutoWU(sgd(), total_steps=total, gp=engine), [1.0] * total)
-    assert 40 <= len(engine.asked_at) <= 90
+    assert 35 <= len(engine.asked_at) <= 90
 
 
 def test_a_test_an_epoch_and_at_the_limit():
     engine = Oracle(2.0)
     advance(AutoWU(sgd(), 15, 7, test_interval="epoch", gp=engine), [1.0] * 105)
-    assert engine.asked_at == [15, 30, 45, 52]
+    assert engine.asked_at == [15, 30, 42]
 
 
 def test_lr_at_tells_the_future():

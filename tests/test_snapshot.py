@@ -132,9 +132,14 @@ def test_without_a_copy_there_is_nothing_to_restore():
     assert not snapshot._copies
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["parameter", "buffer", "state"])
-def test_what_is_not_finite_is_not_sound(bad, where):
+@pytest.mark.parametrize(
+    ("where", "bad"),
+    [
+        ("buffer", math.nan),
+        *((where, bad) for where in ("parameter", "state") for bad in (math.nan, math.inf, -math.inf)),
+    ],
+)
+def test_what_is_not_finite_is_not_sound(where, bad):
     run = Training(OPTIMIZERS["adamw"]).steps(0, 3)
     snapshot = Snapshot(run.model, run.optimizer)
     assert snapshot.sound() == 1.0
@@ -144,6 +149,15 @@ def test_what_is_not_finite_is_not_sound(bad, where):
         "state": run.optimizer.state[run.model[0].weight]["exp_avg_sq"],
     }
     tensors[where].view(-1)[3] = bad
+    assert snapshot.sound() == 0.0
+
+
+def test_an_infinite_mask_among_the_buffers_is_sound():
+    run = Training(OPTIMIZERS["sgd"])
+    run.model.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
+    snapshot = Snapshot(run.model, run.optimizer)
+    assert snapshot.sound() == 1.0
+    run.model.mask[0, 0] = math.nan
     assert snapshot.sound() == 0.0
 
 
@@ -212,7 +226,7 @@ def test_the_snapshot_changes_no_decision():
 
 def test_a_loss_that_falls_to_the_limit_of_the_warmup_keeps_the_model_as_it_is():
     run = Training(OPTIMIZERS["sgd"])
-    scheduler = AutoWU(run.optimizer, total_steps=200, model=run.model)
+    scheduler = AutoWU(run.optimizer, total_steps=200, model=run.model, max_warmup_fraction=0.5)
     for k in range(100):
         run.optimizer.step()
         scheduler.step(3.0 - k / 100)

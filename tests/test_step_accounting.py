@@ -35,7 +35,14 @@ def sgd(parameters=None, lr=0.1):
 
 
 def autowu(optimizer=None, **arguments):
-    defaults = {"total_steps": TOTAL, "min_lr": 1e-5, "max_lr": 1.0, "immediate_cooldown": False, "watch": False}
+    defaults = {
+        "total_steps": TOTAL,
+        "min_lr": 1e-5,
+        "max_lr": 1.0,
+        "max_warmup_fraction": 0.5,
+        "immediate_cooldown": False,
+        "watch": False,
+    }
     return AutoWU(optimizer or sgd(), **(defaults | arguments))
 
 
