@@ -15,7 +15,7 @@ optimizer is fed the recorded losses, NaN where they are null or have ended, unt
 - *Exploded*: a warm-up that ended before its limit without a switch by test, because the loss exploded.
 - *Overshoot*: decades of LR from the minimum to the step of the switch, of switches before the limit on curves with a minimum
   inside.
-- *Before*: chosen LR more than half a decade below the LR at which the valley begins, on curves with a minimum inside.
+- *Before*: fitted minimum more than half a decade below the LR at which the valley begins, on curves with a minimum inside.
 - *Early*, *late*: chosen LR more than half a decade below, or above, the best band of the case's grid in results/regret.jsonl:
   the LRs whose geometric mean of test loss over the seeds is within 10 % of the case's best. Recorded.jsonl only; seeds without
   all of the nine LRs are left out, and so are cases without such a seed. *Off*: decades from the chosen LR to the nearest edge of
@@ -116,6 +116,7 @@ class Curve:
         losses: of all steps of the warm-up, NaN where not finite or after the end of the recording.
         minimum: where it is lowest.
         band: lowest and highest LR of the best band of its case's grid, if there is one.
+        peak_factor: AutoWU's for the optimizer.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Curve:
     losses: tuple[float, ...]
     minimum: Minimum
     band: tuple[float, float] | None
+    peak_factor: float
 
     @property
     def decades(self) -> float:
@@ -212,6 +214,7 @@ def load_curves(recorded: Path, warmups: Path, grid: Path) -> list[Curve]:
                 losses=tuple(losses),
                 minimum=find_minimum(losses, math.log10(row["max_lr"] / row["min_lr"])),
                 band=bands.get(case) if source == "recorded" else None,
+                peak_factor=0.25 if row["optimizer"] == "lamb" else 0.5,
             )
         )
     return curves
@@ -224,9 +227,10 @@ def replay(curve: Curve, rule: str) -> Switch:
     if "tests" in arguments:
         arguments["test_interval"] = max(1, curve.warmup_steps // arguments.pop("tests"))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = make(
-        optimizer, **({"total_steps": 2 * curve.warmup_steps, "min_lr": curve.min_lr, "max_lr": curve.max_lr} | arguments)
-    )
+    run = {"total_steps": 2 * curve.warmup_steps, "max_warmup_fraction": 0.5, "min_lr": curve.min_lr, "max_lr": curve.max_lr}
+    if make is AutoWU:  # the dummy is not of the family that was recorded
+        run["peak_factor"] = curve.peak_factor
+    scheduler = make(optimizer, **(run | arguments))
     optimizer.step()
     for loss in curve.losses:
         scheduler.step(loss)
@@ -255,7 +259,9 @@ def judge(job: tuple[Curve, str]) -> Outcome:
         missed=inside and not before_limit,
         exploded=before_limit and not switch.by_test,
         overshoot=(switch.step / curve.warmup_steps - curve.minimum.position) * curve.decades if inside and before_limit else None,
-        from_valley=math.log10(switch.lr / curve.lr_at(curve.minimum.valley)) if inside else None,
+        from_valley=(switch.minimum / curve.warmup_steps - curve.minimum.valley) * curve.decades
+        if inside and switch.minimum
+        else None,
         off=off,
     )
 

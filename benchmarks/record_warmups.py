@@ -2,7 +2,7 @@
 
     python benchmarks/record_warmups.py [--jobs 2] [--cases "mlp sgd 32 1980" ...] [--seeds 0 1 2 3 4]
 
-Each case of regret.py's CPU suite is trained for half of its steps, the longest warm-up that AutoWU takes by default, while the
+Each case of regret.py's CPU suite is trained for 40 % of its steps, the longest warm-up that AutoWU takes by default, while the
 LR grows exponentially over AutoWU's own range. Initial weights and order of the data are those of regret.py's runs with the same
 seed, so a curve is what AutoWU sees there up to its switch. The recording stops at the first loss that is not finite.
 
@@ -14,6 +14,7 @@ changes only where a task, an optimizer's settings or an LR range do; remove it 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -29,6 +30,7 @@ import torch
 from tasks import make_optimizer, make_task
 from torch.optim.lr_scheduler import LambdaLR
 
+from autowu import AutoWU
 from autowu.families import lr_range
 from autowu.schedules import warmup_lr
 
@@ -43,7 +45,7 @@ def record(case: Case, seed: int) -> dict[str, Any]:
     model = task.new_model()
     optimizer = make_optimizer(case.optimizer, model, 1.0)
     low, high = lr_range(optimizer)
-    warmup_steps = case.steps // 2
+    warmup_steps = int(inspect.signature(AutoWU).parameters["max_warmup_fraction"].default * case.steps)
     schedule = LambdaLR(optimizer, lambda step: warmup_lr(step, warmup_steps, low, high))
     batches = task.batches(case.batch_size, seed)
     losses: list[float | None] = []
