@@ -345,7 +345,8 @@ def configure(
     if decay_phase_stat == "loss" and decay_phase_factor == 1.0:
         raise ValueError("decay_phase_factor=1.0: with decay_phase_stat='loss' it must be above 0 and below 1")
 
-    warmup_steps = int(max_warmup_fraction * total)
+    # The shortest of runs has one step of warm-up.
+    warmup_steps = int(max_warmup_fraction * total) or round(max_warmup_fraction * total)
     cooldown_start = _cooldown_start(total, cooldown_fraction)
     limit = warmup_steps if immediate_cooldown else min(warmup_steps, cooldown_start)
     if not 1 <= limit < total:

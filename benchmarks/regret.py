@@ -87,9 +87,11 @@ ABLATION: dict[str, dict[str, Any]] = {
     }
     for share, factor, below in (
         *((0.5, 1.0, True), (0.5, 0.5, True), (0.35, 0.5, True), (0.25, 1.0, True), (0.25, 0.5, True), (0.25, 1 / 3, True)),
-        *((0.4, 1.0, False), (0.4, 0.7, False), (0.4, 0.5, False), (0.3, 0.5, False), (0.3, 0.25, False)),
+        *((0.4, 1.0, False), (0.4, 0.7, False), (0.4, 0.5, False)),
     )
 }
+ABLATION |= {f"patience {patience}": {"patience": patience} for patience in (2, 4, 5)}
+ABLATION |= {f"{name} of the LR": {"peak_factor": factor} for name, factor in (("an eighth", 1 / 8), ("a sixth", 1 / 6))}
 """Share of the run for the warm-up, peak LR over the LR at the minimum; some from a tenth of the usual `min_lr`."""
 
 
@@ -424,19 +426,22 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     test = scores(rows, "test_loss")
     cases = list(dict.fromkeys(row["case"] for row in rows))[::-1]
-    shown = [m for m in ("sweep", *METHODS) if m in test]
+    shown = [m for m in ("sweep", *METHODS) if m in test]  # AutoWU comes second
     figure, axes = plt.subplots(figsize=(8, 0.32 * len(cases) + 1.4), layout="constrained")
     marks = dict(zip(shown, "|osD^v<>P", strict=False))
     limit = 12.0
     for method in [m for m in shown if m != "autowu"] + ["autowu"]:
         points = [(test[method].of_case(c), k) for k, c in enumerate(cases) if any(name == c for name, _ in test[method].ratios)]
         strong = method == "autowu"
-        color = {"autowu": "tab:red", "sweep": "black"}.get(method)
-        x = [min(r, limit) for r, _ in points]
         axes.scatter(
-            x, [k for _, k in points], marker=marks[method], s=45 if strong else 28, color=color, alpha=1 if strong else 0.65
+            [min(ratio, limit) for ratio, _ in points],
+            [k for _, k in points],
+            marker=marks[method],
+            s=45 if strong else 28,
+            color="tab:red" if strong else "black" if method == "sweep" else f"C{(0, 1, 2, 4, 5, 8, 9)[shown.index(method) - 2]}",
+            alpha=1 if strong else 0.65,
+            label=method,
         )
-        axes.scatter([], [], marker=marks[method], color=color, label=method)
     axes.axvline(1, color="gray", linewidth=0.8)
     axes.set(xscale="log", xlim=(0.4, limit * 1.1), yticks=range(len(cases)), yticklabels=cases)
     axes.set_xticks([0.5, 1, 2, 5, limit], ["0.5", "1", "2", "5", f"{limit:g}+"])

@@ -1,5 +1,6 @@
 """What the README shows works as it stands there."""
 
+import importlib
 import inspect
 import json
 import re
@@ -47,10 +48,10 @@ def test_snippet_trains(snippet):
 
 def test_every_number_has_its_script():
     scripts = set(re.findall(r"`(benchmarks/\w+\.py)`", README))
-    assert len(scripts) == 4
+    assert len(scripts) == 6
     for script in scripts:
         assert (ROOT / script).exists()
-        assert (ROOT / "benchmarks" / "results" / f"{Path(script).stem}.json").exists()
+        assert list((ROOT / "benchmarks" / "results").glob(f"{Path(script).stem}.json*"))
 
 
 def test_pictures_exist():
@@ -81,6 +82,23 @@ def test_table_of_steps_is_the_measured_one():
     loop = measured["loop"]
     assert f"take {loop['added_ms']:.0f} ms together" in README
     assert f"of {loop['step_ms']:.1f} ms kept {loop['throughput']:.1%} of its throughput" in README
+
+
+def test_table_of_regret_is_the_measured_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    regret = importlib.import_module("regret")
+    rows = regret.read(ROOT / "benchmarks" / "results" / "regret.jsonl")
+    shown = [r for r in rows if r["method"] in ("grid", *regret.METHODS) and r["seed"] in regret.SEEDS]
+    summary, cases = regret.report(shown).split("\n\n")
+    assert summary in README
+    assert cases in (ROOT / "docs" / "decision.md").read_text()
+    assert {r["case"] for r in shown} == set(regret.CASES["cpu"])
+
+
+def test_table_of_copies_is_the_measured_one():
+    for row in results("bench_snapshot")["rows"]:
+        times = " | ".join(f"{row[f'{what}_over_step']:.1%}" for what in ("take", "sound", "restore"))
+        assert f"| {row['model']}, {row['optimizer']} | {row['batch']} | {row['copy_mib']:.0f} MiB | {times} |" in README
 
 
 def test_every_page_and_script_of_the_stack_exists():
