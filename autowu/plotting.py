@@ -113,7 +113,8 @@ def _draw_decision(loss_axes: Axes, lr_axes: Axes, scheduler: AutoWU) -> None:
     if switch is None:
         return
     peak = f"LR {switch.lr:.3g}"
-    for axes, labels in ((loss_axes, ("fitted minimum", "switch")), (lr_axes, (f"fitted minimum, {peak}", f"switch to {peak}"))):
+    lowest = f"LR {switch.lr / scheduler.config.peak_factor:.3g}"
+    for axes, labels in ((loss_axes, ("fitted minimum", "switch")), (lr_axes, (f"fitted minimum, {lowest}", f"switch to {peak}"))):
         if switch.minimum is not None:
             axes.axvline(switch.minimum, color="C2", linestyle="--", linewidth=1, label=labels[0])
         axes.axvline(switch.step, color="C3", linewidth=1, label=labels[1])

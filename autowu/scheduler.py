@@ -522,7 +522,7 @@ class AutoWU(LRScheduler):
         if self._state.switch is None:
             self.history.append(loss)
             return
-        if self._is_watched:
+        if self._is_watched and not self._host_follows(loss):
             self._watched_losses.append(loss)
         if self._is_plateau_phase:
             if self._epoch_losses is None:
@@ -533,9 +533,9 @@ class AutoWU(LRScheduler):
         """Have the watch follow the loss: at once where the host has it, else in blocks, each read when the next is full."""
         losses = self.history if self._state.switch is None else self._watched_losses
         size = rank_and_size(self.process_group)[1]
-        if size == 1 and losses.device.type == "cpu":
-            assert isinstance(loss, float)
-            self._watch.push(loss)
+        at_once = self._host_follows(loss)
+        if at_once:
+            self._watch.push(float(loss))
         elif step - self._looked_at < _BLOCK and not is_test_due(self.config, self._state, step):
             return
         else:
@@ -550,17 +550,23 @@ class AutoWU(LRScheduler):
             if self._watch.exploded:
                 self._end_warmup(step)
             return
-        if losses.device.type != "cpu" or size > 1 or len(losses.staged) >= _BLOCK:
+        if not at_once:
             losses.fold()  # they have been read
         if copy_is_due and self._snapshot is not None:  # which waits for the device anyway
             before, self._pending = self._pending, None
             self._follow(before, size)
         if self._watch.diverged:
             self._set_back(step, size)
-        elif copy_is_due and watch_is_over(self.config, self._state, step):
+        elif since // _BLOCK < step // _BLOCK and watch_is_over(self.config, self._state, step):
             self._end_watch()
         elif copy_is_due and self._snapshot is not None and self._watch.near_best:
             self._renew_copy(step, size)
+
+    def _host_follows(self, loss: float | Tensor) -> bool:
+        """Whether the watch can follow the losses at once: those of one process, on the host."""
+        if isinstance(loss, Tensor) or rank_and_size(self.process_group)[1] > 1:
+            return False
+        return (self.history if self._state.switch is None else self._watched_losses).device.type == "cpu"
 
     def _follow(self, block: LateRead | None, size: int) -> None:
         """Have the watch follow a block; behind the losses of several ranks stands how many could not copy their model."""

@@ -68,13 +68,18 @@ class LossWatch:
             if self.count > 1:
                 self.noise += ((loss - self.last) ** 2 / 2 - self.noise) / (self.count - 1)
         else:
-            self.high = self.high + 1 if loss > self.best + self._far_from_best else 0
-            far = loss > self.start + 2 * self.progress + SURE * math.sqrt(self.noise)
+            # Every step runs this: what the properties below would compute several times is computed once.
+            error = math.sqrt(self.noise)
+            progress = max(0.0, self.start - self.best)
+            allowed = max(LOST * progress, SURE * _STANDARD_ERROR * error)
+            self.high = self.high + 1 if loss > self.best + allowed else 0
+            far = loss > self.start + 2 * progress + SURE * error
             self.above = self.above + 1 if far else 0
             self.level += (1 - _QUICK_DECAY) * (loss - self.level)
             # So that one loss, however large, is no divergence.
-            self.mean += (1 - _DECAY) * (min(loss, self.best + IN_A_ROW * self._far_from_best) - self.mean)
-            if not far and self._lost <= max(NEAR * self.progress, self._error(SURE)):  # what comes apart is no noise
+            self.mean += (1 - _DECAY) * (min(loss, self.best + IN_A_ROW * allowed) - self.mean)
+            near = self.mean - self.best <= max(NEAR * progress, SURE * _STANDARD_ERROR * error)
+            if near and not far:  # what comes apart is no noise
                 self.noise += (1 - _NOISE_DECAY) * ((loss - self.last) ** 2 / 2 - self.noise)
         self.last = loss
         if self.settling:

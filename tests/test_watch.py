@@ -403,7 +403,8 @@ def test_the_copy_is_given_back_once_the_cooldown_has_halved_the_lr():
     assert run.kinds() == ["switch"]
     half = next(k for k in range(switch.step, 300) if run.scheduler.lr_at(k) < switch.lr / 2)
     assert held[half - 2] > switch.step
-    assert held[half + interval :] == [None] * (300 - half - interval)
+    over = half + max(interval, 10)
+    assert held[over:] == [None] * (300 - over)
     assert not run.scheduler._snapshot._copies
     assert run.scheduler.state_dict()["snapshot"] is None
 
