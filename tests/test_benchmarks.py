@@ -1,0 +1,27 @@
+"""The measure itself runs: a case of the quick suite, with real models in real processes."""
+
+import json
+import subprocess
+import sys
+
+from processes import ROOT
+
+
+def test_regret_measures_a_case_and_runs_nothing_twice(tmp_path):
+    out, figure = tmp_path / "regret.jsonl", tmp_path / "regret.png"
+    case = "mlp lamb 128 240"
+    command = [sys.executable, "benchmarks/regret.py", "--quick", "--cases", case, "--out", out, "--figure", figure]
+    first = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted({row["seed"] for row in rows}) == [0, 1]
+    assert [sum(row["method"] == method for row in rows) for method in ("grid", "autowu", "paper")] == [18, 2, 2]
+    assert all(row["case"] == case for row in rows)
+    found = [row for row in rows if row["method"] == "autowu"]
+    assert all(row["finite"] and row["accuracy"] > 0.9 for row in found)
+    assert figure.stat().st_size > 10_000
+    before = out.read_text()
+    second = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert out.read_text() == before
+    table = first[first.index("| method |") :]
+    assert second.endswith(table)
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:5]] == ["| autowu", "| paper", "| sweep"]
