@@ -85,9 +85,9 @@ class AutoWU(LRScheduler):
     one read of a few kilobytes (more with the GPyTorch engine), and, with ``decay_phase_stat="loss"``, once an epoch of the
     stable phase.
 
-    In a process group each rank passes the loss of its own batch. A test then makes one collective, other steps none: it
-    averages the losses since the test before over the ranks, and the first rank's verdict, on all losses before those, is
-    everyone's, so that all switch at the same step to the same LR, one test later than a run of one process would. (With
+    In a process group each rank passes the loss of its own batch. A test then makes one collective (the watch makes one in 10
+    steps): it averages the losses since the test before over the ranks, and the first rank's verdict, on all losses before those,
+    is everyone's, so that all switch at the same step to the same LR, one test later than a run of one process would. (With
     ``decay_phase_stat="loss"`` an epoch of the stable phase makes one, too.) All ranks must call :meth:`step` equally often; one
     that stops is noticed by the group's timeout, not here.
 
@@ -532,8 +532,8 @@ class AutoWU(LRScheduler):
     def _look(self, step: int, loss: float | Tensor) -> None:
         """Have the watch follow the loss: at once where the host has it, else in blocks, each read when the next is full."""
         losses = self.history if self._state.switch is None else self._watched_losses
-        size = rank_and_size(self.process_group)[1]
         at_once = self._host_follows(loss)
+        size = 1 if at_once else rank_and_size(self.process_group)[1]
         if at_once:
             self._watch.push(float(loss))
         elif step - self._looked_at < _BLOCK and not is_test_due(self.config, self._state, step):
@@ -697,7 +697,11 @@ class AutoWU(LRScheduler):
         if size > 1:
             able = torch.tensor([float(has)], dtype=torch.float64)
             has = float(sum_over_ranks(able, self.process_group)) == size
-        return self._snapshot.restore() if has and self._snapshot is not None else None
+        if not has or self._snapshot is None:
+            return None
+        if size == 1:
+            return self._copying(Snapshot.restore, size)
+        return self._snapshot.restore()  # a rank on which this fails must not go on beside those that went back
 
     def _exchange(self, rank: int, size: int, sound: Tensor | None) -> tuple[Verdict | None, bool]:
         """Average the losses since the last test over the ranks; the first rank's verdict on those before."""
