@@ -243,7 +243,7 @@ class AutoWU(LRScheduler):
         self._watch = LossWatch()
         self._watched_losses = self.history  # after the switch, those since the last look
         self._looked_at = 0  # step of the watch's last look
-        self._level_at_copy = math.nan
+        self._level_at_copy = 0.0
         self._pending: LateRead | None = None
         self.events: list[Event] = []
         self._ratios: list[float] = []
