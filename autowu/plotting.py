@@ -1,9 +1,9 @@
-"""A picture of a run: the loss, what the Gaussian process made of it, and the LR that came of it. Needs matplotlib."""
+"""Pictures of a run: the loss, what the Gaussian process made of it, the LR that came of it; trust ratios. Needs matplotlib."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_cooldowns", "draw_run"]
+__all__ = ["draw_cooldowns", "draw_layers", "draw_run"]
+
+_MOST_NAMES = 40
+_LONGEST_NAME = 40
 
 
 def draw_run(losses: Sequence[float], lrs: Sequence[float], scheduler: AutoWU | None = None) -> Figure:
@@ -101,6 +104,58 @@ def draw_cooldowns(
         axes.grid(alpha=0.25)
     loss_axes.legend(loc="best", fontsize=8, framealpha=0.9)
     return figure
+
+
+def draw_layers(columns: Mapping[str, Sequence[Any] | np.ndarray[Any, Any]]) -> Figure:
+    """Draw the trust ratios of the layers over the steps, as a heat map of their logarithms to base 10.
+
+    Of more than 40 layers some, evenly spaced, are named. A layer that has no ratio above 0 at a step is left grey there. The
+    colours end at the 1st and the 99th percentile.
+
+    Args:
+        columns: "step", "layer" and "trust_ratio" of the rows of ``layers.parquet``, which ``train.py --log-layers`` writes; others
+            are ignored. Layers are drawn from the top in the order in which they come first.
+
+    Returns:
+        A figure of one panel and its colour bar, not shown and not registered with pyplot.
+
+    Example:
+        >>> columns = {"step": [0, 0, 10, 10], "layer": ["conv", "fc"] * 2, "trust_ratio": [0.01, 0.1, 0.02, 0.1]}
+        >>> figure = draw_layers(columns)
+        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        ['conv', 'fc']
+    """
+    from matplotlib.figure import Figure
+
+    rows: dict[str, int] = {}
+    row_of = [rows.setdefault(str(layer), len(rows)) for layer in columns["layer"]]
+    steps, column_of = np.unique(np.asarray(columns["step"]), return_inverse=True)
+    ratios = np.asarray(columns["trust_ratio"], dtype=np.float64)
+    logs = np.full((len(rows), len(steps)), np.nan)
+    logs[row_of, column_of] = np.log10(ratios, out=np.full_like(ratios, np.nan), where=(ratios > 0) & np.isfinite(ratios))
+
+    figure = Figure(figsize=(10, min(9.0, 1.8 + 0.2 * len(rows))), layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor("0.8")
+    finite = logs[np.isfinite(logs)]
+    if len(finite):
+        low, high = np.percentile(finite, (1, 99))
+        middles = (steps[1:] + steps[:-1]) / 2
+        half = (steps[-1] - steps[0]) / max(1, len(steps) - 1) / 2 or 0.5
+        edges = np.concatenate([[steps[0] - half], middles, [steps[-1] + half]])
+        mesh = axes.pcolormesh(edges, np.arange(len(rows) + 1) - 0.5, logs, vmin=low, vmax=high)
+        figure.colorbar(mesh, ax=axes, label="log10 of the trust ratio", extend="both", aspect=40, pad=0.01)
+    names = list(rows)
+    named = [round(k) for k in np.linspace(0, len(rows) - 1, min(len(rows), _MOST_NAMES)).tolist()]
+    axes.set_yticks(named, [_shortened(names[k]) for k in named], fontsize=7)
+    axes.set_ylim(max(1, len(rows)) - 0.5, -0.5)
+    axes.set(xlabel="optimizer step", ylabel=f"{len(rows)} layers")
+    return figure
+
+
+def _shortened(name: str) -> str:
+    name = name.removesuffix(".weight")
+    return name if len(name) <= _LONGEST_NAME else "…" + name[-_LONGEST_NAME + 1 :]
 
 
 def _draw_decision(loss_axes: Axes, lr_axes: Axes, scheduler: AutoWU) -> None:

@@ -5,9 +5,10 @@ import pickle
 
 import numpy as np
 import pytest
+import timm.optim
 import torch
 
-from autowu.optim import LARS, split_by_dimension
+from autowu.optim import LARS
 
 INNER = {
     "sgd": lambda groups, **kw: torch.optim.SGD(groups, lr=0.5, momentum=0.9, **kw),
@@ -53,7 +54,7 @@ def test_against_a_loop_in_numpy():
         ((7,), 0.02, 0.01, 0.0, 1.0),  # starts with norm 0
         ((3, 3), 0.02, 0.01, 1.0, 0.0),  # a gradient of norm 0
         ((2, 2), 0.02, 0.01, 1.0, None),
-        ((5,), 0.1, None, 1.0, 1.0),
+        ((5,), 0.1, None, 1.0, 1.0),  # left out
         ((8, 2), 0.0, 0.3, 1.0, 1.0),
     ]
     rng = np.random.default_rng(0)
@@ -61,7 +62,7 @@ def test_against_a_loop_in_numpy():
     parameters = [torch.nn.Parameter(torch.tensor(w)) for w in weights]
     groups = [
         {"params": parameters[:5], "weight_decay": 0.02},
-        {"params": parameters[5:6], "weight_decay": 0.1, "trust_coef": None},
+        {"params": parameters[5:6], "weight_decay": 0.1, "adapt": False},
         {"params": parameters[6:], "trust_coef": 0.3},
     ]
     optimizer = LARS(torch.optim.SGD(groups, lr=lr, momentum=momentum), eps=eps, trust_coef=0.01)
@@ -109,7 +110,7 @@ def test_around_any_optimizer_it_is_that_one_on_the_adapted_gradients(name, fore
 def test_without_adaptation_it_is_sgd_bit_for_bit(nesterov, foreach, dtype):
     parameters, twins = make_parameters(dtype), make_parameters(dtype)
     arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": nesterov, "foreach": foreach}
-    optimizer = LARS(torch.optim.SGD([{"params": parameters, "trust_coef": None}], **arguments))
+    optimizer = LARS(torch.optim.SGD([{"params": parameters, "adapt": False}], **arguments))
     take_steps(optimizer, parameters, range(5))
     take_steps(torch.optim.SGD(twins, **arguments), twins, range(5))
     assert all(torch.equal(p, t) for p, t in zip(parameters, twins, strict=True))
@@ -140,6 +141,20 @@ def test_norms_of_half_precision_do_not_overflow():
     weight.grad = torch.full_like(weight, 500.0)  # norm 200,000, above the largest float16
     LARS(torch.optim.SGD([weight], lr=1.0), trust_coef=100.0).step()  # ratio 0.2
     torch.testing.assert_close(weight.detach(), torch.full_like(weight, 1.0 - 100.0))
+
+
+def test_a_gradient_or_a_loaded_buffer_may_lie_otherwise_in_memory_than_its_parameter():
+    shape = (6, 4, 3, 3)
+    plain, other = (torch.nn.Parameter(torch.linspace(-1, 2, 216).reshape(shape)) for _ in range(2))
+    optimizers = [LARS(torch.optim.SGD([p], lr=0.5, momentum=0.9, weight_decay=0.1), trust_coef=0.1) for p in (plain, other)]
+    for step in range(4):
+        plain.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        other.grad = plain.grad.clone(memory_format=torch.channels_last if step % 2 else torch.contiguous_format)
+        for optimizer in optimizers:
+            optimizer.step()
+        state = optimizers[1].state[other]
+        state["momentum_buffer"] = state["momentum_buffer"].contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(other, plain)
 
 
 def test_mixed_dtypes_in_one_group():
@@ -184,7 +199,7 @@ def test_zero_grad(set_to_none):
 @pytest.mark.parametrize("name", INNER)
 def test_state_dict_round_trip(name, tmp_path):
     parameters = make_parameters()
-    groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "trust_coef": None}]
+    groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "adapt": False}]
     optimizer = LARS(INNER[name](groups), trust_coef=0.02)
     take_steps(optimizer, parameters, range(3))
     torch.save({"weights": parameters, "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
@@ -193,12 +208,23 @@ def test_state_dict_round_trip(name, tmp_path):
     others = [torch.nn.Parameter(w.detach()) for w in saved["weights"]]
     other = LARS(INNER[name]([{"params": others[:2]}, {"params": others[2:]}]), trust_coef=0.5)
     other.load_state_dict(saved["optimizer"])
-    assert [(g["weight_decay"], g["trust_coef"]) for g in other.param_groups] == [
-        (g["weight_decay"], g["trust_coef"]) for g in optimizer.param_groups
-    ]
+    kept = ("weight_decay", "trust_coef", "adapt")
+    assert [[g[k] for k in kept] for g in other.param_groups] == [[g[k] for k in kept] for g in optimizer.param_groups]
     take_steps(optimizer, parameters, range(3, 6))
     take_steps(other, others, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
+
+
+def test_a_state_that_does_not_say_what_is_adapted_leaves_it_as_it_is():
+    parameters, others = make_parameters(), make_parameters()
+    plain = torch.optim.SGD([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=0.5)
+    groups = [{"params": others[:2], "trust_coef": 0.3}, {"params": others[2:], "adapt": False}]
+    optimizer = LARS(torch.optim.SGD(groups, lr=0.1))
+    optimizer.load_state_dict(plain.state_dict())
+    assert [(group["lr"], group["trust_coef"], group["adapt"]) for group in optimizer.param_groups] == [
+        (0.5, 0.3, True),
+        (0.5, 0.001, False),
+    ]
 
 
 def test_loads_the_state_of_the_wrapped_optimizer_alone():
@@ -231,7 +257,7 @@ def test_add_param_group():
     optimizer = LARS(torch.optim.SGD(parameters[:1], lr=1.0), eps=0.0, trust_coef=0.25)
     late, left_out = (torch.nn.Parameter(torch.full((2, 2), 2.0)) for _ in range(2))
     optimizer.add_param_group({"params": [late]})
-    optimizer.add_param_group({"params": [left_out], "trust_coef": None, "lr": 0.5})
+    optimizer.add_param_group({"params": [left_out], "adapt": False, "lr": 0.5})
     assert len(optimizer.param_groups) == 3
     for parameter in (late, left_out):
         parameter.grad = torch.ones_like(parameter)
@@ -325,54 +351,125 @@ def test_bad_arguments(arguments, error, named):
         LARS(**(good | arguments))
 
 
-def test_split_by_dimension():
-    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Flatten(), torch.nn.Linear(2, 3))
-    model[3].weight.requires_grad_(False)
-    matrices, vectors = split_by_dimension(model.named_parameters(), 0.1)
-    assert [p.shape for p in matrices["params"]] == [(2, 1, 3, 3)]
-    assert [p.shape for p in vectors["params"]] == [(2,), (2,), (2,), (3,)]
-    assert (matrices["weight_decay"], vectors["weight_decay"], vectors["trust_coef"]) == (0.1, 0.0, None)
-    optimizer = LARS(torch.optim.SGD([matrices, vectors], lr=0.1))
-    assert [g["trust_coef"] for g in optimizer.param_groups] == [0.001, None]
+def test_it_is_timms_lars():
+    parameters, twins = make_parameters(torch.float32), make_parameters(torch.float32)
+    arguments = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.02, "nesterov": True}
+    take_steps(LARS(torch.optim.SGD(parameters, **arguments), trust_coef=0.01), parameters, range(6))
+    take_steps(timm.optim.Lars(twins, trust_coeff=0.01, always_adapt=True, **arguments), twins, range(6))
+    for parameter, twin in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(parameter, twin)
 
 
-def test_split_by_dimension_leaves_out_an_empty_group():
-    groups = split_by_dimension(torch.nn.Linear(2, 2, bias=False).named_parameters(), 0.1)
-    assert [len(g["params"]) for g in groups] == [1]
-
-
-def test_under_a_gradient_scaler():
-    (weight, twin) = (torch.nn.Parameter(torch.tensor([[3.0, 4.0]])) for _ in range(2))
-    scaled, plain = (LARS(torch.optim.SGD([p], lr=1.0, momentum=0.9, weight_decay=0.1), trust_coef=0.1) for p in (weight, twin))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    for _ in range(3):
-        scaled.zero_grad()
-        scaler.scale(weight.pow(2).sum()).backward()
-        scaler.step(scaled)
-        scaler.update()
-        plain.zero_grad()
-        twin.pow(2).sum().backward()
-        plain.step()
-    assert torch.equal(weight, twin)
-
-    before = weight.detach().clone()
-    scaled.zero_grad()
-    scaler.scale(weight.sum() * float("inf")).backward()
-    scaler.step(scaled)
-    scaler.update()
-    assert torch.equal(weight, before)
-    assert scaler.get_scale() == 2.0**9
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_step_never_waits_for_the_device():
-    parameters = [torch.nn.Parameter(p.detach().cuda()) for p in make_parameters(torch.float32)]
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer = LARS(torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1))
-    optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "dampening": 0.3},
+        {"momentum": 0.9, "maximize": True},
+        {"momentum": 0.9, "fused": True},
+    ],
+    ids=str,
+)
+def test_every_path_takes_the_same_steps(arguments, dtype):
+    """SGD's kernel parameter by parameter, the gradients scaled one by one, and all at a time."""
+    runs = []
+    for path in ("kernel", "one by one", "all at a time"):
+        parameters = make_parameters(dtype)
+        groups = [
+            {"params": parameters[:2], "weight_decay": 0.05},
+            {"params": parameters[2:3], "adapt": False},
+            {"params": parameters[3:]},
+        ]
+        optimizer = LARS(torch.optim.SGD(groups, lr=0.5, **arguments), trust_coef=0.1, foreach=path == "all at a time" or None)
+        if path == "one by one":
+            optimizer.optim.register_step_post_hook(lambda *_: None)
+        assert optimizer._is_plain_sgd_on_the_cpu() == (path == "kernel")
+        take_steps(optimizer, parameters, range(2))
+        for parameter, gradient in zip(parameters, make_gradients(2, dtype), strict=True):
+            parameter.grad = gradient
+        parameters[1].grad = None
         optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        take_steps(optimizer, parameters, [3])
+        runs.append((parameters, optimizer))
+    for parameters, optimizer in runs[1:]:
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+        for parameter, reference in zip(parameters, runs[0][0], strict=True):
+            torch.testing.assert_close(parameter, reference, rtol=tolerance, atol=tolerance)
+            state, expected = optimizer.state.get(parameter, {}), runs[0][1].state.get(reference, {})
+            assert {k for k, v in state.items() if v is not None} == {k for k, v in expected.items() if v is not None}
+        for layer, reference in zip(optimizer.layer_stats(), runs[0][1].layer_stats(), strict=True):
+            assert layer.name == reference.name
+            assert layer[1:] == pytest.approx(reference[1:], rel=tolerance)
+
+
+def test_the_decay_shrinks_the_weights_of_an_optimizer_that_maximizes():
+    for foreach in (None, True):
+        weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        weight.grad = torch.tensor([[0.0, 1.0]])
+        LARS(torch.optim.SGD([weight], lr=1.0, weight_decay=0.2, maximize=True), eps=0.0, trust_coef=0.1, foreach=foreach).step()
+        torch.testing.assert_close(weight.detach(), torch.tensor([[3 - 0.25 * 0.6, 4 - 0.25 * (0.8 - 1.0)]]))
+
+
+def test_layer_stats():
+    named = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        named[0].weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+        named[1].weight.zero_()
+    groups = [
+        {"params": [named[0].weight], "param_names": ["first.weight"], "weight_decay": 0.2},
+        {"params": [torch.nn.Parameter(torch.ones(2))], "param_names": ["left_out"], "adapt": False},
+        {"params": [named[1].weight, torch.nn.Parameter(torch.ones(1))], "param_names": ["last.weight", "without gradient"]},
+    ]
+    optimizer = LARS(torch.optim.SGD(groups, lr=1.0), eps=0.0, trust_coef=0.1)
+    assert optimizer.layer_stats() == []
+    named[0].weight.grad = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    groups[1]["params"][0].grad = torch.ones(2)
+    named[1].weight.grad = torch.tensor([[3.0, 4.0]])
+    optimizer.step()
+    assert optimizer.layer_stats() == [
+        ("first.weight", 5.0, 1.0, pytest.approx(0.1 * 5 / (1 + 0.2 * 5))),
+        ("last.weight", 0.0, 5.0, 1.0),
+    ]
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.layer_stats() == []
+
+
+def test_a_loss_scale_is_taken_off_before_the_norms():
+    parameters, twins = make_parameters(torch.float32), make_parameters(torch.float32)
+    optimizer, plain = (LARS(torch.optim.SGD(ps, lr=0.5, momentum=0.9), trust_coef=0.1) for ps in (parameters, twins))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(4):
+        for parameter, twin, gradient in zip(parameters, twins, make_gradients(step, torch.float32), strict=True):
+            parameter.grad = scaler.scale(gradient.clone()) if step != 2 else torch.full_like(gradient, float("inf"))
+            twin.grad = gradient
+        scaler.step(optimizer)
+        scaler.update()
+        if step != 2:
+            plain.step()
+    for parameter, twin in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(parameter, twin)
+
+
+def test_gradients_that_overflow_or_are_no_numbers_raise_nothing():
+    for value in (float("inf"), float("nan")):
+        for foreach in (None, True):
+            parameters = make_parameters(torch.float32)
+            optimizer = LARS(torch.optim.SGD(parameters, lr=0.5, momentum=0.9), foreach=foreach)
+            parameters[0].grad = torch.full_like(parameters[0], value)
+            parameters[1].grad = torch.ones_like(parameters[1])
+            optimizer.step()
+            assert not parameters[0].isfinite().any()
+            assert parameters[1].isfinite().all()
+
+
+def test_a_scheduler_of_the_wrapped_optimizer_sees_its_steps():
+    parameters = make_parameters()
+    optimizer = LARS(torch.optim.SGD(parameters, lr=1.0))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer.optim, step_size=1, gamma=0.1)
+    take_steps(optimizer, parameters, [0])
+    scheduler.step()  # warns, which is an error here, where no step was seen
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)

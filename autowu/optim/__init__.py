@@ -1,5 +1,9 @@
 """Layer-wise adaptive optimizers."""
 
-from autowu.optim.lars import LARS, split_by_dimension
+from autowu.optim._functional import LayerStats
+from autowu.optim.lamb import LAMB
+from autowu.optim.lars import LARS
+from autowu.optim.param_groups import linear_scaled_lr, param_groups, sqrt_scaled_lr
+from autowu.optim.tvlars import TVLARS
 
-__all__ = ["LARS", "split_by_dimension"]
+__all__ = ["LAMB", "LARS", "TVLARS", "LayerStats", "linear_scaled_lr", "param_groups", "sqrt_scaled_lr"]

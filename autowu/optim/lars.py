@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.nn import Parameter
+from torch.optim import SGD, Optimizer
 
-__all__ = ["LARS", "split_by_dimension"]
+from autowu.optim._functional import (
+    Bucket,
+    LayerNorms,
+    LayerStats,
+    buckets,
+    check_dense,
+    layer_stats,
+    pick_foreach,
+    same_layout,
+    trust_ratios,
+)
+
+__all__ = ["LARS"]
 
 
 class LARS(Optimizer):
@@ -23,18 +37,25 @@ class LARS(Optimizer):
         \frac{\text{trust\_coef} \cdot \|w\|}{\|g\| + \lambda \|w\| + \text{eps}} \; (g + \lambda w)
 
     in place of g (You et al. 2017, equation 6), with the ratio 1 where :math:`\|w\|` or :math:`\|g\|` is 0. The decay is applied
-    here, once: the wrapped optimizer sees a decay of 0 during the step. The norms are computed in float32 or better, and nothing
-    waits for the device. After a step ``.grad`` holds the scaled gradient.
+    here, once: the wrapped optimizer sees a decay of 0 during the step. The norms are computed in float32 or better, those of
+    sharded parameters (DTensor, FSDP2; torch 2.5 or later) over all shards, and nothing waits for the device. What ``.grad`` holds
+    after a step is not defined.
 
     Parameter groups, state and defaults are those of the wrapped optimizer, so schedulers, state dicts and groups added later work
-    as with it. A group may set its own ``"trust_coef"``; None leaves the group's gradients as they are but for the decay, as is
-    usual for norms and biases (:func:`split_by_dimension`).
+    as with it. A group may set its own ``"trust_coef"``, and with ``"adapt": False`` it leaves its gradients as they are but for
+    the decay, as is usual for norms and biases (:func:`~autowu.optim.param_groups`).
+
+    ``torch.compile(optimizer.step)`` traces one graph with any of torch's own optimizers inside; let the LR be a tensor, or every
+    new LR compiles anew. Step hooks of the wrapped optimizer do not run in it, those of this one do.
 
     Args:
-        optimizer: the optimizer that takes the step, e.g. ``torch.optim.SGD`` with momentum. Not one that evaluates a closure
-            several times in a step (LBFGS).
+        optimizer: the optimizer that takes the step, e.g. ``torch.optim.SGD`` with momentum; it stays at hand as ``.optim``. Not
+            one that evaluates a closure several times in a step (LBFGS).
         eps: added to the denominator, 0 or more.
         trust_coef: the trust coefficient :math:`\eta`, above 0.
+        foreach: scale all parameters of a device at a time (True) or one after the other (False). By default the former, on the
+            CPU the latter, where torch's SGD then also steps parameter by parameter with its fused kernel, unless it was asked
+            for another implementation or given step hooks.
 
     Raises:
         TypeError: if `optimizer` is not an optimizer.
@@ -46,18 +67,18 @@ class LARS(Optimizer):
         >>> optimizer = LARS(torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-4))
         >>> model(torch.randn(8, 4)).square().mean().backward()
         >>> optimizer.step()
+        >>> [layer.name for layer in optimizer.layer_stats()]
+        ['0.0', '0.1']
     """
 
-    def __init__(self, optimizer: Optimizer, eps: float = 1e-8, trust_coef: float = 0.001) -> None:
+    def __init__(self, optimizer: Optimizer, eps: float = 1e-8, trust_coef: float = 0.001, *, foreach: bool | None = None) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer={optimizer!r}: must be a torch.optim.Optimizer")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("optimizer: LBFGS evaluates the closure several times a step, which LARS cannot wrap")
+        self.__setstate__({"optim": optimizer, "eps": eps, "trust_coef": trust_coef, "foreach": foreach})
         if not 0 <= eps < math.inf:
             raise ValueError(f"eps={eps!r}: must be at least 0 and finite")
-        if not 0 < trust_coef < math.inf:
-            raise ValueError(f"trust_coef={trust_coef!r}: must be above 0 and finite")
-        self.__setstate__({"optim": optimizer, "eps": eps, "trust_coef": trust_coef})
         for group in optimizer.param_groups:
             self._complete(group)
 
@@ -85,15 +106,67 @@ class LARS(Optimizer):
         Args:
             closure: re-evaluates the model and returns the loss; called once, before the norms are taken.
         """
+        self._begin_step()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        decays = []
-        for group in self.param_groups:
-            decay = group.get("weight_decay", 0.0)
-            decays.append(decay)
-            self._scale_gradients(group, decay)
+        taken: list[LayerNorms] = []
+        if torch.compiler.is_compiling() and hasattr(self.optim, "_init_group"):
+            # The step of the class: its wrappers break the graph.
+            inspect.unwrap(type(self.optim).step)(_Adapting(self, taken))
+        elif self._is_plain_sgd_on_the_cpu():
+            for group in self.param_groups:
+                self._sgd(group, taken)
+        else:
+            self._adapt_then_step(taken)
+        self._last["norms"] = taken
+        self._end_step()
+        return loss
+
+    def layer_stats(self) -> list[LayerStats]:
+        """Weight norm, gradient norm and trust ratio in the last step, for every adapted parameter that had a gradient.
+
+        Waits for the device, once. Empty before the first step.
+        """
+        return layer_stats(self.param_groups, self._last["norms"])
+
+    def _begin_step(self) -> None:
+        """Called first in a step."""
+
+    def _end_step(self) -> None:
+        """Called once the parameters are stepped."""
+
+    def _ratio(self, group: dict[str, Any], decay: float) -> Callable[[Any, Any], Any]:
+        """The trust ratio in this step, as a function of the norms of weight and gradient: floats or tensors."""
+        coef, eps = group["trust_coef"], self.eps
+        return lambda weight, grad: coef * weight / (grad + decay * weight + eps)
+
+    def _adapt(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], decay: float, taken: list[LayerNorms]
+    ) -> None:
+        """Replace gradients by the scaled, decayed ones, in place."""
+        for bucket in buckets(params, grads):
+            for piece in bucket.pieces(pick_foreach(self.foreach, params)):
+                weights, shards = piece.columns
+                norms = trust_ratios(piece, shards, self._ratio(group, decay)) if group["adapt"] else None
+                if decay != 0:
+                    torch._foreach_add_(shards, weights, alpha=-decay if group.get("maximize") else decay)
+                if norms is None:
+                    continue
+                taken.append(norms)
+                if isinstance(norms.values, Tensor):
+                    torch._foreach_mul_(shards, list(norms.values[2].to(shards[0].dtype).unbind()))
+                else:
+                    torch._foreach_mul_(shards, norms.values[2])
+
+    def _adapt_then_step(self, taken: list[LayerNorms]) -> None:
+        decays = [group.get("weight_decay", 0.0) for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            params = [param for param in group["params"] if param.grad is not None]
+            for param in params:
+                check_dense("LARS", param.grad)
+            self._adapt(group, params, [param.grad for param in params], decay, taken)
         try:
             for group, decay in zip(self.param_groups, decays, strict=True):
                 if decay != 0:
@@ -103,29 +176,54 @@ class LARS(Optimizer):
             for group, decay in zip(self.param_groups, decays, strict=True):
                 if decay != 0:
                     group["weight_decay"] = decay
-        return loss
 
-    def _scale_gradients(self, group: dict[str, Any], decay: float) -> None:
-        """Replace the gradients of a group by the scaled, decayed ones."""
-        buckets: defaultdict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]]
-        buckets = defaultdict(lambda: ([], []))
-        for weight in group["params"]:
-            grad = weight.grad
-            if grad is None:
+    def _is_plain_sgd_on_the_cpu(self) -> bool:
+        """Whether SGD's fused kernel can scale, decay and step a parameter at once, while it is in the cache."""
+        optim = self.optim
+        return (
+            type(optim) is SGD
+            and not self.foreach
+            and not optim._optimizer_step_pre_hooks
+            and not optim._optimizer_step_post_hooks
+            and "step" not in vars(optim)  # a scheduler counts the steps of the wrapped optimizer
+            and all(group["fused"] or group["fused"] is group["foreach"] is None for group in optim.param_groups)
+            and not any(group["differentiable"] for group in optim.param_groups)
+            and all(_has_kernel(param) for group in optim.param_groups for param in group["params"] if param.grad is not None)
+        )
+
+    def _sgd(self, group: dict[str, Any], taken: list[LayerNorms]) -> None:
+        """A step of torch.optim.SGD on the adapted gradients of a group."""
+        decay, momentum, lr = group["weight_decay"], group["momentum"], float(group["lr"])
+        rest = {"momentum": momentum, "lr": lr, "dampening": group["dampening"], "nesterov": group["nesterov"]}
+        ratio_of, divisor = self._ratio(group, decay), torch.ones(())
+        for param in group["params"]:
+            if (grad := param.grad) is None:
                 continue
-            if grad.layout != torch.strided:
-                raise RuntimeError(f"LARS: a gradient of layout {grad.layout}; only dense gradients have a trust ratio")
-            weights, grads = buckets[weight.device, weight.dtype]
-            weights.append(weight)
-            grads.append(grad)
-        for weights, grads in buckets.values():
-            ratios = None
-            if group["trust_coef"] is not None:
-                ratios = trust_ratios(weights, grads, decay, group["trust_coef"], self.eps)
-            if decay != 0:
-                torch._foreach_add_(grads, weights, alpha=decay)
-            if ratios is not None:
-                torch._foreach_mul_(grads, list(ratios.to(grads[0].dtype).unbind()))
+            check_dense("LARS", grad)
+            ratio = 1.0
+            if group["adapt"]:
+                taken.append(trust_ratios(Bucket([param], [[param]], None), [grad], ratio_of))
+                ratio = float(taken[-1].values[2])
+            in_kernel = ratio != 1 and param.dtype == torch.float32  # the dtype of its scale
+            if in_kernel:
+                divisor.fill_(1 / ratio if ratio != 0 else math.inf)
+            elif ratio != 1:
+                grad.mul_(ratio)
+            buffer = self.state[param].get("momentum_buffer") if momentum != 0 else None
+            first = buffer is None
+            if momentum != 0 and (buffer is None or buffer.stride() != param.stride()):
+                loaded, buffer = buffer, torch.empty_like(param)
+                self.state[param]["momentum_buffer"] = buffer if loaded is None else buffer.copy_(loaded)
+            torch._fused_sgd_(
+                [param],
+                [grad],
+                [] if buffer is None else [buffer],
+                weight_decay=decay * ratio,
+                maximize=group["maximize"],
+                is_first_step=first,
+                grad_scale=divisor if in_kernel else None,
+                **rest,
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
@@ -133,27 +231,36 @@ class LARS(Optimizer):
         self._complete(self.param_groups[-1])
 
     def _complete(self, group: dict[str, Any]) -> None:
-        coef = group.setdefault("trust_coef", self.trust_coef)
-        if coef is not None and not 0 < coef < math.inf:
-            raise ValueError(f"trust_coef={coef!r}: must be above 0 and finite, or None to leave the group out")
+        group.setdefault("trust_coef", self.trust_coef)
+        group.setdefault("adapt", True)
+        coef, adapt = group["trust_coef"], group["adapt"]
+        if not 0 < coef < math.inf:
+            raise ValueError(f"trust_coef={coef!r}: must be above 0 and finite")
+        if not isinstance(adapt, bool):
+            raise TypeError(f"adapt={adapt!r}: must be True or False")
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the wrapped optimizer, each group with its ``"trust_coef"``."""
+        """The state of the wrapped optimizer, each group with its ``"trust_coef"`` and ``"adapt"``."""
         return self.optim.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of :meth:`state_dict`, or of the wrapped optimizer alone."""
+        """Load a state of :meth:`state_dict`, or of the wrapped optimizer alone, which leaves trust coefficients as they are."""
+        own = [{key: value for key, value in group.items() if key not in self.optim.defaults} for group in self.param_groups]
         self.optim.load_state_dict(state_dict)
-        for group in self.param_groups:
+        for group, before in zip(self.param_groups, own, strict=True):
+            for key, value in before.items():
+                group.setdefault(key, value)
             self._complete(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optim": self.optim, "eps": self.eps, "trust_coef": self.trust_coef}
+        return {"optim": self.optim, "eps": self.eps, "trust_coef": self.trust_coef, "foreach": self.foreach}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.optim: Optimizer = state["optim"]
         self.eps: float = state["eps"]
         self.trust_coef: float = state["trust_coef"]
+        self.foreach: bool | None = state["foreach"]
+        self._last: dict[str, list[LayerNorms]] = {"norms": []}  # in a dict: a compiled step sets no attributes
         # Brings to life what Optimizer.__init__ would (hooks, the profiled step), without groups of its own.
         super().__setstate__({})
 
@@ -161,26 +268,28 @@ class LARS(Optimizer):
         return f"{type(self).__name__}({self.optim!r}, eps={self.eps:g}, trust_coef={self.trust_coef:g})"
 
 
-def trust_ratios(weights: list[Tensor], grads: list[Tensor], decay: float, trust_coef: float, eps: float) -> Tensor:
-    """The (k,) trust ratios of k parameters on one device, 1 where the norm of the weight or of the gradient is 0."""
-    dtype = torch.promote_types(weights[0].dtype, torch.float32)
-    weight_norm = torch.stack(torch._foreach_norm(weights, 2, dtype))
-    grad_norm = torch.stack(torch._foreach_norm(grads, 2, dtype))
-    ratios = trust_coef * weight_norm / (grad_norm + decay * weight_norm + eps)
-    return torch.where((weight_norm > 0) & (grad_norm > 0), ratios, 1.0)
+def _has_kernel(param: Tensor) -> bool:
+    """Whether torch's fused SGD does right by a parameter and its gradient; not in half precision, for one."""
+    plain = type(param) in (Parameter, Tensor) and param.is_cpu and param.dtype in (torch.float32, torch.float64)
+    return plain and param.grad is not None and same_layout(param, param.grad)
 
 
-def split_by_dimension(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices and kernels with decay and adaptation; scalars and vectors (norms, biases) with neither.
+class _Adapting:
+    """A wrapped optimizer of torch as its own step sees it while it is compiled: its gradients come scaled, and decayed already."""
 
-    Parameters that need no gradient are left out, and so is a group that would be empty.
+    def __init__(self, lars: LARS, taken: list[LayerNorms]) -> None:
+        self.lars = lars
+        self.taken = taken
+        self.param_groups = [{**group, "weight_decay": 0.0} for group in lars.optim.param_groups]
+        self.state = lars.optim.state
 
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.LayerNorm(2))
-        >>> [(len(g["params"]), g["weight_decay"]) for g in split_by_dimension(model.named_parameters(), 1e-4)]
-        [(1, 0.0001), (3, 0.0)]
-    """
-    trainable = [p for _, p in named_parameters if p.requires_grad]
-    matrices = {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay}
-    vectors = {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0, "trust_coef": None}
-    return [group for group in (matrices, vectors) if group["params"]]
+    def _init_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *rest: Any) -> Any:
+        """Fill the lists as the optimizer itself does, then scale the gradients: clones, which the compiler never makes."""
+        own = next(own for own, seen in zip(self.lars.optim.param_groups, self.param_groups, strict=True) if seen is group)
+        found = self.lars.optim._init_group(own, params, grads, *rest)  # type: ignore[attr-defined]
+        grads[:] = [grad.clone() for grad in grads]
+        self.lars._adapt(own, params, grads, own.get("weight_decay", 0.0), self.taken)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.lars.optim, name)

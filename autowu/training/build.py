@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from autowu.families import family
-from autowu.optim import LARS, split_by_dimension
+from autowu.optim import LAMB, LARS, TVLARS, param_groups
 from autowu.scheduler import AutoWU
 from autowu.schedules import cooldown_factor
 from autowu.training.config import TrainConfig, UsageError, unknown_name
@@ -23,6 +23,7 @@ __all__ = ["HAND_SET_LR", "Model", "build_model", "build_optimizer", "build_sche
 HAND_SET_LR = {"sgd": 0.1, "adam": 1e-3, "lars": 3.0, "lamb": 1e-2, "unknown": 1e-3}
 """Peak LR of ``--sched cosine`` where none is given, by the optimizer's family."""
 
+_OURS = ("lars", "lamb", "tvlars")
 _DIGITS_SIZE = 32
 _COSINE_WARMUP_FRACTION = 0.05
 
@@ -82,11 +83,10 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    if config.opt == "lars":
-        groups = split_by_dimension(model.named_parameters(), config.weight_decay)
-        return LARS(SGD(groups, lr=config.lr or HAND_SET_LR["lars"], momentum=config.momentum))
+    if config.opt.lower() in _OURS:
+        return _build_ours(config.opt.lower(), config, model)
     if config.opt.lower().removeprefix("lookahead_") not in list_optimizers():
-        raise unknown_name("--opt", config.opt, ["lars", *list_optimizers()])
+        raise unknown_name("--opt", config.opt, [*_OURS, *list_optimizers()])
     try:
         # The first is made to learn its family, which the LR depends on.
         optimizer: Optimizer = create_optimizer_v2(model, config.opt, 1e-3, config.weight_decay, config.momentum)
@@ -97,6 +97,16 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     if getattr(optimizer, "is_second_order", False):
         raise UsageError(f"--opt {config.opt}: needs second derivatives, which train.py does not compute")
     return optimizer
+
+
+def _build_ours(name: str, config: TrainConfig, model: nn.Module) -> Optimizer:
+    groups = param_groups(model, config.weight_decay)
+    lr = config.lr or HAND_SET_LR["lamb" if name == "lamb" else "lars"]
+    if name == "lamb":
+        return LAMB(groups, lr)
+    if name == "tvlars":
+        return TVLARS(groups, lr, config.momentum)
+    return LARS(SGD(groups, lr, config.momentum))
 
 
 def build_scheduler(config: TrainConfig, model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> LRScheduler:

@@ -47,6 +47,7 @@ class TrainConfig:
     seed: int
     run_dir: Path
     resume: bool
+    log_layers: int | None
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -69,9 +70,11 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     data.add_argument("--model", default="test_resnet", help="any model of timm")
     optim = parser.add_argument_group("optimizer")
     optim.add_argument(
-        "--opt", default="lars", help="'lars' (around SGD), or any optimizer of timm, such as lamb, adamw, adamp, sgd"
+        "--opt",
+        default="lars",
+        help="'lars' (around SGD), 'lamb' or 'tvlars', or any other optimizer of timm, such as adamw, adamp, sgd",
     )
-    optim.add_argument("--weight-decay", type=float, default=5e-4, help="weight decay; norms and biases are left out of it")
+    optim.add_argument("--weight-decay", type=float, default=5e-4, help="weight decay; norms and biases have none")
     optim.add_argument("--momentum", type=float, default=0.9, help="momentum, where the optimizer has one")
     sched = parser.add_argument_group("learning rate")
     sched.add_argument("--sched", default="autowu", help="'autowu', 'paper' (AutoWU as published) or 'cosine' (5%% linear warm-up)")
@@ -80,7 +83,9 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     )
     sched.add_argument("--min-lr", type=float, help="LR of the first step (default: by optimizer)")
     sched.add_argument("--max-lr", type=float, help="LR at which a full warm-up ends (default: by optimizer)")
-    sched.add_argument("--max-warmup-fraction", type=float, help="share of the run that the warm-up may take (default: 0.5)")
+    sched.add_argument(
+        "--max-warmup-fraction", type=float, help="share of the run that the warm-up may take (default: 0.4; paper 0.5)"
+    )
     sched.add_argument("--cooldown-type", help="'cosine', 'half_cosine', 'linear' or 'sqrt' (default: cosine)")
     sched.add_argument(
         "--cooldown-fraction",
@@ -99,6 +104,12 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     run.add_argument("--device", help="'cpu' or 'cuda' (default: cuda if there is one)")
     run.add_argument("--seed", type=int, default=0, help="of the initialisation and of the order of the data")
     run.add_argument("--run-dir", type=Path, help="folder for the results (default: runs/TIME-MODEL-OPT-SCHED)")
+    run.add_argument(
+        "--log-layers",
+        type=int,
+        metavar="N",
+        help="every N steps, log norms and trust ratio of every layer to TensorBoard and to layers.parquet (default: never)",
+    )
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run-dir, under the same options")
     # torch.distributed.launch passes it; the environment has it too.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
@@ -119,7 +130,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def _check(config: TrainConfig) -> None:
-    for name in ("epochs", "batch_size", "img_size"):
+    for name in ("epochs", "batch_size", "img_size", "log_layers"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")

@@ -23,6 +23,7 @@ from autowu.training.build import Model, build_model, build_optimizer, build_sch
 from autowu.training.config import TrainConfig, UsageError, parse_args
 from autowu.training.cooldowns import report
 from autowu.training.data import Data, Loaders, find_data, make_loaders
+from autowu.training.layers import LayerLog, check_layer_log
 from autowu.training.process import Process, join
 from autowu.training.records import RunFolder
 
@@ -106,6 +107,8 @@ class Run:
         if process.device.type == "cuda":
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer: Optimizer = build_optimizer(config, self.model)
+        if config.log_layers is not None:
+            check_layer_log(config, self.optimizer)
         self.steps_per_epoch = len(loaders.train)
         self.scheduler: LRScheduler = build_scheduler(config, self.model, self.optimizer, self.steps_per_epoch)
         self.forward: nn.Module = self.model
@@ -116,6 +119,7 @@ class Run:
         self.first_epoch = 0
         self.elapsed = 0.0  # seconds of training behind the checkpoint that was resumed
         self.folder: RunFolder | None = None
+        self.layers: LayerLog | None = None
         self.last: dict[str, Any] = {}
         self.bar: Any = None
         self.branches: dict[float, int] = {}
@@ -154,7 +158,11 @@ class Run:
             yield
             return
         self.folder = folder
+        branches_off = folder.trunk is not None and not folder.checkpoint_path.is_file()
+        initial = self.first_epoch * self.steps_per_epoch + len(self.begun["lrs"] if self.begun else [])
         folder.start(self.first_epoch * self.steps_per_epoch)
+        if self.config.log_layers is not None:
+            self.layers = LayerLog(folder.path, initial, folder.trunk.path if folder.trunk and branches_off else None)
         parameters = sum(p.numel() for p in self.model.parameters())
         config, total = self.config, self.config.epochs * self.steps_per_epoch
         self.say(
@@ -169,12 +177,13 @@ class Run:
         logger.setLevel(logging.INFO)
         logger.addHandler(lines)
         try:
-            initial = self.first_epoch * self.steps_per_epoch + len(self.begun["lrs"] if self.begun else [])
             with tqdm(total=total, initial=initial, unit="step", disable=None, leave=False) as self.bar:
                 yield
         finally:
             logger.removeHandler(lines)
             logger.setLevel(level)
+            if self.layers is not None:
+                self.layers.close()
 
     def epoch(self, epoch: int) -> None:
         """Train for one epoch, test, and record it."""
@@ -199,7 +208,7 @@ class Run:
         for images, labels in batches:
             lrs.append(float(self.optimizer.param_groups[0]["lr"]))
             phase = self.scheduler.phase if isinstance(self.scheduler, AutoWU) else ""
-            losses.append(self._step(images, labels))
+            losses.append(self._step(images, labels, epoch * self.steps_per_epoch + len(lrs) - 1))
             if self.bar is not None:
                 self.bar.set_postfix_str(f"epoch {epoch + 1}, LR {lrs[-1]:.3g} {phase}", refresh=False)
                 self.bar.update()
@@ -223,6 +232,8 @@ class Run:
         if self.folder is not None:
             self.folder.add_steps([(step + k, epoch + 1, lr, v) for k, (lr, v) in enumerate(zip(lrs, values, strict=True))])
             self.folder.add_epoch(self.last)
+            if self.layers is not None:
+                self.layers.save()
             self.folder.save_checkpoint(state)
             self.say(
                 f"epoch {epoch + 1:3d}/{self.config.epochs}  LR {lrs[-1]:9.3g} {phase:8s}  "
@@ -259,7 +270,7 @@ class Run:
         if state["cuda"] is not None and self.process.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.process.device)
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _step(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         device = self.process.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
@@ -267,6 +278,8 @@ class Run:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        if self.layers is not None and self.config.log_layers and step % self.config.log_layers == 0:
+            self.layers.add(step, self.optimizer)  # the scheduler may change the LR, or go back
         if isinstance(self.scheduler, AutoWU):
             self.scheduler.step(loss)  # this process' own: AutoWU takes the mean
         else:
@@ -352,6 +365,8 @@ class Run:
         if self.folder is None:
             return summary
         self.bar.close()
+        if self.layers is not None:
+            self.layers.finish()  # before the summary, by which a branch counts as done
         self.folder.write_summary(summary)
         self._draw(self.folder)
         how = "" if switch is None else f"  switch at step {switch.step}" + ("" if switch.by_test else " (limit of the warm-up)")

@@ -25,7 +25,7 @@ class RunFolder:
     """The folder of one run, or of a branch of one, which is a folder in that of its trunk.
 
     ``config.json``, ``metrics.csv`` (a row an optimizer step), ``epochs.csv`` (a row an epoch), ``checkpoint.pt`` (renewed after
-    every epoch), and at the end ``summary.json`` and ``figure.png``.
+    every epoch), and at the end ``summary.json`` and ``figure.png``. :class:`~autowu.training.layers.LayerLog` writes there too.
 
     Raises:
         UsageError: if the folder holds something already, or is to be resumed and holds no checkpoint, or one of other options.

@@ -1,0 +1,201 @@
+"""Norms and trust ratios, the parts that the layer-wise optimizers share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
+
+__all__ = [
+    "Bucket",
+    "LayerNorms",
+    "LayerStats",
+    "buckets",
+    "check_dense",
+    "layer_stats",
+    "pick_foreach",
+    "tensor_norms",
+    "trust_ratios",
+]
+
+Sharding: TypeAlias = "tuple[DeviceMesh, tuple[Placement, ...]]"
+
+
+class LayerStats(NamedTuple):
+    """What an optimizer did to one parameter in its last step."""
+
+    name: str
+    """Its name if the optimizer was given names (:func:`~autowu.optim.param_groups` gives them), else ``"group.index"``."""
+    weight_norm: float
+    """Norm of the parameter before the step."""
+    grad_norm: float
+    """Norm of the gradient (LARS, TVLARS), or of Adam's update with its decay, which takes the gradient's place (LAMB)."""
+    trust_ratio: float
+    """What the gradient, or Adam's update, was multiplied by."""
+
+
+class Bucket(NamedTuple):
+    """Parameters of one device, dtype and sharding, column by column."""
+
+    params: list[Tensor]
+    columns: list[list[Tensor]]
+    """This process's shards: of the parameters, of their gradients, and of what else was given."""
+    sharding: Sharding | None
+    """None where this process holds the whole tensors."""
+
+    def pieces(self, foreach: bool) -> Iterator[Bucket]:
+        """The bucket whole, for multi-tensor operations, or a parameter at a time, which keeps it in the cache meanwhile."""
+        if foreach or self.sharding is not None:  # shards: all their norms in one collective
+            yield self
+        else:
+            for i, param in enumerate(self.params):
+                yield Bucket([param], [[column[i]] for column in self.columns], None)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether numbers of it may be read without waiting for a device."""
+        return len(self.params) == 1 and self.params[0].is_cpu and self.sharding is None and not torch.compiler.is_compiling()
+
+
+class LayerNorms(NamedTuple):
+    """Norms and ratios of k parameters, left where they were computed."""
+
+    params: list[Tensor]
+    values: Tensor | Sequence[float]
+    """(3, k), or 3 numbers for k = 1: weight norm, gradient norm, trust ratio."""
+
+
+def buckets(params: list[Tensor], *others: Sequence[Tensor]) -> Iterable[Bucket]:
+    """Parameters and what goes with each (gradients, moments), sorted into buckets in the order of the parameters."""
+    found: dict[Any, Bucket] = {}
+    for param, *rest in zip(params, *others, strict=True):
+        distributed = hasattr(param, "placements")  # a DTensor
+        sharding = _sharding(param) if distributed else None
+        key = (param.device, param.dtype, sharding)
+        if key not in found:
+            found[key] = Bucket([], [[] for _ in range(1 + len(rest))], sharding)
+        found[key].params.append(param)
+        for column, tensor in zip(found[key].columns, (param, *rest), strict=True):
+            column.append(_shard(tensor) if distributed else tensor)
+    return found.values()
+
+
+def _sharding(param: Any) -> Sharding | None:
+    """Mesh of a DTensor and the placements under which squares of its shards' norms add up; None if each process has it whole."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    partial = tuple(Partial() if placement.is_shard() else Replicate() for placement in param.placements)
+    return (param.device_mesh, partial) if any(placement.is_partial() for placement in partial) else None
+
+
+def _shard(tensor: Any) -> Tensor:
+    """What this process holds of a DTensor."""
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise RuntimeError(f"a gradient of placements {tensor.placements}: reduce it before the step; shards of a sum have no norm")
+    shard: Tensor = tensor.to_local()
+    return shard
+
+
+def tensor_norms(tensors: Sequence[Tensor], sharding: Sharding | None = None) -> Tensor:
+    """The (k,) 2-norms of k whole tensors of one device, in float32 or better."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    norms = torch.stack(torch._foreach_norm(list(tensors), 2, dtype))
+    if sharding is None:
+        return norms
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = sharding
+    whole: Tensor = DTensor.from_local(norms.square(), mesh, placements, run_check=False).full_tensor().sqrt()
+    return whole
+
+
+def host_norm(tensor: Tensor) -> float:
+    """The 2-norm of a tensor on the CPU."""
+    if tensor.dtype in (torch.float32, torch.float64) and is_dense(tensor):
+        line = tensor.as_strided((tensor.numel(),), (1,))
+        return math.sqrt(torch.dot(line, line))  # BLAS: twice as fast as torch's norm where the tensor is in the cache
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements lie one after the other in memory, in an order that is tensor's or channels'."""
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def same_layout(first: Tensor, *others: Tensor) -> bool:
+    """Whether torch's fused kernels, which run through memory, pair the right elements."""
+    return is_dense(first) and all(other.stride() == first.stride() for other in others)
+
+
+def paired_norms(weights: Sequence[Tensor], others: Sequence[Tensor], sharding: Sharding | None) -> tuple[Tensor, Tensor]:
+    """The (k,) norms of k parameters and those of their gradients or updates."""
+    if torch.compiler.is_compiling() and sharding is None and len(weights) == 1:
+        # Both sums read the weight, so the compiler takes them in one pass over memory.
+        weight, other = (t[0].to(torch.promote_types(t[0].dtype, torch.float32)) for t in (weights, others))
+        squares = (weight * weight).sum(), torch.where(weight == weight, other * other, weight).sum()
+        return squares[0].sqrt().reshape(1), squares[1].sqrt().reshape(1)
+    norms = tensor_norms([*weights, *others], sharding)
+    return norms[: len(weights)], norms[len(weights) :]
+
+
+def trust_ratios(bucket: Bucket, others: Sequence[Tensor], ratio: Callable[[Any, Any], Any]) -> LayerNorms:
+    """Norms of the weights of a bucket and of `others`, and the ratio of the two: 1 where a norm is 0 or not a number.
+
+    Args:
+        bucket: k parameters.
+        others: their gradients or updates.
+        ratio: of the norm of a weight to that of its gradient or update, both above 0; for floats and for (k,) tensors.
+    """
+    weights = bucket.columns[0]
+    if bucket.on_host:
+        weight, other = host_norm(weights[0]), host_norm(others[0])
+        return LayerNorms(bucket.params, (weight, other, float(ratio(weight, other)) if weight > 0 and other > 0 else 1.0))
+    weight_norms, other_norms = paired_norms(weights, others, bucket.sharding)
+    ratios = torch.where((weight_norms > 0) & (other_norms > 0), ratio(weight_norms, other_norms), 1.0)
+    return LayerNorms(bucket.params, torch.stack((weight_norms, other_norms, ratios)))
+
+
+def layer_stats(groups: Iterable[dict[str, Any]], taken: Sequence[LayerNorms]) -> list[LayerStats]:
+    """Names and values of what a step has left behind, in the order of the groups."""
+    values: dict[Tensor, list[float]] = {}
+    by_device: dict[torch.device, list[LayerNorms]] = {}
+    for norms in taken:
+        if isinstance(norms.values, Tensor):
+            by_device.setdefault(norms.values.device, []).append(norms)
+        else:
+            values[norms.params[0]] = list(norms.values)
+    for several in by_device.values():  # one copy to the host a device
+        columns = torch.cat([n.values.double() for n in several if isinstance(n.values, Tensor)], dim=1).T.tolist()
+        values.update(zip((param for n in several for param in n.params), columns, strict=True))
+    return [
+        LayerStats(group["param_names"][i] if "param_names" in group else f"{number}.{i}", *values[param])
+        for number, group in enumerate(groups)
+        for i, param in enumerate(group["params"])
+        if param in values
+    ]
+
+
+def check_dense(name: str, grad: Tensor) -> None:
+    """Raise RuntimeError for a sparse gradient."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"{name}: a gradient of layout {grad.layout}; only dense gradients have a trust ratio")
+
+
+def check_capture(name: str, groups: Iterable[dict[str, Any]]) -> None:
+    """Raise RuntimeError where a CUDA graph would freeze what the host counts."""
+    on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    capturing = not torch.compiler.is_compiling() and on_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing and not all(group["capturable"] for group in groups):
+        raise RuntimeError(f"{name}: a step in a CUDA graph needs capturable=True, and the LR as a tensor")
+
+
+def pick_foreach(foreach: bool | None, params: Sequence[Tensor]) -> bool:
+    """What is asked for; if nothing is, multi-tensor operations everywhere but on the CPU, where they only cost cache."""
+    return foreach if foreach is not None else not all(param.device.type == "cpu" for param in params)

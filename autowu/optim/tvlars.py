@@ -1,0 +1,145 @@
+"""TVLARS: LARS whose trust coefficient falls along a sigmoid of time (Do et al. 2023, arXiv 2309.14053)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+from torch.optim.optimizer import ParamsT
+
+from autowu.optim._functional import check_capture
+from autowu.optim.lars import LARS
+
+__all__ = ["TVLARS"]
+
+
+class TVLARS(LARS):
+    r"""SGD with momentum on gradients scaled by a trust ratio that starts high and decays, in place of a warm-up.
+
+    The step t (0 at the first) of a parameter w with gradient g and weight decay :math:`\lambda` takes
+
+    .. math::
+        \text{eta} \left( \frac{1}{\text{alpha} + e^{\text{lmbda} (t - \text{delay})}} + \text{gamma\_min} \right)
+        \frac{\|w\|}{\|g\| + \lambda \|w\| + \text{eps}} \; (g + \lambda w)
+
+    for its gradient: LARS with a trust coefficient that lies near eta / alpha until step `delay`, then falls to eta * gamma_min.
+    Norms of 0, groups with ``"adapt": False`` (whose gradients are taken as they are), sharding, compilation and
+    :meth:`layer_stats` are as in :class:`~autowu.optim.LARS`. The step count is kept in every group as ``"step"`` and saved with
+    it. A scheduler of the LR multiplies on top; ``lmbda=0`` is LARS with a trust coefficient that stays.
+
+    :meth:`reference` has the values of the code that the authors published.
+
+    Args:
+        params: parameters or groups, named or not.
+        lr: the learning rate, a float or a tensor, 0 or more.
+        momentum: of SGD, 0 or more.
+        eta: the trust coefficient, above 0.
+        lmbda: how fast the sigmoid falls, per step, 0 or more.
+        alpha: bounds the factor at 1 / alpha + gamma_min, above 0.
+        delay: the step in whose neighbourhood it falls, in steps.
+        gamma_min: what is left of the factor in the end, 0 or more.
+        weight_decay: :math:`\lambda`, 0 or more.
+        nesterov: whether SGD looks ahead; needs momentum.
+        eps: added to the denominator, 0 or more.
+        max_norm: the norms in the ratio count as this at most, above 0.
+        capturable: keep the step count on the device, for CUDA graphs.
+        foreach: see :class:`~autowu.optim.LARS`.
+
+    Raises:
+        ValueError: if a number is out of its range.
+        RuntimeError: in `step`, for a sparse gradient.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = TVLARS(model.parameters(), lr=1.0, lmbda=0.01, delay=100)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> int(optimizer.param_groups[0]["step"])
+        1
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        eta: float = 0.001,
+        lmbda: float = 1e-3,
+        alpha: float = 1.0,
+        delay: float = 0.0,
+        gamma_min: float = 1e-3,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        eps: float = 1e-8,
+        max_norm: float = math.inf,
+        capturable: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        for name, value, positive in (
+            ("eta", eta, True),
+            ("lmbda", lmbda, False),
+            ("alpha", alpha, True),
+            ("gamma_min", gamma_min, False),
+            ("max_norm", max_norm, True),
+        ):
+            if not (value > 0 if positive else value >= 0) or (value == math.inf and name != "max_norm"):
+                raise ValueError(f"{name}={value!r}: must be {'above 0' if positive else 'at least 0'} and finite")
+        if not math.isfinite(delay):
+            raise ValueError(f"delay={delay!r}: must be finite")
+        sgd = SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, foreach=foreach)
+        own = {"lmbda": lmbda, "alpha": alpha, "delay": delay, "gamma_min": gamma_min, "max_norm": max_norm}
+        sgd.defaults.update(own, capturable=capturable)
+        super().__init__(sgd, eps, eta, foreach=foreach)
+
+    @classmethod
+    def reference(cls, params: ParamsT, lr: float | Tensor, **others: Any) -> TVLARS:
+        """With the values of the code that the authors published, which are not those of their paper.
+
+        There alpha is 0.1, so that the factor begins near 1 / 1.1 and may rise to 10 with a delay; the delay is -1, so that it
+        falls from the first step; and both norms count as 10 at most, which the paper does not mention. There is no warm-up.
+
+        Args:
+            params, lr, others: as for the class; what is given replaces the value of the preset.
+        """
+        return cls(params, lr, **{"alpha": 0.1, "delay": -1.0, "max_norm": 10.0, **others})
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        for name in ("lmbda", "alpha", "delay", "gamma_min", "max_norm", "capturable"):
+            group.setdefault(name, self.defaults[name])
+        if "step" not in group:  # a group added later joins in the time of the others
+            group["step"] = next((other["step"].clone() for other in self.param_groups if "step" in other), torch.zeros(()))
+        group["step"] = group["step"].to(group["params"][0].device if group["capturable"] and group["params"] else "cpu")
+        super()._complete(group)
+
+    def _begin_step(self) -> None:
+        check_capture("TVLARS", self.param_groups)
+
+    def _end_step(self) -> None:
+        for group in self.param_groups:
+            group["step"] += 1
+
+    def _ratio(self, group: dict[str, Any], decay: float) -> Callable[[Any, Any], Any]:
+        coef, eps, cap = self._trust_coef(group), self.eps, group["max_norm"]
+
+        def ratio(weight: Any, grad: Any) -> Any:
+            weight, grad = (n.clamp(max=cap) if isinstance(n, Tensor) else min(n, cap) for n in (weight, grad))
+            return coef * weight / (grad + decay * weight + eps)
+
+        return ratio
+
+    @staticmethod
+    def _trust_coef(group: dict[str, Any]) -> float | Tensor:
+        """The trust coefficient in this step: a tensor where the count may not be read."""
+        step: Tensor = group["step"]
+        if not group["capturable"] and not torch.compiler.is_compiling():
+            exponent = group["lmbda"] * (step.item() - group["delay"])
+            sigmoid = 1 / (group["alpha"] + math.exp(exponent)) if exponent < 700 else 0.0
+        else:
+            sigmoid = 1 / (group["alpha"] + torch.exp(group["lmbda"] * (step - group["delay"])))
+        coef: float | Tensor = group["trust_coef"] * (sigmoid + group["gamma_min"])
+        return coef

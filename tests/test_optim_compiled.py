@@ -1,0 +1,80 @@
+"""torch.compile(optimizer.step): one graph, the steps of the eager optimizer, no new graph for a new LR."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.optim import SGD, Adam, AdamW, RMSprop
+
+from autowu.optim import LAMB, LARS, TVLARS
+
+SHAPES = ((5, 4), (7,), (3, 3, 2), (1,))
+OPTIMIZERS = {
+    "lars_sgd": lambda groups, **kw: LARS(SGD(groups, momentum=0.9, nesterov=True, **kw)),
+    "lars_sgd_foreach": lambda groups, **kw: LARS(SGD(groups, momentum=0.9, foreach=True, **kw), foreach=True),
+    "lars_adam": lambda groups, **kw: LARS(Adam(groups, **kw)),
+    "lars_adamw": lambda groups, **kw: LARS(AdamW(groups, **kw)),
+    "lars_rmsprop": lambda groups, **kw: LARS(RMSprop(groups, **kw)),
+    "tvlars": lambda groups, **kw: TVLARS(groups, lmbda=0.3, **kw),
+    "lamb": LAMB,
+    "lamb_foreach": lambda groups, **kw: LAMB(groups, foreach=True, **kw),
+}
+
+
+def make_parameters():
+    generator = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def make(name, parameters):
+    groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "adapt": False}]
+    return OPTIMIZERS[name](groups, lr=torch.tensor(0.1))
+
+
+def take_steps(optimizer, parameters, step, count=6):
+    for number in range(count):
+        generator = torch.Generator().manual_seed(100 + number)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"].fill_(0.02 * (number + 1))
+        step()
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+# Torch's own warnings while it compiles: no CUDA here, and the profiler's record in a step is left out.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_compiled_it_takes_the_same_steps_in_one_graph(name):
+    parameters, twins = make_parameters(), make_parameters()
+    optimizer, compiled = make(name, parameters), make(name, twins)
+    take_steps(optimizer, parameters, optimizer.step)
+    take_steps(compiled, twins, torch.compile(compiled.step, fullgraph=True))
+    # Momentum buffers are made in the first step of SGD, so the second is another graph; six LRs are no reason for one.
+    assert counters["stats"]["unique_graphs"] == (2 if "sgd" in name or name == "tvlars" else 1)
+    for parameter, twin in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(twin, parameter, rtol=1e-4, atol=2e-5)
+    assert len(compiled.layer_stats()) == 2
+    for layer, expected in zip(compiled.layer_stats(), optimizer.layer_stats(), strict=True):
+        assert layer.name == expected.name
+        assert layer[1:] == pytest.approx(expected[1:], rel=1e-4)
+    if name == "tvlars":
+        assert [int(group["step"]) for group in compiled.param_groups] == [6, 6]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_state_goes_on_eagerly():
+    parameters, twins = make_parameters(), make_parameters()
+    optimizer, compiled = make("lamb", parameters), make("lamb", twins)
+    take_steps(optimizer, parameters, optimizer.step, 4)
+    take_steps(compiled, twins, torch.compile(compiled.step, fullgraph=True), 2)
+    other = make("lamb", twins)
+    other.load_state_dict(compiled.state_dict())
+    take_steps(other, twins, other.step, 2)
+    for state, expected in zip(other.state.values(), optimizer.state.values(), strict=True):
+        assert state["step"] == expected["step"] == 4

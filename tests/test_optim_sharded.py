@@ -1,0 +1,35 @@
+"""Sharded parameters (FSDP2, hybrid sharding): norms are of the whole tensor, so two and four processes train as one does."""
+
+import pytest
+import torch
+from processes import torchrun
+from sharded_runs import OPTIMIZERS, train
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    torchrun(request.param, "tests/sharded_runs.py", folder, timeout=400)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_shards_are_stepped_as_the_whole(ranks, name):
+    alone = train(OPTIMIZERS[name], 0, 1)
+    for results in ranks:
+        kinds = [kind for other, kind in results if other == name and kind != "resumed"]
+        assert kinds == (["fsdp"] if len(ranks) == 2 else ["fsdp", "hsdp"])
+        for kind in kinds:
+            sharded = results[name, kind]
+            for key, weight in alone["weights"].items():
+                torch.testing.assert_close(sharded["weights"][key], weight, rtol=1e-3, atol=1e-4)
+            assert [layer[0] for layer in sharded["layers"]] == ["0.weight", "3.weight", "5.weight"]
+            for layer, expected in zip(sharded["layers"], alone["layers"], strict=True):
+                assert layer[1:] == pytest.approx(expected[1:], rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["lamb", "tvlars"])
+def test_a_state_gathered_and_spread_again_goes_on_alike(ranks, name):
+    for results in ranks:
+        for key, weight in results[name, "fsdp"]["weights"].items():
+            assert torch.equal(results[name, "resumed"]["weights"][key], weight)
