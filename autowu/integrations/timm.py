@@ -1,18 +1,22 @@
-"""AutoWU behind the methods by which timm's training script drives its schedulers."""
+"""AutoWU behind the methods by which timm's training script drives its schedulers, and the optimizers under timm's names."""
 
 from __future__ import annotations
 
+import logging
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
+from autowu.optim import LAMB, LARS, TVLARS
 from autowu.scheduler import AutoWU
 
-__all__ = ["AutoWUScheduler"]
+__all__ = ["AutoWUScheduler", "register_optimizers"]
+
+_logger = logging.getLogger("autowu")
 
 
 class AutoWUScheduler:
@@ -137,3 +141,83 @@ def _double(metric: Any) -> float | Tensor:
     if isinstance(metric, numbers.Real):
         return float(metric)
     raise TypeError(f"metric={metric!r}: must be a float, a tensor of one element or None")
+
+
+def register_optimizers() -> None:
+    """Have timm build the optimizers of :mod:`autowu.optim` under the names "lars", "lamb" and "tvlars".
+
+    It holds for all of the process from then on: for ``timm.optim.create_optimizer_v2``, for ``--opt`` of scripts that use it,
+    and with timm's prefix "lookahead\\_". What was built before stays as it is. timm's own are built under "timmlars" and
+    "timmlamb" instead; its other variants ("larc", "nlars", "lambc" and so on) are not touched. timm logs a warning for each of
+    the two names that is taken over. Another call does nothing.
+
+    A parameter group without ``"adapt"`` of its own is adapted where it has weight decay, which is timm's convention: in
+    ``create_optimizer_v2(model, weight_decay=0)`` no group is, and a warning is logged. ``always_adapt=True`` adapts them all.
+
+    The arguments are those of our classes. "lars" is :class:`~autowu.optim.LARS` around ``torch.optim.SGD``; it takes the
+    arguments of both, and timm's name ``trust_coeff``.
+
+    Example::
+
+        register_optimizers()
+        optimizer = timm.optim.create_optimizer_v2(model, opt="lars", lr=1.0, weight_decay=5e-5)
+    """
+    from timm.optim import OptimInfo
+    from timm.optim._optim_factory import default_registry
+
+    ours = (
+        OptimInfo(
+            name="lars", opt_class=_lars, description="LARS of autowu, around SGD", has_eps=True, has_momentum=True, has_betas=False
+        ),
+        OptimInfo(name="lamb", opt_class=_lamb, description="LAMB of autowu", has_eps=True, has_momentum=False, has_betas=True),
+        OptimInfo(
+            name="tvlars", opt_class=_tvlars, description="TVLARS of autowu", has_eps=True, has_momentum=True, has_betas=False
+        ),
+    )
+    known = default_registry.list_optimizers()
+    for info in ours:
+        if info.name in known:
+            if default_registry.get_optimizer_info(info.name).opt_class is info.opt_class:
+                continue
+            default_registry.register_alias(f"timm{info.name}", info.name)
+        default_registry.register(info)
+
+
+def _lars(
+    params: Iterable[Any],
+    lr: float | Tensor = 1.0,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    *,
+    always_adapt: bool = False,
+    trust_coeff: float = 0.001,
+    **options: Any,
+) -> LARS:
+    groups = _groups("lars", params, weight_decay, always_adapt)
+    sgd = SGD(groups, lr, momentum, dampening, weight_decay, nesterov, foreach=options.get("foreach"))
+    return LARS(sgd, **({"trust_coef": trust_coeff} | options))
+
+
+def _lamb(params: Iterable[Any], *, weight_decay: float = 0.0, always_adapt: bool = False, **options: Any) -> LAMB:
+    return LAMB(_groups("lamb", params, weight_decay, always_adapt), weight_decay=weight_decay, **options)
+
+
+def _tvlars(
+    params: Iterable[Any], lr: float | Tensor = 1.0, *, weight_decay: float = 0.0, always_adapt: bool = False, **options: Any
+) -> TVLARS:
+    return TVLARS(_groups("tvlars", params, weight_decay, always_adapt), lr, weight_decay=weight_decay, **options)
+
+
+def _groups(name: str, params: Iterable[Any], weight_decay: float, always_adapt: bool) -> list[dict[str, Any]]:
+    """Groups of their own with ``"adapt"``, by timm's convention where they do not say it."""
+    items = list(params)
+    given: list[dict[str, Any]] = items if items and isinstance(items[0], dict) else [{"params": items}]
+    groups = [{"adapt": always_adapt or group.get("weight_decay", weight_decay) != 0} | group for group in given]
+    if not any(group["adapt"] for group in groups):
+        _logger.warning(
+            "%s: no parameter group has weight decay, so none is adapted, as is timm's convention; always_adapt=True adapts them",
+            name,
+        )
+    return groups
