@@ -18,7 +18,7 @@ LR_RANGES: Final[dict[str, tuple[float, float]]] = {
 """`min_lr` and `max_lr` of a warm-up where none are given. They bracket the LRs in use with some decades to spare on both sides, so
 that the loss is flat at the one end and rises at the other; "lars" is for the usual `trust_coef` of 0.001."""
 
-_PEAK_FACTORS: Final = {"lamb": 0.25}
+_PEAK_FACTORS: Final = {"lamb": 1 / 6}
 """The best peak LR as a share of the LR at the minimum of the loss, measured; half of it for all others."""
 
 _FAMILIES: Final[dict[str, tuple[str, ...]]] = {
@@ -66,7 +66,7 @@ def lr_range(optimizer: Optimizer) -> tuple[float, float]:
 
 
 def peak_factor(optimizer: Optimizer) -> float:
-    """The peak LR for an optimizer as a share of the LR at the minimum of the loss: 0.25 for LAMB, 0.5 for all others.
+    """The peak LR for an optimizer as a share of the LR at the minimum of the loss: 1/6 for LAMB, 0.5 for all others.
 
     The loss of a warm-up is lowest a little short of where training comes apart; the best peak lies below.
     """

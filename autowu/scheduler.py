@@ -49,6 +49,7 @@ from autowu.phases import (
     verdict,
     watch_is_over,
 )
+from autowu.schedules import TWO_SPEED_PACE
 from autowu.snapshot import Snapshot
 from autowu.switching import MIN_LOSSES, SwitchDecision, decide
 from autowu.watch import LossWatch
@@ -59,7 +60,7 @@ _T = TypeVar("_T")
 
 _logger = logging.getLogger("autowu")
 
-_STATE_VERSION: Final = 3
+_STATE_VERSION: Final = 4
 
 _BLOCK: Final = 10
 """Steps after which the watch reads losses that are on a device or spread over ranks."""
@@ -74,11 +75,12 @@ _COUNTED: Final = 1
 class AutoWU(LRScheduler):
     r"""Automated learning-rate warm-up: finds the peak LR and the length of the warm-up during the run (Kim et al. 2021).
 
-    The LR of optimizer step k grows as :math:`\text{min\_lr} (\text{max\_lr} / \text{min\_lr})^{k/W}`,
-    :math:`W = \lfloor \text{max\_warmup\_fraction} \cdot T \rfloor`, while the loss falls, stalls and begins to rise. A Gaussian
-    process on all losses so far says how probable it is that the minimum of the noise-free curve is past. Once it has been so with
-    `confidence` in `patience` tests in a row, the LR goes back to `peak_factor` times what it was at that minimum, the peak, and
-    decays from there over the rest of the T steps. A warm-up that reaches its limit without such a verdict goes back there too.
+    The LR grows exponentially from `min_lr`, such that it would reach `max_lr` after
+    :math:`W = \lfloor \text{max\_warmup\_fraction} \cdot T \rfloor` steps, while the loss falls, stalls and begins to rise. A
+    Gaussian process on all losses so far says how probable it is that the minimum of the noise-free curve is past. Once it has been
+    so with `confidence` in `patience` tests in a row, the LR goes back to `peak_factor` times what it was at that minimum, the
+    peak, and decays from there over the rest of the T steps. A warm-up that reaches its limit without such a verdict goes back
+    there too.
 
     Call :meth:`step` with the training loss after every optimizer step, or :meth:`observe` with the loss of each micro-batch and
     then :meth:`step` without one. It does not wait for the device, except in a test, about 60 times and in the warm-up only, for
@@ -114,7 +116,7 @@ class AutoWU(LRScheduler):
         min_lr: LR of step 0, above 0. None: by the optimizer's family, see :data:`autowu.families.LR_RANGES`.
         max_lr: LR that the warm-up would reach after W steps, above `min_lr`. None: by the optimizer's family.
         max_warmup_fraction: W as a share of T, in (0, 1]; 1 only where a cooldown that is not immediate ends the warm-up before.
-        warmup_type: "exp" or "linear".
+        warmup_type: "two_speed", "exp" or "linear"; see :func:`autowu.schedules.warmup_lr`.
         warmup_unit: "step", or "epoch" to hold the LR within an epoch.
         decay_phase_stat: with "loss", the stable phase multiplies the LR by `decay_phase_factor` when the mean loss of an epoch has
             not improved for more than 5 epochs.
@@ -124,16 +126,19 @@ class AutoWU(LRScheduler):
         confidence: probability that a test must exceed, in (0.5, 1).
         min_contrast: standard deviations that the fall to the minimum and the rise from it must make up together, 0 or more, so
             that noise on the flat start of a run is not taken for a minimum.
-        peak_factor: the peak LR as a share of the LR at the minimum, above 0, at most 1. None: 0.5, for LAMB 0.25.
+        peak_factor: the peak LR as a share of the LR at the minimum, above 0, at most 1. None: 0.5, for LAMB 1/6.
         gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`), or an object
             with their ``posterior`` method and ``max_points`` (:class:`~autowu.gp.LossCurveGP`). The length-scale of the two named
             ones is half a decade of LR, at most a fifth of the warm-up.
         device: where the GP does its sums; None for the device of the losses.
         seed: of the draws that the GPyTorch engine makes; the closed form draws nothing.
-        model: what is trained. Its parameters and buffers and the optimizer's state are copied as long as the loss falls, at the
-            tests, and put back at the switch, so that the steps at too high an LR leave no trace. After the switch the copy is
-            renewed as often, and put back if training diverges. None: they stay as they are.
-        snapshot_device: where the copy is held: None for beside the original, or "cpu" (pinned memory, if the model is on a GPU).
+        model: what is trained. As long as the loss falls, its parameters and buffers and the optimizer's state are copied each time
+            that the LR has grown by 1 / `peak_factor`; the last two copies are held. At the switch the run goes back to the
+            newer one that was made at no more than the peak LR, else to the older, so that the steps at too high an LR leave no
+            trace. After the switch one copy is held, renewed at as many steps as there are between tests, and put back if
+            training diverges. None: they stay as they are.
+        snapshot_device: where the copies are held: None for beside the original, or "cpu" (pinned memory, if the model is on a
+            GPU).
         watch: whether to watch the loss for explosions and divergence.
         process_group: the ranks that train together; None for the default group, if there is one at the first test. A group of
             this rank alone makes the run independent of the others.
@@ -177,13 +182,13 @@ class AutoWU(LRScheduler):
         cooldown_fraction: float = 0.2,
         min_lr: float | None = None,
         max_lr: float | None = None,
-        max_warmup_fraction: float = 0.4,
-        warmup_type: str = "exp",
+        max_warmup_fraction: float = 0.32,
+        warmup_type: str = "two_speed",
         warmup_unit: str = "step",
         decay_phase_stat: str | None = None,
         decay_phase_factor: float = 1.0,
         test_interval: int | str | None = None,
-        patience: int = 3,
+        patience: int = 4,
         confidence: float = 0.95,
         min_contrast: float = 6.0,
         peak_factor: float | None = None,
@@ -243,7 +248,6 @@ class AutoWU(LRScheduler):
         self._watch = LossWatch()
         self._watched_losses = self.history  # after the switch, those since the last look
         self._looked_at = 0  # step of the watch's last look
-        self._level_at_copy = 0.0
         self._pending: LateRead | None = None
         self.events: list[Event] = []
         self._ratios: list[float] = []
@@ -286,7 +290,9 @@ class AutoWU(LRScheduler):
             "min_lr": 1e-5,
             "max_lr": 1.0,
             "max_warmup_fraction": 0.5,
+            "warmup_type": "exp",
             "test_interval": "epoch",
+            "patience": 3,
             "min_contrast": 0.0,
             "peak_factor": 1.0,
             "watch": False,
@@ -591,7 +597,7 @@ class AutoWU(LRScheduler):
         """Go back to the last good copy, with a lower peak."""
         self._state = set_back(self._state)
         restored = self._put_back(size)
-        self._watch.go_back(None if restored is None else self._level_at_copy)
+        self._watch.go_back(self._level_at(restored))
         self._pending = None
         switch = self._state.switch
         assert switch is not None
@@ -623,11 +629,21 @@ class AutoWU(LRScheduler):
         else:
             all_sound = sound is not None and bool(sound)
         if all_sound:
-            self._take(step, size)
+            self._copying(lambda snapshot: snapshot.take(step, self._watch.level), size)
 
-    def _take(self, step: int, size: int) -> None:
-        self._copying(lambda snapshot: snapshot.take(step), size)
-        self._level_at_copy = self._watch.level
+    def _take_over_the_older(self, step: int, size: int) -> None:
+        """In the warm-up: copy the run, if the LR has grown enough since the last copy."""
+
+        def take(snapshot: Snapshot) -> None:
+            if snapshot.step is None or self.lr_at(step) * self.config.peak_factor >= self.lr_at(snapshot.step):
+                snapshot.swap()
+                snapshot.take(step, self._watch.level)
+
+        self._copying(take, size)
+
+    def _level_at(self, restored: int | None) -> float | None:
+        """What the loss was when the copy was made that has been restored, None if none was."""
+        return None if restored is None or self._snapshot is None else self._snapshot.level
 
     def _test(self, step: int, *, exploded: bool = False) -> None:
         """Learn whether the minimum is past, and switch if so or if the warm-up ends: at its limit, or since the loss exploded."""
@@ -648,11 +664,11 @@ class AutoWU(LRScheduler):
         switch = self._state.switch
         self._next_verdict = self._judge(step) if switch is None and size > 1 and rank == 0 else None
         if self._snapshot is not None and switch is None and all_sound and (self._verdict is None or falls(found)):
-            self._take(step, size)
+            self._take_over_the_older(step, size)
         if switch is None:
             return
-        restored = self._roll_back(exploded, size)
-        self._watch.go_back(None if restored is None else self._level_at_copy, settling=0)
+        restored = self._roll_back(exploded, switch.lr, size)
+        self._watch.go_back(self._level_at(restored), settling=0)
         self._pending, self._looked_at = None, step
         self._watched_losses = LossHistory(max_points=2)
         if not self.config.watch:
@@ -686,10 +702,18 @@ class AutoWU(LRScheduler):
                 self._snapshot.free()
             return None
 
-    def _roll_back(self, exploded: bool, size: int) -> int | None:
-        """Put the snapshot back if the minimum is past; the step that it was taken at."""
-        falling = self._verdict is None or falls(self._verdict)
-        return self._put_back(size) if exploded or not falling else None
+    def _roll_back(self, exploded: bool, peak: float, size: int) -> int | None:
+        """Put one of the copies back if the minimum is past; the step that it was taken at."""
+        snapshot = self._snapshot
+        past = exploded or not (self._verdict is None or falls(self._verdict))
+        if snapshot is not None:
+            # The LRs of the warm-up are those of a state without a switch.
+            if past and snapshot.step is not None and base_lr(self.config, State(), snapshot.step) > peak:
+                snapshot.swap()
+                if snapshot.step is None:  # there is one copy only
+                    snapshot.swap()
+            snapshot.free_other()
+        return self._put_back(size) if past else None
 
     def _put_back(self, size: int) -> int | None:
         """Restore the snapshot, if all ranks have one; the step that it was taken at."""
@@ -781,8 +805,8 @@ class AutoWU(LRScheduler):
 
         In a process group the losses since the last test are this rank's own. Where only the first rank's state is saved, the
         others resume with its losses of that interval: they still agree, but equal the uncut run bit for bit only where each
-        rank saves and loads its own state, or where the run was cut just after a test. The copy of the model that is held with
-        ``model=`` is part of it ("snapshot", which may be set to None: a resumed run then has none until the next is taken).
+        rank saves and loads its own state, or where the run was cut just after a test. The copies of the model that are held with
+        ``model=`` are part of it ("snapshot", which may be set to None: a resumed run then has none until the next is taken).
         """
         state = asdict(self._state)
         engine_state: dict[str, Any] = getattr(self.gp, "state_dict", dict)()
@@ -806,7 +830,6 @@ class AutoWU(LRScheduler):
                 "state": self._watch.state_dict(),
                 "losses": None if self._watched_losses is self.history else self._watched_losses.state_dict(),
                 "looked_at": self._looked_at,
-                "level_at_copy": self._level_at_copy,
                 "pending": None if self._pending is None else self._pending.get(),
                 "skipped": self._skipped,
             },
@@ -869,7 +892,7 @@ class AutoWU(LRScheduler):
         watch = state_dict["watch"]
         self._watch.load_state_dict(watch["state"])
         self._watched_losses = self.history if watch["losses"] is None else LossHistory.from_state_dict(watch["losses"])
-        self._looked_at, self._level_at_copy, self._skipped = (watch[key] for key in ("looked_at", "level_at_copy", "skipped"))
+        self._looked_at, self._skipped = watch["looked_at"], watch["skipped"]
         self._pending = None if watch["pending"] is None else LateRead(torch.tensor(watch["pending"], dtype=torch.float64))
         if self._snapshot is not None:
             self._snapshot.load_state_dict(state_dict["snapshot"])
@@ -931,8 +954,9 @@ def _note_call(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _engine(gp: str | LossCurveGP, config: Config, seed: int) -> LossCurveGP:
     lengthscale = 0.2
-    if config.warmup_type == "exp":
-        half_a_decade = 0.5 / math.log10(config.max_lr / config.min_lr)
+    if config.warmup_type != "linear":
+        pace = TWO_SPEED_PACE if config.warmup_type == "two_speed" else 1.0
+        half_a_decade = 0.5 / (pace * math.log10(config.max_lr / config.min_lr))
         lengthscale = min(lengthscale, max(half_a_decade, MIN_LENGTHSCALE))
     if gp == "closed-form":
         return ClosedFormGP(lengthscale)

@@ -56,13 +56,20 @@ RULES: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"paper": True, "tests": 15},
     "15 tests": {"tests": 15},
+    "60 tests, patience 3": {"tests": 60, "patience": 3},
     "120 tests": {"tests": 120},
     "patience 2": {"patience": 2},
+    "patience 3": {"patience": 3},
     "patience 5": {"patience": 5},
     "no contrast": {"min_contrast": 0.0},
     "length-scale of a fifth": {"gp": ClosedFormGP(0.2)},
 }
-"""Keyword arguments of AutoWU, but ``tests``, a number of tests in a full warm-up, and ``paper``, for AutoWU.paper."""
+"""Keyword arguments of AutoWU, but ``tests``, a number of tests in a full warm-up, and ``paper``, for AutoWU.paper.
+
+The recordings are of an even ramp, over 40 % of the run or more, and so are the replays, with 75 tests: as many a decade of LR as
+the default makes after the first quarter of its own ramp, where a minimum is found."""
+
+TESTS = 75
 
 
 @dataclass(frozen=True)
@@ -214,7 +221,7 @@ def load_curves(recorded: Path, warmups: Path, grid: Path) -> list[Curve]:
                 losses=tuple(losses),
                 minimum=find_minimum(losses, math.log10(row["max_lr"] / row["min_lr"])),
                 band=bands.get(case) if source == "recorded" else None,
-                peak_factor=0.25 if row["optimizer"] == "lamb" else 0.5,
+                peak_factor=1 / 6 if row["optimizer"] == "lamb" else 0.5,
             )
         )
     return curves
@@ -224,10 +231,10 @@ def replay(curve: Curve, rule: str) -> Switch:
     """The switch that a rule makes on a curve."""
     arguments = dict(RULES[rule])
     make = AutoWU.paper if arguments.pop("paper", False) else AutoWU
-    if "tests" in arguments:
-        arguments["test_interval"] = max(1, curve.warmup_steps // arguments.pop("tests"))
+    arguments["test_interval"] = max(1, curve.warmup_steps // arguments.pop("tests", TESTS))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    run = {"total_steps": 2 * curve.warmup_steps, "max_warmup_fraction": 0.5, "min_lr": curve.min_lr, "max_lr": curve.max_lr}
+    run: dict[str, Any] = {"total_steps": 2 * curve.warmup_steps, "max_warmup_fraction": 0.5, "warmup_type": "exp"}
+    run |= {"min_lr": curve.min_lr, "max_lr": curve.max_lr}
     if make is AutoWU:  # the dummy is not of the family that was recorded
         run["peak_factor"] = curve.peak_factor
     scheduler = make(optimizer, **(run | arguments))

@@ -2,9 +2,9 @@
 
     python benchmarks/record_warmups.py [--jobs 2] [--cases "mlp sgd 32 1980" ...] [--seeds 0 1 2 3 4]
 
-Each case of regret.py's CPU suite is trained for 40 % of its steps, the longest warm-up that AutoWU takes by default, while the
-LR grows exponentially over AutoWU's own range. Initial weights and order of the data are those of regret.py's runs with the same
-seed, so a curve is what AutoWU sees there up to its switch. The recording stops at the first loss that is not finite.
+Each case of regret.py's CPU suite is trained for 40 % of its steps, while the LR grows exponentially, at an even pace, over
+AutoWU's own range: the pace of AutoWU's default after its first quarter. Initial weights and order of the data are those of
+regret.py's runs with the same seed. The recording stops at the first loss that is not finite.
 
 A warm-up is a line of JSON in data/recorded.jsonl: case, task, optimizer, batch_size, seed, warmup_steps, min_lr, max_lr and
 losses, of five significant digits, null where not finite. Warm-ups that are there already are not recorded again. The file
@@ -14,7 +14,6 @@ changes only where a task, an optimizer's settings or an LR range do; remove it 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import math
 import os
@@ -30,7 +29,6 @@ import torch
 from tasks import make_optimizer, make_task
 from torch.optim.lr_scheduler import LambdaLR
 
-from autowu import AutoWU
 from autowu.families import lr_range
 from autowu.schedules import warmup_lr
 
@@ -45,7 +43,7 @@ def record(case: Case, seed: int) -> dict[str, Any]:
     model = task.new_model()
     optimizer = make_optimizer(case.optimizer, model, 1.0)
     low, high = lr_range(optimizer)
-    warmup_steps = int(inspect.signature(AutoWU).parameters["max_warmup_fraction"].default * case.steps)
+    warmup_steps = int(0.4 * case.steps)
     schedule = LambdaLR(optimizer, lambda step: warmup_lr(step, warmup_steps, low, high))
     batches = task.batches(case.batch_size, seed)
     losses: list[float | None] = []

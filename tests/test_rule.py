@@ -17,7 +17,7 @@ def decide(losses, **arguments):
     """What the default rule makes of the losses of a full warm-up: its switch, with the minimum as a share of the warm-up."""
     n = len(losses)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    run = {"total_steps": round(n / 0.4)} if "steps_per_epoch" not in arguments else {}
+    run = {"total_steps": round(n / 0.32)} if "steps_per_epoch" not in arguments else {}
     scheduler = AutoWU(optimizer, **run, **arguments)
     assert scheduler.config.warmup_steps == n
     optimizer.step()
@@ -55,7 +55,7 @@ def test_a_valley_is_found_under_a_drift(drift):
 
 def test_a_valley_is_found_in_epochs_of_two_steps():
     losses = valley(200) + 0.03 * np.random.default_rng(2).normal(size=200)
-    switch, minimum = decide(losses, steps_per_epoch=2, total_epochs=250, test_interval="epoch")
+    switch, minimum = decide(losses, steps_per_epoch=2, total_epochs=250, max_warmup_fraction=0.4, test_interval="epoch")
     assert switch.by_test
     assert switch.step % 2 == 0
     assert minimum == pytest.approx(0.72, abs=0.08)

@@ -44,10 +44,13 @@ def test_linear_warmup_has_a_constant_difference(n, low, span):
 
 @pytest.mark.parametrize(
     ("warmup_type", "position", "expected"),
-    [("exp", 25, 1e-4), ("exp", 37.5, 1e-4 * math.sqrt(10)), ("linear", 25, 0.2500075), ("linear", 37.5, 0.37500625)],
+    [
+        *(("exp", 25, 1e-4), ("exp", 37.5, 1e-4 * math.sqrt(10)), ("linear", 25, 0.2500075), ("linear", 37.5, 0.37500625)),
+        *(("two_speed", 12.5, 1e-5 * 10**0.8), ("two_speed", 25, 1e-5 * 10**1.6), ("two_speed", 62.5, 1e-5 * 10**2.8)),
+    ],
 )
 def test_warmup_numbers(warmup_type, position, expected):
-    assert warmup_lr(position, 100, 1e-5, 1e-5 * 10**4 if warmup_type == "exp" else 1.0, warmup_type) == pytest.approx(expected)
+    assert warmup_lr(position, 100, 1e-5, 1e-5 * 10**4 if warmup_type != "linear" else 1.0, warmup_type) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("cooldown_type", COOLDOWN_TYPES)
@@ -81,6 +84,16 @@ def test_cosine_is_symmetric(u):
     assert cooldown_factor(u, "cosine") + cooldown_factor(1 - u, "cosine") == pytest.approx(1.0, abs=1e-12)
 
 
+@pytest.mark.parametrize("n", [8, 100, 1001])
+def test_two_speeds_pass_two_fifths_of_the_decades_in_a_quarter_and_keep_to_two_paces(n):
+    decades = [math.log10(warmup_lr(k, n, 1e-4, 10.0, "two_speed") / 1e-4) for k in range(n + 1)]
+    paces = [(b - a) * n / 5 for a, b in pairwise(decades)]
+    quarter = n // 4
+    assert warmup_lr(n / 4, n, 1e-4, 10.0, "two_speed") == pytest.approx(1e-2)
+    assert paces[:quarter] == pytest.approx([1.6] * quarter)
+    assert paces[-(n - quarter - 1) :] == pytest.approx([0.8] * (n - quarter - 1))
+
+
 def test_all_documented_types_are_there():
-    assert set(WARMUP_TYPES) == {"exp", "linear"}
+    assert set(WARMUP_TYPES) == {"exp", "linear", "two_speed"}
     assert set(COOLDOWN_TYPES) == {"cosine", "half_cosine", "linear", "sqrt"}

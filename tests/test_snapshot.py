@@ -1,5 +1,6 @@
 """A run put back to its snapshot goes on as it went on from there, and AutoWU puts it back at the switch."""
 
+import copy
 import math
 import threading
 
@@ -217,7 +218,9 @@ def test_an_overshoot_leaves_no_trace(seed, caplog):
 
 
 def test_without_the_model_it_does():
-    assert min(perceptron(seed, keeps=False)[1] for seed in range(4)) < 0.9
+    arguments = {"warmup_type": "exp", "max_warmup_fraction": 0.4, "patience": 5}
+    assert min(perceptron(seed, keeps=False, **arguments)[1] for seed in range(4)) < 0.9
+    assert min(perceptron(seed, keeps=True, **arguments)[1] for seed in range(4)) > 0.98
 
 
 def test_the_snapshot_changes_no_decision():
@@ -264,18 +267,57 @@ def test_a_model_that_cannot_be_copied_is_survived_and_reported_once(caplog):
 def test_a_loaded_state_brings_its_copy(tmp_path):
     run, other = Training(OPTIMIZERS["sgd"]), Training(OPTIMIZERS["sgd"])
     scheduler = AutoWU(run.optimizer, total_steps=400, model=run.model)
+    copied = {}
     for k in range(60):
         run.optimizer.step()
+        copied[k + 1] = {name: value.clone() for name, value in run.model.state_dict().items()}
+        with torch.no_grad():
+            run.model[3].bias.fill_(k + 1)
+        copied[k + 1]["3.bias"] = run.model[3].bias.detach().clone()
         scheduler.step(3.0 - k / 100)
-    copied = {name: value.clone() for name, value in run.model.state_dict().items()}
-    assert scheduler._snapshot.step == 60
+    held = scheduler._snapshot.step
     torch.save(scheduler.state_dict(), tmp_path / "state.pt")
     run.optimizer.step()
-    scheduler._snapshot.take(61)  # over the first, which the saved state must not notice
+    scheduler._snapshot.take(61)  # over the newer, which the saved state must not notice
     resumed = AutoWU(other.optimizer, total_steps=400, model=other.model)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert resumed._snapshot.restore() == 60
-    assert all(torch.equal(value, copied[name]) for name, value in other.model.state_dict().items())
+    assert resumed._snapshot.restore() == held
+    assert all(torch.equal(value, copied[held][name]) for name, value in other.model.state_dict().items())
+    resumed._snapshot.swap()
+    older = resumed._snapshot.restore()
+    assert older < held
+    assert scheduler.lr_at(older) <= 0.5 * scheduler.lr_at(held)
+    assert all(torch.equal(value, copied[older][name]) for name, value in other.model.state_dict().items())
+
+
+@pytest.mark.parametrize("cut", [None, 50, 97, 130])
+@pytest.mark.parametrize("peak_factor", [0.2, 0.5, 0.8])
+def test_the_run_goes_back_to_the_newest_copy_at_no_more_than_the_peak(peak_factor, cut):
+    def scheduled(run):
+        return AutoWU(run.optimizer, total_steps=600, model=run.model, peak_factor=peak_factor, watch=False)
+
+    run = Training(OPTIMIZERS["sgd"])
+    scheduler, copied, k = scheduled(run), set(), 0
+    while scheduler.switch is None:
+        run.optimizer.step()
+        with torch.no_grad():
+            run.model[3].bias.fill_(k + 1)
+        scheduler.step(abs(k / 110 - 1) + 0.01 * math.sin(7 * k))
+        if scheduler.switch is None:
+            copied.add(scheduler._snapshot.step)
+        k += 1
+        if k == cut:
+            saved = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict(), scheduler.state_dict()))
+            run = Training(OPTIMIZERS["sgd"])
+            scheduler = scheduled(run)
+            for part, state in zip((run.model, run.optimizer, scheduler), saved, strict=True):
+                part.load_state_dict(state)
+    warmup = AutoWU(Training(OPTIMIZERS["sgd"]).optimizer, total_steps=600)
+    older, newer = sorted(copied - {None})[-2:]
+    assert scheduler.switch.by_test
+    assert run.model[3].bias[0] == (newer if warmup.lr_at(newer) <= scheduler.switch.lr else older)
+    assert warmup.lr_at(older) <= peak_factor * warmup.lr_at(newer)
+    assert scheduler._snapshot._other is None
 
 
 @pytest.mark.parametrize(

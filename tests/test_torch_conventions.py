@@ -44,6 +44,7 @@ def sgd(lr=0.1, groups=None):
 
 def autowu(optimizer, **arguments):
     defaults = {"total_steps": TOTAL, "min_lr": 1e-5, "max_lr": 1.0, "immediate_cooldown": False}
+    defaults |= {"warmup_type": "exp", "max_warmup_fraction": 0.4, "patience": 3}
     return AutoWU(optimizer, **(defaults | arguments))
 
 

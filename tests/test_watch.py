@@ -225,8 +225,15 @@ class Run:
         layers = [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)]
         self.model = nn.Sequential(*layers)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        fixed = {"min_lr": 1e-5, "max_lr": 10.0, "max_warmup_fraction": 0.5, "peak_factor": 1.0} | arguments
-        self.scheduler = AutoWU(self.optimizer, total_steps=total, model=self.model if keeps else None, **fixed)
+        fixed = {
+            "min_lr": 1e-5,
+            "max_lr": 10.0,
+            "max_warmup_fraction": 0.5,
+            "warmup_type": "exp",
+            "patience": 3,
+            "peak_factor": 1.0,
+        }
+        self.scheduler = AutoWU(self.optimizer, total_steps=total, model=self.model if keeps else None, **(fixed | arguments))
         self.spoil, self.lrs, self.losses, self.weights, self.copies = spoil, [], [], [], {}
 
     def advance(self, stop):
