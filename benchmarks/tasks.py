@@ -217,7 +217,7 @@ def make_optimizer(name: str, model: nn.Module, lr: float) -> Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(groups, lr)
     if name == "lars":
-        groups[1]["trust_coef"] = None
+        groups[1]["adapt"] = False
         return LARS(torch.optim.SGD(groups, lr, momentum=0.9))
     optimizer: Optimizer = create_optimizer_v2(groups, opt=name, lr=lr)
     return optimizer
