@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from autowu.optim import LAMB, LARS, TVLARS, param_groups
 
@@ -21,6 +22,21 @@ OPTIMIZERS = {
     "lamb": lambda groups: LAMB(groups, lr=0.02),
     "lamb_one_by_one": lambda groups: LAMB(groups, lr=0.02, foreach=False),
 }
+
+
+def tensor_parallel(make, mesh):
+    """Weight norms of a first step where tensor parallelism and FSDP2 both shard."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 8))
+    if mesh is not None:
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh["dp"])
+    optimizer = make([{"params": list(model.parameters())}])
+    model(torch.randn(16, 64, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+    optimizer.step()
+    return [tuple(layer) for layer in optimizer.layer_stats()]
 
 
 def network():
@@ -66,6 +82,10 @@ def main(folder):
     results = {(name, kind): train(make, rank, size, mesh) for name, make in OPTIMIZERS.items() for kind, mesh in meshes.items()}
     for name in ("lamb", "tvlars"):
         results[name, "resumed"] = train(OPTIMIZERS[name], rank, size, meshes["fsdp"], resume_at=4)
+    if size == 4:
+        mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        for name in ("lars", "lamb"):
+            results[name, "tensor parallel"] = {"layers": tensor_parallel(OPTIMIZERS[name], mesh)}
     torch.save(results, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 

@@ -288,3 +288,33 @@ def test_nothing_happens_without_gradients():
 def test_bad_arguments(arguments, named):
     with pytest.raises(ValueError, match=named):
         LAMB([nn.Parameter(torch.ones(1))], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("group", "error", "named"),
+    [({"eps": -1.0}, ValueError, "eps=-1.0"), ({"betas": (2, 2)}, ValueError, "betas"), ({"adapt": "no"}, TypeError, "adapt='no'")],
+)
+def test_a_group_out_of_range_is_not_added(group, error, named):
+    optimizer = LAMB([nn.Parameter(torch.ones(1))])
+    with pytest.raises(error, match=named):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], **group})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_it_goes_on_from_a_state_of_adamw():
+    parameters = make_parameters()
+    plain = torch.optim.AdamW(parameters, lr=0.1)
+    take_steps(plain, parameters, range(3))
+    optimizer = LAMB(parameters, lr=0.5, max_trust_ratio=3.0)
+    optimizer.load_state_dict(plain.state_dict())
+    take_steps(optimizer, parameters, [3])
+    assert optimizer.param_groups[0]["max_trust_ratio"] == 3.0
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert {float(state["step"]) for state in optimizer.state.values()} == {4.0}
+
+
+def test_complex_parameters_are_refused():
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(RuntimeError, match="complex"):
+        LAMB([weight]).step()

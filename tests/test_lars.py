@@ -473,3 +473,70 @@ def test_a_scheduler_of_the_wrapped_optimizer_sees_its_steps():
     take_steps(optimizer, parameters, [0])
     scheduler.step()  # warns, which is an error here, where no step was seen
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_a_ratio_beyond_the_range_of_half_precision():
+    for foreach in (None, True):
+        weight = torch.nn.Parameter(torch.ones(100, 100, dtype=torch.float16))
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[0, 0] = 6e-7  # ratio 0.001 * 100 / 6e-7, above the largest float16
+        LARS(torch.optim.SGD([weight], lr=1.0), foreach=foreach).step()
+        torch.testing.assert_close(weight[0, :2].detach().double(), torch.tensor([0.9, 1.0]).double(), rtol=0.03, atol=0)
+
+
+def test_the_default_dtype_changes_nothing():
+    runs = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            parameters = make_parameters(torch.float32)
+            take_steps(LARS(torch.optim.SGD(parameters, lr=0.5, momentum=0.9)), parameters, range(3))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        runs.append(parameters)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_the_norm_of_many_equal_elements():
+    weight = torch.nn.Parameter(torch.full((30_000_000,), 0.1))
+    weight.grad = torch.full_like(weight, 0.1)
+    optimizer = LARS(torch.optim.SGD([weight], lr=0.0))
+    optimizer.step()
+    assert optimizer.layer_stats()[0].weight_norm == pytest.approx(0.1 * 30_000_000**0.5, rel=1e-3)
+
+
+def test_a_model_that_changes_its_dtype_after_a_step():
+    parameters = make_parameters(torch.float32)
+    optimizer = LARS(torch.optim.SGD(parameters, lr=0.5, momentum=0.9))
+    take_steps(optimizer, parameters, range(2))
+    for parameter in parameters:
+        parameter.data = parameter.data.double()
+    before = [parameter.detach().clone() for parameter in parameters]
+    take_steps(optimizer, parameters, [2])
+    assert not any(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True))
+
+
+def test_an_expanded_gradient():
+    weight, twin = (torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2))
+    weight.grad, twin.grad = torch.ones(1, 1).expand(3, 4), torch.ones(3, 4)
+    for parameter in (weight, twin):
+        LARS(torch.optim.SGD([parameter], lr=0.5)).step()
+    torch.testing.assert_close(weight, twin)
+
+
+def test_hooks_on_saving_and_loading_run():
+    optimizer, seen = LARS(torch.optim.SGD(make_parameters(), lr=1.0)), []
+    optimizer.register_state_dict_pre_hook(lambda *_: seen.append("saving"))
+    optimizer.register_state_dict_post_hook(lambda *_: seen.append("saved"))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: seen.append("loading"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: seen.append("loaded"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["saving", "saved", "loading", "loaded"]
+
+
+def test_a_group_out_of_range_is_not_added():
+    optimizer = LARS(torch.optim.SGD(make_parameters(), lr=1.0))
+    for group, error in (({"trust_coef": -1.0}, ValueError), ({"adapt": "no"}, TypeError)):
+        with pytest.raises(error, match=next(iter(group))):
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], **group})
+    assert len(optimizer.param_groups) == 1

@@ -78,3 +78,6 @@ def test_a_compiled_state_goes_on_eagerly():
     take_steps(other, twins, other.step, 2)
     for state, expected in zip(other.state.values(), optimizer.state.values(), strict=True):
         assert state["step"] == expected["step"] == 4
+        torch.testing.assert_close(state["exp_avg"], expected["exp_avg"])
+    for parameter, twin in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(twin, parameter, rtol=1e-4, atol=2e-5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from processes import torchrun
-from sharded_runs import OPTIMIZERS, train
+from sharded_runs import OPTIMIZERS, tensor_parallel, train
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -17,7 +17,7 @@ def ranks(request, tmp_path_factory):
 def test_shards_are_stepped_as_the_whole(ranks, name):
     alone = train(OPTIMIZERS[name], 0, 1)
     for results in ranks:
-        kinds = [kind for other, kind in results if other == name and kind != "resumed"]
+        kinds = [kind for other, kind in results if other == name and kind in ("fsdp", "hsdp")]
         assert kinds == (["fsdp"] if len(ranks) == 2 else ["fsdp", "hsdp"])
         for kind in kinds:
             sharded = results[name, kind]
@@ -33,3 +33,14 @@ def test_a_state_gathered_and_spread_again_goes_on_alike(ranks, name):
     for results in ranks:
         for key, weight in results[name, "fsdp"]["weights"].items():
             assert torch.equal(results[name, "resumed"]["weights"][key], weight)
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_norms_go_over_both_axes_of_tensor_parallelism_and_sharding(ranks, name):
+    if len(ranks) == 2:
+        pytest.skip("two axes take four processes")
+    alone = tensor_parallel(OPTIMIZERS[name], None)
+    for results in ranks:
+        for layer, expected in zip(results[name, "tensor parallel"]["layers"], alone, strict=True):
+            assert layer[0] == expected[0]
+            assert layer[1:] == pytest.approx(expected[1:], rel=1e-4)

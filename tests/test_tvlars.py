@@ -83,7 +83,7 @@ def test_where_time_stands_still_it_is_lars():
 
 def test_the_factor_goes_from_its_bound_to_what_is_left():
     parameters = make_parameters()
-    optimizer = TVLARS(parameters, 0.0, eta=0.5, lmbda=1.0, alpha=0.25, delay=50, gamma_min=0.125)
+    optimizer = TVLARS(parameters, 1e-30, eta=0.5, lmbda=1.0, alpha=0.25, delay=50, gamma_min=0.125)
     factors = []
     for step in range(2000):
         take_steps(optimizer, parameters, [step])
@@ -190,3 +190,27 @@ def test_autowu_takes_it_for_lars_and_drives_it():
 def test_bad_arguments(arguments, named):
     with pytest.raises(ValueError, match=named):
         TVLARS([nn.Parameter(torch.ones(1))], **({"lr": 0.1} | arguments))
+
+
+def test_a_state_of_lars_leaves_its_own_values_and_its_time():
+    parameters, others = make_parameters(), make_parameters()
+    lars = LARS(torch.optim.SGD(others, lr=0.3, momentum=0.9), trust_coef=0.02)
+    optimizer = TVLARS([{"params": parameters, "lmbda": 0.5, "alpha": 0.2}], 1.0)
+    take_steps(optimizer, parameters, range(2))
+    optimizer.load_state_dict(lars.state_dict())
+    (group,) = optimizer.param_groups
+    assert (group["lmbda"], group["alpha"], int(group["step"]), group["trust_coef"], group["lr"]) == (0.5, 0.2, 2, 0.02, 0.3)
+
+
+def test_a_step_that_only_makes_state_takes_no_time():
+    parameters = make_parameters()
+    for lr in (0.0, torch.tensor(0.0)):
+        optimizer = TVLARS(parameters, lr)
+        take_steps(optimizer, parameters, [0])
+        assert int(optimizer.param_groups[0]["step"]) == 0
+
+
+def test_groups_out_of_range_are_refused():
+    for group in ({"alpha": 0.0}, {"lmbda": -1.0}, {"max_norm": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(group))):
+            TVLARS([{"params": make_parameters(), **group}], 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ __all__ = [
 ]
 
 Sharding: TypeAlias = "tuple[DeviceMesh, tuple[Placement, ...]]"
+
+
+_PIECE: Final = 1 << 20
 
 
 class LayerStats(NamedTuple):
@@ -83,7 +86,7 @@ def buckets(params: list[Tensor], *others: Sequence[Tensor]) -> Iterable[Bucket]
             found[key] = Bucket([], [[] for _ in range(1 + len(rest))], sharding)
         found[key].params.append(param)
         for column, tensor in zip(found[key].columns, (param, *rest), strict=True):
-            column.append(_shard(tensor) if distributed else tensor)
+            column.append(_shard(tensor) if distributed and hasattr(tensor, "placements") else tensor)
     return found.values()
 
 
@@ -91,7 +94,8 @@ def _sharding(param: Any) -> Sharding | None:
     """Mesh of a DTensor and the placements under which squares of its shards' norms add up; None if each process has it whole."""
     from torch.distributed.tensor import Partial, Replicate
 
-    partial = tuple(Partial() if placement.is_shard() else Replicate() for placement in param.placements)
+    # Not is_shard(): that is False for the strided shards of FSDP2 over tensor parallelism.
+    partial = tuple(Replicate() if placement.is_replicate() else Partial() for placement in param.placements)
     return (param.device_mesh, partial) if any(placement.is_partial() for placement in partial) else None
 
 
@@ -120,7 +124,8 @@ def host_norm(tensor: Tensor) -> float:
     """The 2-norm of a tensor on the CPU."""
     if tensor.dtype in (torch.float32, torch.float64) and is_dense(tensor):
         line = tensor.as_strided((tensor.numel(),), (1,))
-        return math.sqrt(torch.dot(line, line))  # BLAS: twice as fast as torch's norm where the tensor is in the cache
+        # BLAS is twice as fast as torch's norm where the tensor is in the cache; in pieces, for it sums in the tensor's precision.
+        return math.sqrt(sum(float(torch.dot(piece, piece)) for piece in torch.split(line, _PIECE)))
     return float(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)))
 
 
@@ -131,7 +136,17 @@ def is_dense(tensor: Tensor) -> bool:
 
 def same_layout(first: Tensor, *others: Tensor) -> bool:
     """Whether torch's fused kernels, which run through memory, pair the right elements."""
-    return is_dense(first) and all(other.stride() == first.stride() for other in others)
+    return is_dense(first) and all(other.stride() == first.stride() and other.dtype == first.dtype for other in others)
+
+
+def scale_(tensors: list[Tensor], scales: Tensor | float) -> None:
+    """Multiply k tensors in place, by (k,) scales or by one."""
+    if tensors[0].dtype == torch.float16:  # whose range a ratio may leave, though the product is within
+        each: Sequence[Any] = scales.unbind() if isinstance(scales, Tensor) else [scales] * len(tensors)
+        for tensor, scale in zip(tensors, each, strict=True):
+            tensor.copy_(tensor.float().mul_(scale))
+    else:
+        torch._foreach_mul_(tensors, list(scales.to(tensors[0].dtype).unbind()) if isinstance(scales, Tensor) else scales)
 
 
 def paired_norms(weights: Sequence[Tensor], others: Sequence[Tensor], sharding: Sharding | None) -> tuple[Tensor, Tensor]:
@@ -172,7 +187,7 @@ def layer_stats(groups: Iterable[dict[str, Any]], taken: Sequence[LayerNorms]) -
         else:
             values[norms.params[0]] = list(norms.values)
     for several in by_device.values():  # one copy to the host a device
-        columns = torch.cat([n.values.double() for n in several if isinstance(n.values, Tensor)], dim=1).T.tolist()
+        columns = torch.cat([n.values for n in several if isinstance(n.values, Tensor)], dim=1).T.tolist()
         values.update(zip((param for n in several for param in n.params), columns, strict=True))
     return [
         LayerStats(group["param_names"][i] if "param_names" in group else f"{number}.{i}", *values[param])
@@ -180,6 +195,12 @@ def layer_stats(groups: Iterable[dict[str, Any]], taken: Sequence[LayerNorms]) -
         for i, param in enumerate(group["params"])
         if param in values
     ]
+
+
+def check_adapt(group: dict[str, Any]) -> None:
+    """Raise TypeError for an ``"adapt"`` of a group that is neither True nor False."""
+    if not isinstance(group.get("adapt", True), bool):
+        raise TypeError(f"adapt={group['adapt']!r}: must be True or False")
 
 
 def check_dense(name: str, grad: Tensor) -> None:

@@ -16,11 +16,13 @@ from autowu.optim._functional import (
     LayerNorms,
     LayerStats,
     buckets,
+    check_adapt,
     check_capture,
     check_dense,
     layer_stats,
     pick_foreach,
     same_layout,
+    scale_,
     trust_ratios,
 )
 
@@ -37,8 +39,8 @@ class LAMB(Optimizer):
         w \leftarrow w - \text{lr} \, \min\left(\frac{\|w\|}{\|u\|}, \text{max\_trust\_ratio}\right) u
 
     with the ratio 1 where :math:`\|w\|` or :math:`\|u\|` is 0, and in groups with ``"adapt": False``, as is usual for norms and
-    biases (:func:`~autowu.optim.param_groups`): there LAMB is AdamW. The paper leaves the scaling function of the norm open; the
-    clamp of the ratio is that of common implementations, ``math.inf`` takes it away. Norms are computed in float32 or better, those
+    biases (:func:`~autowu.optim.param_groups`): there LAMB is AdamW. The paper leaves the scaling function of the norm open; here
+    the ratio itself is clamped, and ``math.inf`` takes the clamp away. Norms are computed in float32 or better, those
     of sharded parameters (DTensor, FSDP2; torch 2.5 or later) over all shards, and nothing waits for the device.
 
     ``torch.compile(optimizer.step)`` traces one graph; let the LR be a tensor, or every new LR compiles anew.
@@ -79,16 +81,6 @@ class LAMB(Optimizer):
         capturable: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        if not 0 <= lr < math.inf:
-            raise ValueError(f"lr={lr!r}: must be at least 0 and finite")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas={betas!r}: must both be in [0, 1)")
-        if not 0 < eps < math.inf:
-            raise ValueError(f"eps={eps!r}: must be above 0 and finite")
-        if not 0 <= weight_decay < math.inf:
-            raise ValueError(f"weight_decay={weight_decay!r}: must be at least 0 and finite")
-        if not max_trust_ratio > 0:
-            raise ValueError(f"max_trust_ratio={max_trust_ratio!r}: must be above 0")
         self._forget()
         defaults = {
             "lr": lr,
@@ -102,7 +94,13 @@ class LAMB(Optimizer):
             "capturable": capturable,
             "differentiable": False,
         }
+        _check(defaults)
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; what it does not set is as in the constructor."""
+        _check(self.defaults | param_group)
+        super().add_param_group(param_group)
 
     @overload
     def step(self, closure: None = ...) -> None: ...
@@ -151,11 +149,11 @@ class LAMB(Optimizer):
             if param.grad is None:
                 continue
             check_dense("LAMB", param.grad)
+            if param.is_complex():
+                raise RuntimeError("LAMB: a complex parameter; Adam's second moment of one is not defined here")
             state = self.state[param]
             if not state:
-                # As torch's fused AdamW: on the device, where the kernel counts.
-                on_device = group["capturable"] or _fusable(param)
-                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(group, param))
                 state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             params.append(param)
@@ -182,9 +180,11 @@ class LAMB(Optimizer):
             scale = taken[-1].values[2] * scale
         if piece.on_host:
             weights[0].add_(updates[0], alpha=float(scale))
+        elif group["adapt"]:
+            scale_(updates, scale)
+            torch._foreach_add_(weights, updates)
         else:
-            scales = list(scale.to(weights[0].dtype).unbind()) if group["adapt"] else scale
-            torch._foreach_mul_(updates, scales)
+            torch._foreach_mul_(updates, scale)
             torch._foreach_add_(weights, updates)
 
     def _blank(self, piece: Bucket) -> list[Tensor]:
@@ -203,6 +203,12 @@ class LAMB(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            for param in group["params"]:  # a checkpoint may have been read to the host
+                if "step" in (own := self.state.get(param, {})):
+                    own["step"] = own["step"].to(_step_device(group, param))
 
     def _forget(self) -> None:
         self._last: dict[str, list[LayerNorms]] = {"norms": []}  # in a dict: a compiled step sets no attributes
@@ -211,6 +217,26 @@ class LAMB(Optimizer):
 
 def _at_most(ratio: Any, cap: float) -> Any:
     return ratio.clamp(max=cap) if isinstance(ratio, Tensor) else min(ratio, cap)
+
+
+def _check(group: dict[str, Any]) -> None:
+    """Raise for a value of a group that is out of its range."""
+    check_adapt(group)
+    if not 0 <= group["lr"] < math.inf:
+        raise ValueError(f"lr={group['lr']!r}: must be at least 0 and finite")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas={group['betas']!r}: must both be in [0, 1)")
+    if not 0 < group["eps"] < math.inf:
+        raise ValueError(f"eps={group['eps']!r}: must be above 0 and finite")
+    if not 0 <= group["weight_decay"] < math.inf:
+        raise ValueError(f"weight_decay={group['weight_decay']!r}: must be at least 0 and finite")
+    if not group["max_trust_ratio"] > 0:
+        raise ValueError(f"max_trust_ratio={group['max_trust_ratio']!r}: must be above 0")
+
+
+def _step_device(group: dict[str, Any], param: Tensor) -> torch.device:
+    """Where the steps of a parameter are counted: on the device if the kernel does or a CUDA graph must, else on the host."""
+    return param.device if group["capturable"] or _fusable(param) else torch.device("cpu")
 
 
 def _fusable(tensor: Tensor) -> bool:

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from autowu.optim._functional import (
     Bucket,
     LayerNorms,
     LayerStats,
     buckets,
+    check_adapt,
     check_dense,
     layer_stats,
     pick_foreach,
     same_layout,
+    scale_,
     trust_ratios,
 )
 
@@ -45,8 +48,8 @@ class LARS(Optimizer):
     as with it. A group may set its own ``"trust_coef"``, and with ``"adapt": False`` it leaves its gradients as they are but for
     the decay, as is usual for norms and biases (:func:`~autowu.optim.param_groups`).
 
-    ``torch.compile(optimizer.step)`` traces one graph with any of torch's own optimizers inside; let the LR be a tensor, or every
-    new LR compiles anew. Step hooks of the wrapped optimizer do not run in it, those of this one do.
+    ``torch.compile(optimizer.step)`` traces one graph with any of torch's own optimizers inside but the fused; let the LR be a
+    tensor, or every new LR compiles anew. Step hooks of the wrapped optimizer do not run in it, those of this one do.
 
     Args:
         optimizer: the optimizer that takes the step, e.g. ``torch.optim.SGD`` with momentum; it stays at hand as ``.optim``. Not
@@ -79,6 +82,7 @@ class LARS(Optimizer):
         self.__setstate__({"optim": optimizer, "eps": eps, "trust_coef": trust_coef, "foreach": foreach})
         if not 0 <= eps < math.inf:
             raise ValueError(f"eps={eps!r}: must be at least 0 and finite")
+        self._check({"trust_coef": trust_coef})
         for group in optimizer.param_groups:
             self._complete(group)
 
@@ -112,7 +116,7 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         taken: list[LayerNorms] = []
-        if torch.compiler.is_compiling() and hasattr(self.optim, "_init_group"):
+        if torch.compiler.is_compiling() and type(self.optim).__module__.startswith("torch.optim."):
             # The step of the class: its wrappers break the graph.
             inspect.unwrap(type(self.optim).step)(_Adapting(self, taken))
         elif self._is_plain_sgd_on_the_cpu():
@@ -155,10 +159,7 @@ class LARS(Optimizer):
                 if norms is None:
                     continue
                 taken.append(norms)
-                if isinstance(norms.values, Tensor):
-                    torch._foreach_mul_(shards, list(norms.values[2].to(shards[0].dtype).unbind()))
-                else:
-                    torch._foreach_mul_(shards, norms.values[2])
+                scale_(shards, norms.values[2])
 
     def _adapt_then_step(self, taken: list[LayerNorms]) -> None:
         decays = [group.get("weight_decay", 0.0) for group in self.param_groups]
@@ -166,6 +167,8 @@ class LARS(Optimizer):
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
                 check_dense("LARS", param.grad)
+                if 0 in param.grad.stride() and param.grad.numel() > 1:  # expanded: its elements share their memory
+                    param.grad = param.grad.clone(memory_format=torch.contiguous_format)
             self._adapt(group, params, [param.grad for param in params], decay, taken)
         try:
             for group, decay in zip(self.param_groups, decays, strict=True):
@@ -195,7 +198,7 @@ class LARS(Optimizer):
         """A step of torch.optim.SGD on the adapted gradients of a group."""
         decay, momentum, lr = group["weight_decay"], group["momentum"], float(group["lr"])
         rest = {"momentum": momentum, "lr": lr, "dampening": group["dampening"], "nesterov": group["nesterov"]}
-        ratio_of, divisor = self._ratio(group, decay), torch.ones(())
+        ratio_of, divisor = self._ratio(group, decay), torch.ones((), dtype=torch.float32, device="cpu")
         for param in group["params"]:
             if (grad := param.grad) is None:
                 continue
@@ -211,7 +214,7 @@ class LARS(Optimizer):
                 grad.mul_(ratio)
             buffer = self.state[param].get("momentum_buffer") if momentum != 0 else None
             first = buffer is None
-            if momentum != 0 and (buffer is None or buffer.stride() != param.stride()):
+            if momentum != 0 and (buffer is None or not same_layout(param, buffer)):
                 loaded, buffer = buffer, torch.empty_like(param)
                 self.state[param]["momentum_buffer"] = buffer if loaded is None else buffer.copy_(loaded)
             torch._fused_sgd_(
@@ -227,30 +230,46 @@ class LARS(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
+        self._check(param_group)
         self.optim.add_param_group(param_group)
         self._complete(self.param_groups[-1])
 
     def _complete(self, group: dict[str, Any]) -> None:
         group.setdefault("trust_coef", self.trust_coef)
         group.setdefault("adapt", True)
-        coef, adapt = group["trust_coef"], group["adapt"]
-        if not 0 < coef < math.inf:
+        self._check(group)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise for a value of a group that is out of its range; what it does not have is not looked at."""
+        check_adapt(group)
+        if not 0 < (coef := group.get("trust_coef", 1.0)) < math.inf:
             raise ValueError(f"trust_coef={coef!r}: must be above 0 and finite")
-        if not isinstance(adapt, bool):
-            raise TypeError(f"adapt={adapt!r}: must be True or False")
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the wrapped optimizer, each group with its ``"trust_coef"`` and ``"adapt"``."""
         return self.optim.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of :meth:`state_dict`, or of the wrapped optimizer alone, which leaves trust coefficients as they are."""
-        own = [{key: value for key, value in group.items() if key not in self.optim.defaults} for group in self.param_groups]
+        """Load a state of :meth:`state_dict`, or of the wrapped optimizer alone, which leaves what it does not have as it is."""
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         self.optim.load_state_dict(state_dict)
         for group, before in zip(self.param_groups, own, strict=True):
             for key, value in before.items():
                 group.setdefault(key, value)
             self._complete(group)
+
+    # What is saved is the state of the wrapped optimizer, and so are the hooks on saving and loading.
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        return self.optim.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        return self.optim.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        return self.optim.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        return self.optim.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optim": self.optim, "eps": self.eps, "trust_coef": self.trust_coef, "foreach": self.foreach}

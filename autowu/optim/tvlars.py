@@ -26,7 +26,9 @@ class TVLARS(LARS):
         \text{eta} \left( \frac{1}{\text{alpha} + e^{\text{lmbda} (t - \text{delay})}} + \text{gamma\_min} \right)
         \frac{\|w\|}{\|g\| + \lambda \|w\| + \text{eps}} \; (g + \lambda w)
 
-    for its gradient: LARS with a trust coefficient that lies near eta / alpha until step `delay`, then falls to eta * gamma_min.
+    for its gradient: LARS with a trust coefficient that falls along a sigmoid of time. In units of eta, and gamma_min aside, it is
+    1 / alpha as long as lmbda * (delay - t) is large, 1 / (alpha + 1) at step `delay`, and 0 in the end; with a delay of 0 or less
+    it begins at 1 / (alpha + 1) or below.
     Norms of 0, groups with ``"adapt": False`` (whose gradients are taken as they are), sharding, compilation and
     :meth:`layer_stats` are as in :class:`~autowu.optim.LARS`. The step count is kept in every group as ``"step"`` and saved with
     it. A scheduler of the LR multiplies on top; ``lmbda=0`` is LARS with a trust coefficient that stays.
@@ -80,19 +82,11 @@ class TVLARS(LARS):
         capturable: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        for name, value, positive in (
-            ("eta", eta, True),
-            ("lmbda", lmbda, False),
-            ("alpha", alpha, True),
-            ("gamma_min", gamma_min, False),
-            ("max_norm", max_norm, True),
-        ):
-            if not (value > 0 if positive else value >= 0) or (value == math.inf and name != "max_norm"):
-                raise ValueError(f"{name}={value!r}: must be {'above 0' if positive else 'at least 0'} and finite")
-        if not math.isfinite(delay):
-            raise ValueError(f"delay={delay!r}: must be finite")
-        sgd = SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, foreach=foreach)
         own = {"lmbda": lmbda, "alpha": alpha, "delay": delay, "gamma_min": gamma_min, "max_norm": max_norm}
+        self._check(own)
+        if not 0 < eta < math.inf:
+            raise ValueError(f"eta={eta!r}: must be above 0 and finite")
+        sgd = SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, foreach=foreach)
         sgd.defaults.update(own, capturable=capturable)
         super().__init__(sgd, eps, eta, foreach=foreach)
 
@@ -108,11 +102,22 @@ class TVLARS(LARS):
         """
         return cls(params, lr, **{"alpha": 0.1, "delay": -1.0, "max_norm": 10.0, **others})
 
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        for name, positive in (("lmbda", False), ("alpha", True), ("gamma_min", False), ("max_norm", True)):
+            value = group.get(name, 1.0)
+            if not (value > 0 if positive else value >= 0) or (value == math.inf and name != "max_norm"):
+                raise ValueError(f"{name}={value!r}: must be {'above 0' if positive else 'at least 0'} and finite")
+        if not math.isfinite(delay := group.get("delay", 0.0)):
+            raise ValueError(f"delay={delay!r}: must be finite")
+
     def _complete(self, group: dict[str, Any]) -> None:
         for name in ("lmbda", "alpha", "delay", "gamma_min", "max_norm", "capturable"):
             group.setdefault(name, self.defaults[name])
         if "step" not in group:  # a group added later joins in the time of the others
-            group["step"] = next((other["step"].clone() for other in self.param_groups if "step" in other), torch.zeros(()))
+            group["step"] = next(
+                (other["step"].clone() for other in self.param_groups if "step" in other), torch.zeros((), dtype=torch.float32)
+            )
         group["step"] = group["step"].to(group["params"][0].device if group["capturable"] and group["params"] else "cpu")
         super()._complete(group)
 
@@ -121,7 +126,10 @@ class TVLARS(LARS):
 
     def _end_step(self) -> None:
         for group in self.param_groups:
-            group["step"] += 1
+            lr = group["lr"]
+            # A step at an LR of 0 is none: torch.distributed.checkpoint takes one to make the state that it then loads.
+            if torch.compiler.is_compiling() or (isinstance(lr, Tensor) and not lr.is_cpu) or lr != 0:
+                group["step"] += 1
 
     def _ratio(self, group: dict[str, Any], decay: float) -> Callable[[Any, Any], Any]:
         coef, eps, cap = self._trust_coef(group), self.eps, group["max_norm"]
