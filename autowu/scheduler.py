@@ -648,9 +648,12 @@ class AutoWU(LRScheduler):
     def _test(self, step: int, *, exploded: bool = False) -> None:
         """Learn whether the minimum is past, and switch if so or if the warm-up ends: at its limit, or since the loss exploded."""
         ends = exploded or step == self.config.warmup_limit
-        if step < MIN_LOSSES and not ends:
-            return
         rank, size = rank_and_size(self.process_group)
+        if step < MIN_LOSSES and not ends:
+            # In a warm-up of a dozen steps the minimum may be past by the first fit; ranks have nothing to agree by before it.
+            if size == 1 and self._copying(Snapshot.sound, size):
+                self._take_over_the_older(step, size)
+            return
         sound = self._copying(Snapshot.sound, size)
         if size == 1:
             found, all_sound = self._judge(step), sound is None or bool(sound)
