@@ -13,9 +13,9 @@ in the same order. Schedules:
 - ``own``: TVLARS alone, at the hand-set LR and with nothing but the decay of its trust coefficient, as its authors use it.
 
 Under the first two schedules that decay and the schedule's multiply. It is set by the length T of the run. For ``tvlars``
-(lmbda = 10 / T, delay = T / 2) the coefficient begins at 99 % of its bound, has 73 % at 0.4 T, where AutoWU's warm-up ends at the
-latest, half at T / 2 and 1 % in the end. ``tvlars-reference`` (lmbda = 5 / T) falls from the first step, by 0.4 T to a sixth or a
-seventh, and ends at 1 % too.
+(lmbda = 10 / T, delay = T / 2) the coefficient begins at 99 % of its bound, has 86 % at 0.32 T, where AutoWU's warm-up ends at the
+latest, half at T / 2 and 1 % in the end. ``tvlars-reference`` (lmbda = 5 / T) falls from the first step, by 0.32 T to about a
+fifth, and ends at 1 % too.
 
 Weights are decayed and adapted, norms and biases are not (``param_groups``). A run is a line of JSON in the results file, written
 when it ends; those that are there already are not run again. ``--report`` makes the tables, and with ``--figure`` the figure, from

@@ -84,7 +84,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     sched.add_argument("--min-lr", type=float, help="LR of the first step (default: by optimizer)")
     sched.add_argument("--max-lr", type=float, help="LR at which a full warm-up ends (default: by optimizer)")
     sched.add_argument(
-        "--max-warmup-fraction", type=float, help="share of the run that the warm-up may take (default: 0.4; paper 0.5)"
+        "--max-warmup-fraction", type=float, help="share of the run that the warm-up may take (default: 0.32; paper 0.5)"
     )
     sched.add_argument("--cooldown-type", help="'cosine', 'half_cosine', 'linear' or 'sqrt' (default: cosine)")
     sched.add_argument(
