@@ -167,9 +167,9 @@ def _dropout(monkeypatch):
 def steps_trained(monkeypatch):
     steps, step = [], loop.Run._step
 
-    def counted(run, images, labels):
+    def counted(run, *batch):
         steps.append(run.config.cooldown_fraction)
-        return step(run, images, labels)
+        return step(run, *batch)
 
     monkeypatch.setattr(loop.Run, "_step", counted)
     return steps
@@ -232,10 +232,10 @@ def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_p
 
 
 def interrupted_at(fraction, step, train_step, steps_trained):
-    def train_or_interrupt(run, images, labels):
+    def train_or_interrupt(run, *batch):
         if steps_trained.count(run.config.cooldown_fraction) == step and run.config.cooldown_fraction == fraction:
             raise KeyboardInterrupt
-        return train_step(run, images, labels)
+        return train_step(run, *batch)
 
     return train_or_interrupt
 

@@ -246,7 +246,7 @@ def test_a_monitored_run_resumed_at_the_end_of_an_epoch_is_the_uncut_one(tmp_pat
     loader, validate = (DataLoader(TensorDataset(*digits()), size) for size in (90, 900))
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)
     uncut = fit(validating(Monitoring), loader, validate=validate, enable_checkpointing=True, callbacks=[saving])
-    step = 5 * len(loader)
+    step = 4 * len(loader)
     assert step < uncut.lr_schedulers().switch.step
     resumed = fit(validating(Monitoring), loader, tmp_path / f"step={step}.ckpt", validate)
     assert resumed.lrs == uncut.lrs[step:]
