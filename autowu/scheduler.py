@@ -651,7 +651,8 @@ class AutoWU(LRScheduler):
         rank, size = rank_and_size(self.process_group)
         if step < MIN_LOSSES and not ends:
             # In a warm-up of a dozen steps the minimum may be past by the first fit; ranks have nothing to agree by before it.
-            if size == 1 and self._copying(Snapshot.sound, size):
+            sound = self._copying(Snapshot.sound, size) if size == 1 else None
+            if sound is not None and bool(sound):
                 self._take_over_the_older(step, size)
             return
         sound = self._copying(Snapshot.sound, size)

@@ -13,6 +13,8 @@ times the parameters; LARS reads weight and gradient once more for their norms: 
 the norm of the update before it can use it: it reads weight, gradient and both moments and writes the moments, then reads weight
 and moments and writes the weight: 10. A cache that holds a parameter between the two passes takes it below that.
 
+A results file keeps the rows of models that are not measured again, if they are of the same machine.
+
 On a GPU the table also counts the kernels that a step launches.
 """
 
@@ -144,7 +146,7 @@ def table(result: dict[str, Any]) -> str:
         rows = [row for row in result["rows"] if row["family"] == family]
         for key in dict.fromkeys(row["optimizer"] for row in rows):
             own = {row["model"]: row for row in rows if row["optimizer"] == key}
-            cells = [f"{own[model]['ratio']:.2f}" for model in models]
+            cells = [f"{own[model]['ratio']:.2f}" if model in own else "" for model in models]
             count = [str(own[models[0]]["launches"])] if "kernels" in head else []
             lines.append("| " + " | ".join([key, base, *cells, *count]) + " |")
         what = "LARS and TVLARS" if family == "sgd" else "LAMB"
@@ -173,6 +175,8 @@ def main() -> None:
     print(json.dumps(result["machine"]))
     print(table(result))
     if args.out is not None:
+        if args.out.exists() and (before := json.loads(args.out.read_text()))["machine"] == result["machine"]:
+            result["rows"] = [row for row in before["rows"] if row["model"] not in args.models] + rows
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
