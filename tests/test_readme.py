@@ -48,7 +48,7 @@ def test_snippet_trains(snippet):
 
 def test_every_number_has_its_script():
     scripts = set(re.findall(r"`(benchmarks/\w+\.py)`", README))
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     for script in scripts:
         assert (ROOT / script).exists()
         assert list((ROOT / "benchmarks" / "results").glob(f"{Path(script).stem}.json*"))
@@ -62,6 +62,21 @@ def test_pictures_exist():
 
 def results(name):
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_the_layer_wise_optimizers_train_as_shown():
+    snippet = re.search(r"```python3\n([^`]*param_groups.*?)```", README, re.DOTALL).group(1)
+    for kept in (" LARS(", " LAMB(", " TVLARS("):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 10))
+        names = {"model": model}
+        lines = [line for line in snippet.splitlines() if not line.startswith("optimizer") or kept in line.split("#")[0]]
+        exec("\n".join(lines), names)
+        before = [weight.detach().clone() for weight in model.parameters()]
+        model(torch.randn(8, 64)).square().mean().backward()
+        names["optimizer"].step()
+        assert [layer.name for layer in names["optimizer"].layer_stats()] == ["0.weight", "2.weight"]
+        assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 def test_table_of_tests_is_the_measured_one():
@@ -93,6 +108,14 @@ def test_table_of_regret_is_the_measured_one(monkeypatch):
     assert summary in README
     assert cases in (ROOT / "docs" / "decision.md").read_text()
     assert {r["case"] for r in shown} == set(regret.CASES["cpu"])
+
+
+def test_table_of_optimizer_steps_is_the_measured_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = importlib.import_module("bench_optim")
+    result = json.loads((ROOT / "benchmarks" / "results" / "bench_optim.json").read_text())
+    assert bench.table(result) in README
+    assert f"bench_optim.py`, {result['machine']['device']}, {result['machine']['threads']} threads" in README
 
 
 def test_table_of_copies_is_the_measured_one():
