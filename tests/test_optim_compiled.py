@@ -71,13 +71,14 @@ def test_compiled_it_takes_the_same_steps_in_one_graph(name):
 def test_a_compiled_state_goes_on_eagerly():
     parameters, twins = make_parameters(), make_parameters()
     optimizer, compiled = make("lamb", parameters), make("lamb", twins)
-    take_steps(optimizer, parameters, optimizer.step, 4)
+    for _ in range(2):
+        take_steps(optimizer, parameters, optimizer.step, 2)
     take_steps(compiled, twins, torch.compile(compiled.step, fullgraph=True), 2)
     other = make("lamb", twins)
     other.load_state_dict(compiled.state_dict())
     take_steps(other, twins, other.step, 2)
     for state, expected in zip(other.state.values(), optimizer.state.values(), strict=True):
         assert state["step"] == expected["step"] == 4
-        torch.testing.assert_close(state["exp_avg"], expected["exp_avg"])
+        torch.testing.assert_close(state["exp_avg"], expected["exp_avg"], rtol=1e-5, atol=1e-6)
     for parameter, twin in zip(parameters, twins, strict=True):
         torch.testing.assert_close(twin, parameter, rtol=1e-4, atol=2e-5)
