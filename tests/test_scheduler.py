@@ -928,3 +928,17 @@ def test_decisions_are_the_same_on_the_device():
     expected = advance(on_host, curve)
     assert advance(on_device, torch.from_numpy(curve).cuda()) == expected
     assert advance(moved, curve) == expected
+
+
+def test_a_warm_up_of_a_dozen_steps_goes_back_too():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scheduler = AutoWU(optimizer, total_steps=30, model=torch.nn.ParameterList([weight]))
+    for step, loss in enumerate([2.0, 1.9, 1.6, 1.1, 0.7, 0.9, 3.0, 20.0, 60.0], 1):  # the limit, before a test has 10 losses
+        with torch.no_grad():
+            weight.fill_(step)
+        optimizer.step()
+        scheduler.step(loss)
+    assert scheduler.switch is not None
+    assert weight.item() < 9
+    assert f"model and optimizer are back at step {weight.item():.0f}" in scheduler.events[-1].message

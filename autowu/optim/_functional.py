@@ -13,20 +13,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Placement
 
-__all__ = [
-    "Bucket",
-    "LayerNorms",
-    "LayerStats",
-    "buckets",
-    "check_dense",
-    "layer_stats",
-    "pick_foreach",
-    "tensor_norms",
-    "trust_ratios",
-]
-
 Sharding: TypeAlias = "tuple[DeviceMesh, tuple[Placement, ...]]"
-
 
 _PIECE: Final = 1 << 20
 
