@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from autowu.optim._host import host_norm
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Placement
 
 Sharding: TypeAlias = "tuple[DeviceMesh, tuple[Placement, ...]]"
-
-_PIECE: Final = 1 << 20
 
 
 class LayerStats(NamedTuple):
@@ -107,25 +106,6 @@ def tensor_norms(tensors: Sequence[Tensor], sharding: Sharding | None = None) ->
     return whole
 
 
-def host_norm(tensor: Tensor) -> float:
-    """The 2-norm of a tensor on the CPU."""
-    if tensor.dtype in (torch.float32, torch.float64) and is_dense(tensor):
-        line = tensor.as_strided((tensor.numel(),), (1,))
-        # BLAS is twice as fast as torch's norm where the tensor is in the cache; in pieces, for it sums in the tensor's precision.
-        return math.sqrt(sum(float(torch.dot(piece, piece)) for piece in torch.split(line, _PIECE)))
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)))
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements lie one after the other in memory, in an order that is tensor's or channels'."""
-    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def same_layout(first: Tensor, *others: Tensor) -> bool:
-    """Whether torch's fused kernels, which run through memory, pair the right elements."""
-    return is_dense(first) and all(other.stride() == first.stride() and other.dtype == first.dtype for other in others)
-
-
 def scale_(tensors: list[Tensor], scales: Tensor | float) -> None:
     """Multiply k tensors in place, by (k,) scales or by one."""
     if tensors[0].dtype == torch.float16:  # whose range a ratio may leave, though the product is within
@@ -134,17 +114,6 @@ def scale_(tensors: list[Tensor], scales: Tensor | float) -> None:
             tensor.copy_(tensor.float().mul_(scale))
     else:
         torch._foreach_mul_(tensors, list(scales.to(tensors[0].dtype).unbind()) if isinstance(scales, Tensor) else scales)
-
-
-def paired_norms(weights: Sequence[Tensor], others: Sequence[Tensor], sharding: Sharding | None) -> tuple[Tensor, Tensor]:
-    """The (k,) norms of k parameters and those of their gradients or updates."""
-    if torch.compiler.is_compiling() and sharding is None and len(weights) == 1:
-        # Both sums read the weight, so the compiler takes them in one pass over memory.
-        weight, other = (t[0].to(torch.promote_types(t[0].dtype, torch.float32)) for t in (weights, others))
-        squares = (weight * weight).sum(), torch.where(weight == weight, other * other, weight).sum()
-        return squares[0].sqrt().reshape(1), squares[1].sqrt().reshape(1)
-    norms = tensor_norms([*weights, *others], sharding)
-    return norms[: len(weights)], norms[len(weights) :]
 
 
 def trust_ratios(bucket: Bucket, others: Sequence[Tensor], ratio: Callable[[Any, Any], Any]) -> LayerNorms:
@@ -159,7 +128,8 @@ def trust_ratios(bucket: Bucket, others: Sequence[Tensor], ratio: Callable[[Any,
     if bucket.on_host:
         weight, other = host_norm(weights[0]), host_norm(others[0])
         return LayerNorms(bucket.params, (weight, other, float(ratio(weight, other)) if weight > 0 and other > 0 else 1.0))
-    weight_norms, other_norms = paired_norms(weights, others, bucket.sharding)
+    norms = tensor_norms([*weights, *others], bucket.sharding)
+    weight_norms, other_norms = norms[: len(weights)], norms[len(weights) :]
     ratios = torch.where((weight_norms > 0) & (other_norms > 0), ratio(weight_norms, other_norms), 1.0)
     return LayerNorms(bucket.params, torch.stack((weight_norms, other_norms, ratios)))
 

@@ -21,10 +21,10 @@ from autowu.optim._functional import (
     check_dense,
     layer_stats,
     pick_foreach,
-    same_layout,
     scale_,
     trust_ratios,
 )
+from autowu.optim._host import at_most, has_kernel, lamb_, lamb_op, same_layout
 
 __all__ = ["LAMB"]
 
@@ -122,9 +122,14 @@ class LAMB(Optimizer):
         for group in self.param_groups:
             columns: tuple[list[Tensor], ...] = ([], [], [], [], [])
             self._init_group(group, *columns)
+            foreach = pick_foreach(group["foreach"], columns[0])
             for bucket in buckets(*columns):
-                for piece in bucket.pieces(pick_foreach(group["foreach"], columns[0])):
-                    self._update(group, piece, taken)
+                rows = zip(*bucket.columns[:4], strict=True)  # all but the counts
+                if not foreach and bucket.sharding is None and all(has_kernel(*row) for row in rows):
+                    self._update_on_the_host(group, bucket, taken)
+                else:
+                    for piece in bucket.pieces(foreach):
+                        self._update(group, piece, taken)
         self._last["norms"] = taken
         return loss
 
@@ -167,7 +172,7 @@ class LAMB(Optimizer):
         torch._foreach_add_(steps, 1)
         columns = zip(weights, grads, firsts, seconds, strict=True)
         if not torch.compiler.is_compiling() and all(_fusable(w) and same_layout(w, *others) for w, *others in columns):
-            updates = self._blank(piece)
+            updates = [torch.zeros_like(weight) for weight in weights]
             _fused_adam(group, updates, grads, firsts, seconds, steps)
         else:
             updates = _adam(group, grads, firsts, seconds, steps)
@@ -176,7 +181,7 @@ class LAMB(Optimizer):
         scale: Any = group["lr"]
         if group["adapt"]:
             cap = group["max_trust_ratio"]
-            taken.append(trust_ratios(piece, updates, lambda weight, update: _at_most(weight / update, cap)))
+            taken.append(trust_ratios(piece, updates, lambda weight, update: at_most(weight / update, cap)))
             scale = taken[-1].values[2] * scale
         if piece.on_host:
             weights[0].add_(updates[0], alpha=float(scale))
@@ -187,15 +192,26 @@ class LAMB(Optimizer):
             torch._foreach_mul_(updates, scale)
             torch._foreach_add_(weights, updates)
 
-    def _blank(self, piece: Bucket) -> list[Tensor]:
-        """Zeros for the updates of a piece: on the host the same memory for every parameter, which stays in the cache."""
-        weight = piece.columns[0][0]
-        if not piece.on_host:
-            return [torch.zeros_like(weight) for weight in piece.columns[0]]
-        scratch = self._scratch.get(weight.dtype)
-        if scratch is None or scratch.numel() < weight.numel():
-            scratch = self._scratch[weight.dtype] = torch.empty(weight.numel(), dtype=weight.dtype)
-        return [scratch.as_strided(weight.size(), weight.stride()).zero_()]
+    def _update_on_the_host(self, group: dict[str, Any], bucket: Bucket, taken: list[LayerNorms]) -> None:
+        beta1, beta2 = group["betas"]
+        weights, grads, firsts, seconds, steps = bucket.columns
+        norms = (lamb_op if torch.compiler.is_compiling() else lamb_)(
+            weights,
+            grads,
+            firsts,
+            seconds,
+            steps,
+            torch.as_tensor(group["lr"], dtype=torch.float64),
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            group["max_trust_ratio"],
+            group["bias_correction"],
+            group["adapt"],
+        )
+        if group["adapt"]:
+            taken.append(LayerNorms(bucket.params, norms))
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in super().__getstate__().items() if not key.startswith("_")}
@@ -212,11 +228,6 @@ class LAMB(Optimizer):
 
     def _forget(self) -> None:
         self._last: dict[str, list[LayerNorms]] = {"norms": []}  # in a dict: a compiled step sets no attributes
-        self._scratch: dict[torch.dtype, Tensor] = {}
-
-
-def _at_most(ratio: Any, cap: float) -> Any:
-    return ratio.clamp(max=cap) if isinstance(ratio, Tensor) else min(ratio, cap)
 
 
 def _check(group: dict[str, Any]) -> None:

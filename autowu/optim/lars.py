@@ -10,12 +10,10 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from autowu.optim._functional import (
-    Bucket,
     LayerNorms,
     LayerStats,
     buckets,
@@ -23,10 +21,10 @@ from autowu.optim._functional import (
     check_dense,
     layer_stats,
     pick_foreach,
-    same_layout,
     scale_,
     trust_ratios,
 )
+from autowu.optim._host import has_kernel, lars_ratio, lars_sgd_, lars_sgd_op, same_layout
 
 __all__ = ["LARS"]
 
@@ -116,12 +114,12 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         taken: list[LayerNorms] = []
-        if torch.compiler.is_compiling() and type(self.optim).__module__.startswith("torch.optim."):
-            # The step of the class: its wrappers break the graph.
-            inspect.unwrap(type(self.optim).step)(_Adapting(self, taken))
-        elif self._is_plain_sgd_on_the_cpu():
+        if self._is_plain_sgd_on_the_cpu():
             for group in self.param_groups:
                 self._sgd(group, taken)
+        elif torch.compiler.is_compiling() and type(self.optim).__module__.startswith("torch.optim."):
+            # The step of the class: its wrappers break the graph.
+            inspect.unwrap(type(self.optim).step)(_Adapting(self, taken))
         else:
             self._adapt_then_step(taken)
         self._last["norms"] = taken
@@ -141,10 +139,15 @@ class LARS(Optimizer):
     def _end_step(self) -> None:
         """Called once the parameters are stepped."""
 
+    def _trust_coef(self, group: dict[str, Any]) -> float | Tensor:
+        """The trust coefficient in this step."""
+        coef: float = group["trust_coef"]
+        return coef
+
     def _ratio(self, group: dict[str, Any], decay: float) -> Callable[[Any, Any], Any]:
         """The trust ratio in this step, as a function of the norms of weight and gradient: floats or tensors."""
-        coef, eps = group["trust_coef"], self.eps
-        return lambda weight, grad: coef * weight / (grad + decay * weight + eps)
+        coef, eps, cap = self._trust_coef(group), self.eps, group.get("max_norm", math.inf)
+        return lambda weight, grad: lars_ratio(weight, grad, coef, decay, eps, cap)
 
     def _adapt(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], decay: float, taken: list[LayerNorms]
@@ -186,47 +189,45 @@ class LARS(Optimizer):
         return (
             type(optim) is SGD
             and not self.foreach
-            and not optim._optimizer_step_pre_hooks
-            and not optim._optimizer_step_post_hooks
-            and "step" not in vars(optim)  # a scheduler counts the steps of the wrapped optimizer
+            and (torch.compiler.is_compiling() or not _is_observed(optim))
             and all(group["fused"] or group["fused"] is group["foreach"] is None for group in optim.param_groups)
             and not any(group["differentiable"] for group in optim.param_groups)
-            and all(_has_kernel(param) for group in optim.param_groups for param in group["params"] if param.grad is not None)
+            and all(has_kernel(p, p.grad) for group in optim.param_groups for p in group["params"] if p.grad is not None)
         )
 
     def _sgd(self, group: dict[str, Any], taken: list[LayerNorms]) -> None:
         """A step of torch.optim.SGD on the adapted gradients of a group."""
-        decay, momentum, lr = group["weight_decay"], group["momentum"], float(group["lr"])
-        rest = {"momentum": momentum, "lr": lr, "dampening": group["dampening"], "nesterov": group["nesterov"]}
-        ratio_of, divisor = self._ratio(group, decay), torch.ones((), dtype=torch.float32, device="cpu")
-        for param in group["params"]:
-            if (grad := param.grad) is None:
-                continue
-            check_dense("LARS", grad)
-            ratio = 1.0
-            if group["adapt"]:
-                taken.append(trust_ratios(Bucket([param], [[param]], None), [grad], ratio_of))
-                ratio = float(taken[-1].values[2])
-            in_kernel = ratio != 1 and param.dtype == torch.float32  # the dtype of its scale
-            if in_kernel:
-                divisor.fill_(1 / ratio if ratio != 0 else math.inf)
-            elif ratio != 1:
-                grad.mul_(ratio)
-            buffer = self.state[param].get("momentum_buffer") if momentum != 0 else None
-            first = buffer is None
-            if momentum != 0 and (buffer is None or not same_layout(param, buffer)):
-                loaded, buffer = buffer, torch.empty_like(param)
-                self.state[param]["momentum_buffer"] = buffer if loaded is None else buffer.copy_(loaded)
-            torch._fused_sgd_(
-                [param],
-                [grad],
-                [] if buffer is None else [buffer],
-                weight_decay=decay * ratio,
-                maximize=group["maximize"],
-                is_first_step=first,
-                grad_scale=divisor if in_kernel else None,
-                **rest,
-            )
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        found: list[Tensor | None] = []
+        self.optim._init_group(group, params, grads, found)  # type: ignore[attr-defined]
+        if not params:
+            return
+        buffers: list[Tensor] = []
+        for param, buffer in zip(params, found, strict=False):  # without momentum there are none
+            if buffer is None or not same_layout(param, buffer):
+                empty = torch.zeros_like(param)
+                self.state[param]["momentum_buffer"] = empty if buffer is None else empty.copy_(buffer)
+            buffers.append(self.state[param]["momentum_buffer"])
+        coef, max_norm = self._trust_coef(group), group.get("max_norm", math.inf)
+        norms = (lars_sgd_op if torch.compiler.is_compiling() else lars_sgd_)(
+            params,
+            grads,
+            buffers,
+            [buffer is None for buffer in found],
+            torch.as_tensor(group["lr"], dtype=torch.float64),
+            torch.as_tensor(coef, dtype=torch.float64),
+            self.eps,
+            max_norm,
+            group["weight_decay"],
+            group["momentum"],
+            group["dampening"],
+            group["nesterov"],
+            group["maximize"],
+            group["adapt"],
+        )
+        if group["adapt"]:
+            taken.append(LayerNorms(params, norms))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
@@ -287,10 +288,9 @@ class LARS(Optimizer):
         return f"{type(self).__name__}({self.optim!r}, eps={self.eps:g}, trust_coef={self.trust_coef:g})"
 
 
-def _has_kernel(param: Tensor) -> bool:
-    """Whether torch's fused SGD does right by a parameter and its gradient; not in half precision, for one."""
-    plain = type(param) in (Parameter, Tensor) and param.is_cpu and param.dtype in (torch.float32, torch.float64)
-    return plain and param.grad is not None and same_layout(param, param.grad)
+def _is_observed(optim: Optimizer) -> bool:
+    """Whether somebody counts on the steps of a wrapped optimizer: its hooks, or a scheduler that wrapped its step."""
+    return bool(optim._optimizer_step_pre_hooks or optim._optimizer_step_post_hooks or "step" in vars(optim))
 
 
 class _Adapting:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -131,18 +130,7 @@ class TVLARS(LARS):
             if torch.compiler.is_compiling() or (isinstance(lr, Tensor) and not lr.is_cpu) or lr != 0:
                 group["step"] += 1
 
-    def _ratio(self, group: dict[str, Any], decay: float) -> Callable[[Any, Any], Any]:
-        coef, eps, cap = self._trust_coef(group), self.eps, group["max_norm"]
-
-        def ratio(weight: Any, grad: Any) -> Any:
-            weight, grad = (n.clamp(max=cap) if isinstance(n, Tensor) else min(n, cap) for n in (weight, grad))
-            return coef * weight / (grad + decay * weight + eps)
-
-        return ratio
-
-    @staticmethod
-    def _trust_coef(group: dict[str, Any]) -> float | Tensor:
-        """The trust coefficient in this step: a tensor where the count may not be read."""
+    def _trust_coef(self, group: dict[str, Any]) -> float | Tensor:  # a tensor where the count may not be read
         step: Tensor = group["step"]
         if not group["capturable"] and not torch.compiler.is_compiling():
             exponent = group["lmbda"] * (step.item() - group["delay"])
