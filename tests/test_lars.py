@@ -116,6 +116,34 @@ def test_without_adaptation_it_is_sgd_bit_for_bit(nesterov, foreach, dtype):
     assert all(torch.equal(p, t) for p, t in zip(parameters, twins, strict=True))
 
 
+def test_groups_left_out_may_mix_precisions():
+    single, double = make_parameters(torch.float32), make_parameters(torch.float64)
+    twins = [*make_parameters(torch.float32), *make_parameters(torch.float64)]
+    for optimizer, parameters in (
+        (LARS(torch.optim.SGD([{"params": [*single, *double], "adapt": False}], lr=0.1, momentum=0.9)), [*single, *double]),
+        (torch.optim.SGD(twins, lr=0.1, momentum=0.9, foreach=False), twins),
+    ):
+        for step in range(3):
+            half = len(parameters) // 2
+            for parameter, gradient in zip(parameters[:half], make_gradients(step, torch.float32), strict=True):
+                parameter.grad = gradient
+            for parameter, gradient in zip(parameters[half:], make_gradients(step, torch.float64), strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+    for parameter, twin in zip([*single, *double], twins, strict=True):
+        torch.testing.assert_close(parameter, twin)
+
+
+def test_a_ratio_below_the_precision_of_the_weights():
+    """SGD's kernel is told 1 - ratio, in double precision."""
+    weight = torch.nn.Parameter(torch.ones(4, 4))  # norm 4
+    optimizer = LARS(torch.optim.SGD([weight], lr=0.0, momentum=0.9), eps=0.0)
+    for momentum in (1e-3, 1.9e-3):
+        weight.grad = torch.full((4, 4), 1e5)  # norm 4e5, ratio 1e-8
+        optimizer.step()
+        torch.testing.assert_close(optimizer.state[weight]["momentum_buffer"], torch.full((4, 4), momentum), rtol=1e-6, atol=0)
+
+
 def test_parameters_of_norm_zero_take_sgds_step_bit_for_bit():
     parameters, twins = make_parameters(torch.float32, 0.0), make_parameters(torch.float32, 0.0)
     take_steps(LARS(torch.optim.SGD(parameters, lr=0.1)), parameters, [0])

@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from autowu.optim import LAMB, LARS, TVLARS
+from autowu.optim._host import lamb_op, lars_sgd_op
 
 SHAPES = ((5, 4), (7,), (3, 3, 2), (1,))
 OPTIMIZERS = {
@@ -82,3 +83,16 @@ def test_a_compiled_state_goes_on_eagerly():
         torch.testing.assert_close(state["exp_avg"], expected["exp_avg"], rtol=1e-5, atol=1e-6)
     for parameter, twin in zip(parameters, twins, strict=True):
         torch.testing.assert_close(twin, parameter, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("adapt", [True, False])
+def test_the_operators_are_what_their_schemas_say(adapt):
+    def column():
+        return [parameter.detach() for parameter in make_parameters()]
+
+    lr, coef = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.01, dtype=torch.float64)
+    fresh, steps = [False for _ in SHAPES], [torch.ones(()) for _ in SHAPES]
+    sgd = (column(), column(), column(), fresh, lr, coef, 1e-8, float("inf"), 0.1, 0.9, 0.0, adapt, False, adapt)
+    adam = (column(), column(), column(), [t.abs() for t in column()], steps, lr, 0.9, 0.99, 1e-6, 0.1, 10.0, True, adapt)
+    torch.library.opcheck(lars_sgd_op, sgd)
+    torch.library.opcheck(lamb_op, adam)
