@@ -43,7 +43,8 @@ class LAMB(Optimizer):
     the ratio itself is clamped, and ``math.inf`` takes the clamp away. Norms are computed in float32 or better, those
     of sharded parameters (DTensor, FSDP2; torch 2.5 or later) over all shards, and nothing waits for the device.
 
-    ``torch.compile(optimizer.step)`` traces one graph, on the CPU of one operator for each group; let the LR be a tensor, or every new LR compiles anew.
+    ``torch.compile(optimizer.step)`` traces one graph, on the CPU of one operator for each group; let the LR be a tensor, or every
+    new LR compiles anew.
 
     Args:
         params: parameters or groups, named or not.

@@ -46,8 +46,8 @@ class LARS(Optimizer):
     as with it. A group may set its own ``"trust_coef"``, and with ``"adapt": False`` it leaves its gradients as they are but for
     the decay, as is usual for norms and biases (:func:`~autowu.optim.param_groups`).
 
-    ``torch.compile(optimizer.step)`` traces one graph with any of torch's own optimizers inside but the fused; around SGD on the CPU
-    the graph is one operator for each group. Let the LR be a tensor, or every new LR compiles anew. Step hooks of the wrapped
+    ``torch.compile(optimizer.step)`` traces one graph with any of torch's own optimizers inside but the fused; around SGD on the
+    CPU it is one operator for each group. Let the LR be a tensor, or every new LR compiles anew. Step hooks of the wrapped
     optimizer do not run in it, those of this one do.
 
     Args:
