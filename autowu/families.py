@@ -1,12 +1,13 @@
-"""The LR range of a warm-up, by the optimizer's family."""
+"""What AutoWU takes for an optimizer where it is not told: the LR range of its warm-up, and the peak LR."""
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from torch.optim import Optimizer
 
-__all__ = ["LR_RANGES", "family", "lr_range", "peak_factor", "wrapped_optimizer"]
+__all__ = ["LR_RANGES", "family", "lr_range", "peak_factor", "peak_lag", "wrapped_optimizer"]
 
 LR_RANGES: Final[dict[str, tuple[float, float]]] = {
     "sgd": (1e-4, 10.0),
@@ -18,8 +19,9 @@ LR_RANGES: Final[dict[str, tuple[float, float]]] = {
 """`min_lr` and `max_lr` of a warm-up where none are given. They bracket the LRs in use with some decades to spare on both sides, so
 that the loss is flat at the one end and rises at the other; "lars" is for the usual `trust_coef` of 0.001."""
 
-_PEAK_FACTORS: Final = {"lamb": 1 / 6}
-"""The best peak LR as a share of the LR at the minimum of the loss, measured; half of it for all others."""
+_PEAK_FACTORS: Final = {"lars": 0.5, "lamb": 1 / 6}
+_PEAK_FACTOR: Final = 0.8
+_LAYERWISE: Final = ("lars", "lamb")
 
 _FAMILIES: Final[dict[str, tuple[str, ...]]] = {
     "lars": ("lars", "larc", "tvlars", "wars"),
@@ -66,8 +68,26 @@ def lr_range(optimizer: Optimizer) -> tuple[float, float]:
 
 
 def peak_factor(optimizer: Optimizer) -> float:
-    """The peak LR for an optimizer as a share of the LR at the minimum of the loss: 1/6 for LAMB, 0.5 for all others.
+    """The peak LR for an optimizer as a share of the LR at the minimum of the loss: 1/6 for LAMB, 0.5 for LARS, 0.8 for all others.
 
-    The loss of a warm-up is lowest a little short of where training comes apart; the best peak lies below.
+    The loss of a warm-up is lowest a little short of where training comes apart; the best peak lies below. Measured.
     """
-    return _PEAK_FACTORS.get(family(optimizer), 0.5)
+    return _PEAK_FACTORS.get(family(optimizer), _PEAK_FACTOR)
+
+
+def peak_lag(optimizer: Optimizer) -> float:
+    r"""By how many steps the loss of a warm-up lags behind its LR: the :math:`1 / (1 - \beta)` steps that momentum remembers.
+
+    The step at the minimum is an average over gradients of as many steps before, which were taken at lower LRs; in a short warm-up
+    those are much lower. 0 for LARS and LAMB, where nothing was gained by it.
+
+    Example:
+        >>> import torch
+        >>> peak_lag(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], momentum=0.75))
+        4.0
+    """
+    if family(optimizer) in _LAYERWISE or not optimizer.param_groups:
+        return 0.0
+    group = optimizer.param_groups[0]
+    momentum = float(group["betas"][0] if group.get("betas") else group.get("momentum") or 0.0)
+    return 1 / (1 - momentum) if momentum < 1 else math.inf

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, cooldown_factor, warmup_lr
+from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, cooldown_factor, decades, warmup_lr
 from autowu.switching import SwitchDecision
 
 __all__ = [
@@ -41,6 +41,8 @@ __all__ = [
 Phase = Literal["warmup", "stable", "cooldown", "done"]
 
 TESTS_PER_WARMUP: Final = 60
+MAX_LAG: Final = 0.5
+"""Decades of LR: what a fitted curve can tell apart, and so the most that the loss of a warm-up counts as lagging behind its LR."""
 FALLING: Final = 0.8
 """A test that finds the minimum past with less than this probability says that the loss still falls."""
 SETBACK_FACTOR: Final = 0.5
@@ -66,6 +68,7 @@ class Config:
         warmup_limit: step at which a warm-up ends without a switch: W, or the start of the cooldown where that comes first.
         cooldown_fraction, cooldown_start: share of T for the cooldown and its first step, used where it is not immediate.
         test_interval: steps between tests.
+        peak_factor: the peak LR over that at the minimum, the lag included.
     """
 
     total_steps: int
@@ -301,9 +304,10 @@ def configure(
     confidence: float,
     min_contrast: float,
     peak_factor: float,
+    peak_lag: float,
     watch: bool,
 ) -> Config:
-    """Check the arguments of `AutoWU` and resolve them.
+    """Check the arguments of `AutoWU` and resolve them. `peak_lag`: steps by which the loss of a warm-up lags behind its LR.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what it may be.
@@ -382,7 +386,7 @@ def configure(
         patience=patience,
         confidence=float(confidence),
         min_contrast=float(min_contrast),
-        peak_factor=float(peak_factor),
+        peak_factor=float(peak_factor) * 10 ** -min(peak_lag * decades(min_lr, max_lr, warmup_type) / warmup_steps, MAX_LAG),
         watch=watch,
     )
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from autowu.distributed import LateRead, average, exchange, rank_and_size, sum_over_ranks
-from autowu.families import lr_range
+from autowu.families import lr_range, peak_lag
 from autowu.families import peak_factor as default_peak_factor
 from autowu.gp import MIN_LENGTHSCALE, ClosedFormGP, CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import GPyTorchGP
@@ -49,7 +49,7 @@ from autowu.phases import (
     verdict,
     watch_is_over,
 )
-from autowu.schedules import TWO_SPEED_PACE
+from autowu.schedules import decades
 from autowu.snapshot import Snapshot
 from autowu.switching import MIN_LOSSES, SwitchDecision, decide
 from autowu.watch import LossWatch
@@ -79,8 +79,8 @@ class AutoWU(LRScheduler):
     :math:`W = \lfloor \text{max\_warmup\_fraction} \cdot T \rfloor` steps, while the loss falls, stalls and begins to rise. A
     Gaussian process on all losses so far says how probable it is that the minimum of the noise-free curve is past. Once it has been
     so with `confidence` in `patience` tests in a row, the LR goes back to `peak_factor` times what it was at that minimum, the
-    peak, and decays from there over the rest of the T steps. A warm-up that reaches its limit without such a verdict goes back
-    there too.
+    peak, stays there, and decays over the last `cooldown_fraction` of the T steps, or from the switch on. A warm-up that reaches
+    its limit without such a verdict goes back there too.
 
     Call :meth:`step` with the training loss after every optimizer step, or :meth:`observe` with the loss of each micro-batch and
     then :meth:`step` without one. It does not wait for the device, except in a test, about 60 times and in the warm-up only, for
@@ -109,8 +109,8 @@ class AutoWU(LRScheduler):
         steps_per_epoch: optimizer steps per epoch, 1 or more.
         total_epochs: epochs in the run, 1 or more; T is their product.
         total_steps: T, in place of the two counts.
-        immediate_cooldown: True decays from the switch to T; False holds the peak (the *stable* phase) and decays over the last
-            `cooldown_fraction` of T.
+        immediate_cooldown: False holds the peak (the *stable* phase) and decays over the last `cooldown_fraction` of T; True decays
+            from the switch to T.
         cooldown_type: "cosine", "half_cosine" (a quarter wave), "linear" or "sqrt"; see :func:`autowu.schedules.cooldown_factor`.
         cooldown_fraction: share of T, in (0, 1), for the cooldown where it is not immediate; without effect where it is.
         min_lr: LR of step 0, above 0. None: by the optimizer's family, see :data:`autowu.families.LR_RANGES`.
@@ -126,7 +126,9 @@ class AutoWU(LRScheduler):
         confidence: probability that a test must exceed, in (0.5, 1).
         min_contrast: standard deviations that the fall to the minimum and the rise from it must make up together, 0 or more, so
             that noise on the flat start of a run is not taken for a minimum.
-        peak_factor: the peak LR as a share of the LR at the minimum, above 0, at most 1. None: 0.5, for LAMB 1/6.
+        peak_factor: the peak LR as a share of the LR at the minimum, above 0, at most 1. None: 0.5 for LARS, 1/6 for LAMB. For all
+            others 0.8 times what the LR had grown to by the 1 / (1 - momentum) steps before the minimum that the optimizer
+            averages over, but no more than half a decade less: that counts in warm-ups of up to some hundred steps.
         gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`), or an object
             with their ``posterior`` method and ``max_points`` (:class:`~autowu.gp.LossCurveGP`). The length-scale of the two named
             ones is half a decade of LR, at most a fifth of the warm-up.
@@ -177,9 +179,9 @@ class AutoWU(LRScheduler):
         total_epochs: int | None = None,
         *,
         total_steps: int | None = None,
-        immediate_cooldown: bool = True,
-        cooldown_type: str = "cosine",
-        cooldown_fraction: float = 0.2,
+        immediate_cooldown: bool = False,
+        cooldown_type: str = "linear",
+        cooldown_fraction: float = 0.6,
         min_lr: float | None = None,
         max_lr: float | None = None,
         max_warmup_fraction: float = 0.32,
@@ -222,6 +224,7 @@ class AutoWU(LRScheduler):
             confidence=confidence,
             min_contrast=min_contrast,
             peak_factor=default_peak_factor(optimizer) if peak_factor is None else peak_factor,
+            peak_lag=peak_lag(optimizer) if peak_factor is None else 0.0,
             watch=watch,
         )
         self.gp: LossCurveGP = _engine(gp, self.config, _checked_seed(seed))
@@ -281,7 +284,8 @@ class AutoWU(LRScheduler):
         a length-scale of a fifth of the time so far; hyperparameters from 100 Adam steps on at most 100 losses, kept between tests.
         Where the published code is plainly at fault this preset is not: the last step of the run has an LR above 0, the first step
         after the switch runs at the peak, a warm-up that times out goes back to the fitted minimum, a fit that fails ends no run,
-        and fewer than 10 losses make no test. Nothing watches the loss.
+        and fewer than 10 losses make no test. A cosine from the switch on, or over the last fifth of the run. Nothing watches the
+        loss.
 
         Args:
             overrides: any keyword argument of :class:`AutoWU`.
@@ -295,6 +299,9 @@ class AutoWU(LRScheduler):
             "patience": 3,
             "min_contrast": 0.0,
             "peak_factor": 1.0,
+            "immediate_cooldown": True,
+            "cooldown_type": "cosine",
+            "cooldown_fraction": 0.2,
             "watch": False,
         }
         if "gp" not in overrides:
@@ -641,6 +648,11 @@ class AutoWU(LRScheduler):
 
         self._copying(take, size)
 
+    def _is_below_its_mean(self) -> bool:
+        """Whether the latest of the losses that await the first fit is no higher than their mean."""
+        losses = self.history.staged
+        return bool(losses[-1] <= losses[losses.isfinite()].mean())
+
     def _level_at(self, restored: int | None) -> float | None:
         """What the loss was when the copy was made that has been restored, None if none was."""
         return None if restored is None or self._snapshot is None else self._snapshot.level
@@ -652,7 +664,7 @@ class AutoWU(LRScheduler):
         if step < MIN_LOSSES and not ends:
             # In a warm-up of a dozen steps the minimum may be past by the first fit; ranks have nothing to agree by before it.
             sound = self._copying(Snapshot.sound, size) if size == 1 else None
-            if sound is not None and bool(sound):
+            if sound is not None and bool(sound) and self._is_below_its_mean():
                 self._take_over_the_older(step, size)
             return
         sound = self._copying(Snapshot.sound, size)
@@ -958,10 +970,8 @@ def _note_call(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _engine(gp: str | LossCurveGP, config: Config, seed: int) -> LossCurveGP:
     lengthscale = 0.2
-    if config.warmup_type != "linear":
-        pace = TWO_SPEED_PACE if config.warmup_type == "two_speed" else 1.0
-        half_a_decade = 0.5 / (pace * math.log10(config.max_lr / config.min_lr))
-        lengthscale = min(lengthscale, max(half_a_decade, MIN_LENGTHSCALE))
+    if span := decades(config.min_lr, config.max_lr, config.warmup_type):
+        lengthscale = min(lengthscale, max(0.5 / span, MIN_LENGTHSCALE))  # half a decade
     if gp == "closed-form":
         return ClosedFormGP(lengthscale)
     if gp == "gpytorch":

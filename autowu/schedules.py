@@ -10,16 +10,19 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-__all__ = ["COOLDOWN_TYPES", "TWO_SPEED_PACE", "WARMUP_TYPES", "cooldown_factor", "warmup_lr"]
+__all__ = ["COOLDOWN_TYPES", "WARMUP_TYPES", "cooldown_factor", "decades", "warmup_lr"]
 
-TWO_SPEED_PACE: Final = 0.8
+_TWO_SPEED_PACE: Final = 0.8
 """Pace at which the last three quarters of a "two_speed" warm-up pass through the decades of LR, in that of an even one."""
 
 _WARMUPS: Final[dict[str, Callable[[float, float, float], float]]] = {
     "exp": lambda u, low, high: low * (high / low) ** u,
-    "two_speed": lambda u, low, high: low * (high / low) ** (2 * TWO_SPEED_PACE * u if u < 0.25 else 0.2 + TWO_SPEED_PACE * u),
+    "two_speed": lambda u, low, high: low * (high / low) ** (2 * _TWO_SPEED_PACE * u if u < 0.25 else 0.2 + _TWO_SPEED_PACE * u),
     "linear": lambda u, low, high: low + (high - low) * u,
 }
+
+# Decades of LR in a warm-up that kept the pace of its end, over those that it passes through.
+_PACES: Final = {"exp": 1.0, "two_speed": _TWO_SPEED_PACE}
 
 _COOLDOWNS: Final[dict[str, Callable[[float], float]]] = {
     "cosine": lambda u: (1.0 + math.cos(math.pi * u)) / 2.0,
@@ -60,6 +63,16 @@ def warmup_lr(
         [0.0001, 0.001, 0.01, 0.1, 1.0]
     """
     return _WARMUPS[warmup_type](position / warmup_steps, min_lr, max_lr)
+
+
+def decades(min_lr: float, max_lr: float, warmup_type: str = "exp") -> float:
+    """Decades of LR that a warm-up would pass through at the pace of its end; 0 for a linear one, which has no such pace.
+
+    Example:
+        >>> round(decades(1e-4, 1.0), 6), round(decades(1e-4, 1.0, "two_speed"), 6)
+        (4.0, 3.2)
+    """
+    return _PACES.get(warmup_type, 0.0) * math.log10(max_lr / min_lr)
 
 
 def cooldown_factor(progress: float, cooldown_type: str = "cosine") -> float:

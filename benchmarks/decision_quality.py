@@ -42,6 +42,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from tasks import make_optimizer
 
 from autowu import AutoWU
 from autowu.gp import NUM_START_POINTS, ClosedFormGP
@@ -123,7 +124,7 @@ class Curve:
         losses: of all steps of the warm-up, NaN where not finite or after the end of the recording.
         minimum: where it is lowest.
         band: lowest and highest LR of the best band of its case's grid, if there is one.
-        peak_factor: AutoWU's for the optimizer.
+        optimizer: its name, for `tasks.make_optimizer`.
     """
 
     name: str
@@ -135,7 +136,7 @@ class Curve:
     losses: tuple[float, ...]
     minimum: Minimum
     band: tuple[float, float] | None
-    peak_factor: float
+    optimizer: str
 
     @property
     def decades(self) -> float:
@@ -221,7 +222,7 @@ def load_curves(recorded: Path, warmups: Path, grid: Path) -> list[Curve]:
                 losses=tuple(losses),
                 minimum=find_minimum(losses, math.log10(row["max_lr"] / row["min_lr"])),
                 band=bands.get(case) if source == "recorded" else None,
-                peak_factor=1 / 6 if row["optimizer"] == "lamb" else 0.5,
+                optimizer=row["optimizer"],
             )
         )
     return curves
@@ -232,12 +233,10 @@ def replay(curve: Curve, rule: str) -> Switch:
     arguments = dict(RULES[rule])
     make = AutoWU.paper if arguments.pop("paper", False) else AutoWU
     arguments["test_interval"] = max(1, curve.warmup_steps // arguments.pop("tests", TESTS))
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    optimizer = make_optimizer(curve.optimizer, torch.nn.Linear(1, 1), 1.0)
     run: dict[str, Any] = {"total_steps": 2 * curve.warmup_steps, "max_warmup_fraction": 0.5, "warmup_type": "exp"}
-    run |= {"min_lr": curve.min_lr, "max_lr": curve.max_lr}
-    if make is AutoWU:  # the dummy is not of the family that was recorded
-        run["peak_factor"] = curve.peak_factor
-    scheduler = make(optimizer, **(run | arguments))
+    run["immediate_cooldown"] = True  # a cooldown would end the warm-up before
+    scheduler = make(optimizer, **(run | {"min_lr": curve.min_lr, "max_lr": curve.max_lr} | arguments))
     optimizer.step()
     for loss in curve.losses:
         scheduler.step(loss)

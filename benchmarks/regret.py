@@ -86,6 +86,8 @@ ABLATION: dict[str, dict[str, Any]] = {
         "below": below,
         "warmup_type": "exp",
         "patience": 3,
+        "immediate_cooldown": True,
+        "cooldown_type": "cosine",
     }
     for share, factor, below in (
         *((0.5, 1.0, True), (0.5, 0.5, True), (0.35, 0.5, True), (0.25, 1.0, True), (0.25, 0.5, True), (0.25, 1 / 3, True)),

@@ -18,7 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from autowu import AutoWU, ClosedFormGP
 
-FIXED = {"max_warmup_fraction": 0.5, "peak_factor": 1.0, "warmup_type": "exp", "patience": 3}
+FIXED = {"max_warmup_fraction": 0.5, "peak_factor": 1.0, "warmup_type": "exp", "patience": 3, "immediate_cooldown": True}
 STEPS = 600
 LOWEST = 150
 

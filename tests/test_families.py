@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from autowu import AutoWU
-from autowu.families import LR_RANGES, family, lr_range
+from autowu.families import LR_RANGES, family, lr_range, peak_factor, peak_lag
 from autowu.optim import LARS
 
 
@@ -82,3 +82,45 @@ def test_the_published_range_is_the_same_for_every_family():
 def test_every_range_is_one():
     assert set(LR_RANGES) == {"sgd", "adam", "lars", "lamb", "unknown"}
     assert all(0 < low < high for low, high in LR_RANGES.values())
+
+
+@pytest.mark.parametrize(
+    ("make", "factor", "lag"),
+    [
+        (lambda: torch.optim.SGD(parameters(), lr=0.1), 0.8, 1.0),
+        (lambda: torch.optim.SGD(parameters(), lr=0.1, momentum=0.75, nesterov=True), 0.8, 4.0),
+        (lambda: torch.optim.Adam(parameters(), betas=(0.95, 0.999)), 0.8, 20.0),
+        (lambda: torch.optim.RMSprop(parameters(), momentum=0.5), 0.8, 2.0),
+        (lambda: LARS(torch.optim.AdamW(parameters())), 0.8, 10.0),
+        (lambda: LARS(torch.optim.SGD(parameters(), lr=0.1, momentum=0.9)), 0.5, 0.0),
+        (lambda: timm_optimizer("lamb"), 1 / 6, 0.0),
+        (lambda: timm_optimizer("adafactor"), 0.8, 1.0),  # has betas that are None
+        (lambda: Drift(parameters()), 0.8, 1.0),
+    ],
+)
+def test_peak_factor_and_lag(make, factor, lag):
+    optimizer = make()
+    assert peak_factor(optimizer) == factor
+    assert peak_lag(optimizer) == pytest.approx(lag)
+
+
+@pytest.mark.parametrize("warmup_type", ["two_speed", "exp"])
+def test_the_peak_is_as_far_below_the_minimum_as_the_lr_grows_in_the_lag(warmup_type):
+    scheduler = AutoWU(torch.optim.Adam(parameters()), total_steps=5000, warmup_type=warmup_type)  # lags by 10 steps
+    end = scheduler.config.warmup_steps
+    grown = scheduler.lr_at(end - 1) / scheduler.lr_at(end - 11)
+    assert scheduler.config.peak_factor == pytest.approx(0.8 / grown)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"total_steps": 60}, 0.8 * 10**-0.5),  # half a decade at most
+        ({"total_steps": 60, "warmup_type": "linear"}, 0.8),
+        ({"total_steps": 60, "peak_factor": 0.7}, 0.7),
+    ],
+    ids=str,
+)
+def test_where_the_lag_does_not_count_in_full(arguments, expected):
+    assert AutoWU(torch.optim.Adam(parameters()), **arguments).config.peak_factor == pytest.approx(expected)
+    assert AutoWU.paper(torch.optim.Adam(parameters()), 10, 6).config.peak_factor == 1.0

@@ -43,6 +43,7 @@ DEFAULTS = {
     "confidence": 0.95,
     "min_contrast": 6.0,
     "peak_factor": 1.0,
+    "peak_lag": 0.0,
     "watch": True,
 }
 

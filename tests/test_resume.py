@@ -164,7 +164,7 @@ DECAYING = {
 VARIANTS["decay"] = DECAYING | {"decay_phase_factor": 0.9}
 VARIANTS["plateau"] = VARIANTS["micro-batches"] = DECAYING | {"decay_phase_stat": "loss"}
 GPYTORCH = {"max_lr": 100.0, "max_warmup_fraction": 0.6, "test_interval": 8, "seed": 3}
-VARIANTS["gpytorch"] = GPYTORCH | {"gp": "gpytorch"}
+VARIANTS["gpytorch"] = GPYTORCH | {"gp": "gpytorch", "immediate_cooldown": True}
 VARIANTS["paper"] = GPYTORCH | {"immediate_cooldown": False}
 SLOW = ("gpytorch", "paper")
 
@@ -564,7 +564,7 @@ def test_the_length_is_compared_in_epochs_or_in_steps(saved, now, total):
 
 @pytest.mark.parametrize("cut", [110, 180, 245])
 def test_decays_of_the_stable_phase_go_on_in_a_longer_run(cut, tmp_path):
-    scheduler = planned(30, immediate_cooldown=False, decay_phase_factor=0.9)
+    scheduler = planned(30, immediate_cooldown=False, cooldown_fraction=0.2, decay_phase_factor=0.9)
     advance(scheduler, VALLEY[:cut])
     longer = carried_on(scheduler, planned(50, immediate_cooldown=False), tmp_path / "state.pt")
     lrs = advance(longer, VALLEY[cut:500])

@@ -20,7 +20,8 @@ from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, cooldown_factor, warm
 
 # The losses here are made up and do not mind the LR; what watches over them is tested in test_watch.py.
 RANGE = {"min_lr": 1e-5, "max_lr": 1.0, "max_warmup_fraction": 0.5, "peak_factor": 1.0, "watch": False}
-RANGE |= {"warmup_type": "exp", "patience": 3}
+RANGE |= {"warmup_type": "exp", "patience": 3, "immediate_cooldown": True, "cooldown_type": "cosine"}
+STABLE = RANGE | {"immediate_cooldown": False, "cooldown_fraction": 0.2}
 
 
 def parameter():
@@ -190,7 +191,12 @@ def test_a_higher_confidence_switches_later():
 def test_a_warmup_at_its_limit_goes_back_to_the_lr_of_the_fitted_minimum(immediate):
     # Three votes cannot be had: two tests, at 100 and at the limit.
     scheduler = AutoWU(
-        sgd(), total_steps=400, **RANGE, immediate_cooldown=immediate, cooldown_fraction=0.6, test_interval=100, gp=Oracle(0.3)
+        sgd(),
+        total_steps=400,
+        **RANGE | {"immediate_cooldown": immediate},
+        cooldown_fraction=0.6,
+        test_interval=100,
+        gp=Oracle(0.3),
     )
     lrs = advance(scheduler, [1.0] * 400)
     limit = 200 if immediate else 160
@@ -227,7 +233,7 @@ def test_a_test_an_epoch_and_at_the_limit():
 
 def test_lr_at_tells_the_future():
     curve = v_curve(300, lowest=80)
-    scheduler = AutoWU(sgd(), 10, 30, immediate_cooldown=False, **RANGE)
+    scheduler = AutoWU(sgd(), 10, 30, **STABLE)
     lrs = advance(scheduler, curve[:140])
     assert scheduler.phase == "stable"
     foretold = [scheduler.lr_at(k) for k in range(140, 310)]
@@ -237,7 +243,7 @@ def test_lr_at_tells_the_future():
 
 @pytest.mark.parametrize("immediate", [True, False])
 def test_lr_at_remembers_the_past(immediate):
-    scheduler = AutoWU(sgd(), total_steps=400, immediate_cooldown=immediate, **RANGE)
+    scheduler = AutoWU(sgd(), total_steps=400, **RANGE | {"immediate_cooldown": immediate})
     lrs = advance(scheduler, v_curve(400, lowest=110))
     assert scheduler.switch.by_test
     assert [scheduler.lr_at(k) for k in range(400)] == lrs
@@ -254,9 +260,7 @@ def test_get_last_lr_is_what_the_optimizer_has():
 
 
 def test_decay_phase_factor_acts_after_every_epoch():
-    scheduler = AutoWU(
-        sgd(), 10, 40, **RANGE, immediate_cooldown=False, decay_phase_factor=0.9, test_interval="epoch", gp=Oracle(0.25)
-    )
+    scheduler = AutoWU(sgd(), 10, 40, **STABLE, decay_phase_factor=0.9, test_interval="epoch", gp=Oracle(0.25))
     lrs = advance(scheduler, [1.0] * 400)
     step, peak = scheduler.switch.step, scheduler.switch.lr
     assert lrs[step:320] == pytest.approx([peak * 0.9 ** (j // 10) for j in range(320 - step)], rel=1e-12)
@@ -271,8 +275,7 @@ def test_plateau_is_that_of_torch_on_the_same_epoch_means(seed):
         sgd(),
         epoch,
         100,
-        **RANGE,
-        immediate_cooldown=False,
+        **STABLE,
         decay_phase_stat="loss",
         decay_phase_factor=0.5,
         test_interval="epoch",
@@ -545,7 +548,7 @@ def test_the_ratios_of_the_groups_are_kept(immediate):
         {"params": [parameter()]},
         {"params": [parameter()], "lr": 0.2, "lr_scale": 0.25},
     ]
-    scheduler = AutoWU(sgd(lr=0.1, groups=groups), total_steps=300, **RANGE, immediate_cooldown=immediate)
+    scheduler = AutoWU(sgd(lr=0.1, groups=groups), total_steps=300, **RANGE | {"immediate_cooldown": immediate})
     seen = set()
     for loss in v_curve(310, lowest=80):
         seen.add(scheduler.phase)
@@ -658,7 +661,7 @@ def assert_go_on_alike(scheduler, other, losses):
 @pytest.mark.parametrize("cut", [0, 1, 9, 50, 77, 80, 81, 82, 83, 109, 142, 170, 250, 299, 305])
 @pytest.mark.parametrize("stat", [None, "loss"])
 def test_a_saved_run_goes_on_as_if_never_stopped(cut, stat, tmp_path):
-    arguments = {**RANGE, "immediate_cooldown": False, "decay_phase_stat": stat, "decay_phase_factor": 0.7}
+    arguments = {**STABLE, "decay_phase_stat": stat, "decay_phase_factor": 0.7}
     scheduler = AutoWU(two_groups(), 6, 50, **arguments)
     # The switch comes at step 82, then epochs of one mean. The end of an epoch has a lower one: no part may get lost.
     curve = np.concatenate([v_curve(82, lowest=70), np.tile([2.0, 2.0, 2.0, 1.0, 1.0, 1.0], 80)])
@@ -801,7 +804,7 @@ def test_copies_go_on_alike_and_apart(arguments, cut, copied):
         ({"max_warmup_fraction": 0.0}, r"max_warmup_fraction=0\.0"),
         ({"max_warmup_fraction": 1.5}, r"max_warmup_fraction=1\.5"),
         ({"max_warmup_fraction": math.nan}, "max_warmup_fraction=nan"),
-        ({"max_warmup_fraction": 1.0}, r"max_warmup_fraction=1\.0"),
+        ({"max_warmup_fraction": 1.0, "immediate_cooldown": True}, r"max_warmup_fraction=1\.0"),
         ({"max_warmup_fraction": 0.001}, r"max_warmup_fraction=0\.001"),
         ({"cooldown_fraction": 0.0}, r"cooldown_fraction=0\.0"),
         ({"cooldown_fraction": 1.0}, r"cooldown_fraction=1\.0"),
@@ -933,12 +936,12 @@ def test_decisions_are_the_same_on_the_device():
 def test_a_warm_up_of_a_dozen_steps_goes_back_too():
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    scheduler = AutoWU(optimizer, total_steps=30, model=torch.nn.ParameterList([weight]))
+    scheduler = AutoWU(optimizer, total_steps=30, model=torch.nn.ParameterList([weight]), peak_factor=1.0)
     for step, loss in enumerate([2.0, 1.9, 1.6, 1.1, 0.7, 0.9, 3.0, 20.0, 60.0], 1):  # the limit, before a test has 10 losses
         with torch.no_grad():
             weight.fill_(step)
         optimizer.step()
         scheduler.step(loss)
     assert scheduler.switch is not None
-    assert weight.item() < 9
+    assert weight.item() == 5  # the last with a loss below their mean
     assert f"model and optimizer are back at step {weight.item():.0f}" in scheduler.events[-1].message

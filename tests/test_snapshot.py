@@ -229,7 +229,7 @@ def test_the_snapshot_changes_no_decision():
 
 def test_a_loss_that_falls_to_the_limit_of_the_warmup_keeps_the_model_as_it_is():
     run = Training(OPTIMIZERS["sgd"])
-    scheduler = AutoWU(run.optimizer, total_steps=200, model=run.model, max_warmup_fraction=0.5)
+    scheduler = AutoWU(run.optimizer, total_steps=200, model=run.model, max_warmup_fraction=0.5, immediate_cooldown=True)
     for k in range(100):
         run.optimizer.step()
         scheduler.step(3.0 - k / 100)

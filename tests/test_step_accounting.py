@@ -41,6 +41,7 @@ def autowu(optimizer=None, **arguments):
         "max_lr": 1.0,
         "max_warmup_fraction": 0.5,
         "immediate_cooldown": False,
+        "cooldown_fraction": 0.2,
         "watch": False,
     }
     return AutoWU(optimizer or sgd(), **(defaults | arguments))

@@ -421,7 +421,7 @@ def test_the_copy_is_given_back_once_the_cooldown_has_halved_the_lr():
 
 def scaled_run(poisoned, **arguments):
     """A run under a GradScaler whose weights are all NaN after `poisoned` steps, up to the end of its warm-up; skipped calls."""
-    run = Run(400, patience=1000, **arguments)
+    run = Run(400, patience=1000, immediate_cooldown=True, **arguments)
     inputs, targets = digits()
     scaler = torch.amp.GradScaler("cpu")
     skipped = 0

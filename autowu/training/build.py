@@ -125,10 +125,9 @@ def build_scheduler(config: TrainConfig, model: nn.Module, optimizer: Optimizer,
             return cooldown_factor((min(step, total - 1) - warmup) / max(1, total - warmup))
 
         return LambdaLR(optimizer, factor)
-    options: dict[str, Any] = {
-        "immediate_cooldown": config.cooldown_fraction is None,
-        "seed": config.seed,
-    }
+    options: dict[str, Any] = {"seed": config.seed}
+    if config.cooldown_fraction is not None:
+        options["immediate_cooldown"] = False
     for name in ("cooldown_type", "cooldown_fraction", "max_warmup_fraction", "min_lr", "max_lr"):
         if (value := getattr(config, name)) is not None:
             options[name] = value

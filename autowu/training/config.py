@@ -86,13 +86,13 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     sched.add_argument(
         "--max-warmup-fraction", type=float, help="share of the run that the warm-up may take (default: 0.32; paper 0.5)"
     )
-    sched.add_argument("--cooldown-type", help="'cosine', 'half_cosine', 'linear' or 'sqrt' (default: cosine)")
+    sched.add_argument("--cooldown-type", help="'cosine', 'half_cosine', 'linear' or 'sqrt' (default: linear; paper: cosine)")
     sched.add_argument(
         "--cooldown-fraction",
         type=float,
         nargs="+",
-        help="hold the peak, then cool down over this last share (default: cool down at once); of several shares each is tried, "
-        "for one run to the shortest cooldown and the steps of the other cooldowns",
+        help="hold the peak, then cool down over this last share (default: 0.6; paper: cool down at once); of several shares each "
+        "is tried, for one run to the shortest cooldown and the steps of the other cooldowns",
     )
     run = parser.add_argument_group("run")
     run.add_argument("--epochs", type=int, default=30, help="epochs")
