@@ -76,18 +76,18 @@ def peak_factor(optimizer: Optimizer) -> float:
 
 
 def peak_lag(optimizer: Optimizer) -> float:
-    r"""By how many steps the loss of a warm-up lags behind its LR: the :math:`1 / (1 - \beta)` steps that momentum remembers.
+    r"""By how many steps the loss of a warm-up lags behind its LR: :math:`\beta / (1 - \beta)`, the mean age of a step's gradients.
 
-    The step at the minimum is an average over gradients of as many steps before, which were taken at lower LRs; in a short warm-up
-    those are much lower. 0 for LARS and LAMB, where nothing was gained by it.
+    What the weights do at the minimum was set off that much earlier, at a lower LR; in a short warm-up at a much lower one. 0 for
+    LARS and LAMB, where nothing was gained by it.
 
     Example:
         >>> import torch
         >>> peak_lag(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], momentum=0.75))
-        4.0
+        3.0
     """
     if family(optimizer) in _LAYERWISE or not optimizer.param_groups:
         return 0.0
     group = optimizer.param_groups[0]
     momentum = float(group["betas"][0] if group.get("betas") else group.get("momentum") or 0.0)
-    return 1 / (1 - momentum) if momentum < 1 else math.inf
+    return momentum / (1 - momentum) if momentum < 1 else math.inf

@@ -127,8 +127,8 @@ class AutoWU(LRScheduler):
         min_contrast: standard deviations that the fall to the minimum and the rise from it must make up together, 0 or more, so
             that noise on the flat start of a run is not taken for a minimum.
         peak_factor: the peak LR as a share of the LR at the minimum, above 0, at most 1. None: 0.5 for LARS, 1/6 for LAMB. For all
-            others 0.8 times what the LR had grown to by the 1 / (1 - momentum) steps before the minimum that the optimizer
-            averages over, but no more than half a decade less: that counts in warm-ups of up to some hundred steps.
+            others 0.8 times what the LR was momentum / (1 - momentum) steps before the minimum, the mean age of the gradients in an
+            optimizer's step, but no more than half a decade less: that counts in warm-ups of up to some hundred steps.
         gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`), or an object
             with their ``posterior`` method and ``max_points`` (:class:`~autowu.gp.LossCurveGP`). The length-scale of the two named
             ones is half a decade of LR, at most a fifth of the warm-up.

@@ -95,6 +95,13 @@ ABLATION: dict[str, dict[str, Any]] = {
     )
 }
 """Of the first search: share of the run for the warm-up, peak LR over that at the minimum; some from a tenth of the `min_lr`."""
+ABLATION |= {
+    "cosine from the switch on": {"immediate_cooldown": True, "cooldown_type": "cosine"},
+    "linear from the switch on": {"immediate_cooldown": True},
+    "cosine over the last half": {"cooldown_type": "cosine", "cooldown_fraction": 0.5},
+    "half of the LR for all but LAMB": {"halved": True},
+}
+"""Of the last one."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,8 @@ def recipe(method: str, lr: float | None, case: Case, task: Task, model: nn.Modu
             scheduler = AutoWU.paper(optimizer, total // EPOCHS, EPOCHS, seed=seed)
         else:
             options = {"model": model} | ABLATION.get(method, {})
+            if options.pop("halved", False) and case.optimizer != "lamb":
+                options["peak_factor"] = 0.5
             if options.pop("below", False):
                 options["min_lr"] = lr_range(optimizer)[0] / 10
             scheduler = AutoWU(optimizer, total_steps=total, **options)

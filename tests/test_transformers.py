@@ -132,7 +132,7 @@ SHORT = {"data": DATA[:80], "max_steps": -1, "num_train_epochs": 6, "gradient_ac
 
 @pytest.mark.parametrize("model", [gpt2, MeanLoss], ids=["divided by the model", "divided by the Trainer"])
 def test_an_incomplete_accumulation_counts_as_what_is_logged(tmp_path, model):
-    frozen = {"min_lr": 1e-30, "max_lr": 1e-29, "patience": 1000, "max_warmup_fraction": 0.9}
+    frozen = {"min_lr": 1e-30, "max_lr": 1e-29, "patience": 1000, "max_warmup_fraction": 0.9, "immediate_cooldown": True}
     trainer = trainer_of(tmp_path, model=model(), lr_scheduler_kwargs=frozen, **SHORT)
     assert trainer.model_accepts_loss_kwargs == (model is gpt2)
     trainer.train()
