@@ -8,7 +8,7 @@ import pytest
 import timm.optim
 import torch
 
-from autowu.optim import LARS
+from autowu.optim import LAMB, LARS
 
 INNER = {
     "sgd": lambda groups, **kw: torch.optim.SGD(groups, lr=0.5, momentum=0.9, **kw),
@@ -568,3 +568,14 @@ def test_a_group_out_of_range_is_not_added():
         with pytest.raises(error, match=next(iter(group))):
             optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], **group})
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_default_device_is_not_that_of_the_parameters():
+    parameters, twins = make_parameters(torch.float32), make_parameters(torch.float32)
+    for chosen, device in ((parameters, "meta"), (twins, "cpu")):
+        for optimizer in (LARS(torch.optim.SGD(chosen, lr=0.1, momentum=0.9, nesterov=True)), LAMB(chosen)):
+            for parameter, gradient in zip(chosen, make_gradients(0, torch.float32), strict=True):
+                parameter.grad = gradient
+            with torch.device(device):
+                optimizer.step()
+    assert all(torch.equal(p, t) for p, t in zip(parameters, twins, strict=True))

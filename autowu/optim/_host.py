@@ -92,7 +92,7 @@ def lars_sgd_(
     if not adapt and not any(fresh):
         _sgd_(params, grads, buffers, rate, weight_decay, momentum, dampening, nesterov, maximize, False)
         return _columns([])
-    divisor = torch.empty((), dtype=torch.float32)
+    divisor = torch.empty((), dtype=torch.float32, device="cpu")
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         buffer, first = buffers[i : i + 1], bool(fresh) and fresh[i]
         ratio = 1.0
@@ -119,7 +119,7 @@ def lars_sgd_(
 
 def _columns(rows: list[tuple[float, float, float]]) -> Tensor:
     """(3, k) numbers of k rows."""
-    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3).T.contiguous()
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(-1, 3).T.contiguous()
 
 
 def _sgd_(
@@ -181,7 +181,7 @@ def lamb_(
     if not adapt:
         _adamw_(params, grads, firsts, seconds, counts, rate, beta1, beta2, eps, weight_decay)
         return _columns([])
-    scratch = torch.empty(max(param.numel() for param in params), dtype=params[0].dtype)
+    scratch = torch.empty(max(param.numel() for param in params), dtype=params[0].dtype, device="cpu")
     for i, param in enumerate(params):
         one = slice(i, i + 1)
         # Adam's kernel makes the update, negated, of weights of 0 at an LR of 1; the decay lies there already.
@@ -243,11 +243,10 @@ lamb_op = torch.library.custom_op(
 )
 
 
-@lars_sgd_op.register_fake
-def _(params: list[Tensor], *others: Any) -> Tensor:
-    return torch.empty(3, len(params) if others[-1] else 0, dtype=torch.float64)
+def _norms_of(params: list[Tensor], *others: Any) -> Tensor:
+    """What both operators return, without values."""
+    return torch.empty(3, len(params) if others[-1] else 0, dtype=torch.float64, device="cpu")
 
 
-@lamb_op.register_fake
-def _(params: list[Tensor], *others: Any) -> Tensor:
-    return torch.empty(3, len(params) if others[-1] else 0, dtype=torch.float64)
+lars_sgd_op.register_fake(_norms_of)
+lamb_op.register_fake(_norms_of)

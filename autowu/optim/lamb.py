@@ -202,7 +202,7 @@ class LAMB(Optimizer):
             firsts,
             seconds,
             steps,
-            torch.as_tensor(group["lr"], dtype=torch.float64),
+            torch.as_tensor(group["lr"], dtype=torch.float64, device="cpu"),
             beta1,
             beta2,
             group["eps"],
