@@ -367,6 +367,8 @@ def configure(
         if isinstance(test_interval, str):
             raise ValueError(f"test_interval={test_interval!r}: must be an integer, 'epoch' or None")
         interval = _check_count("test_interval", test_interval)
+    span = decades(min_lr, max_lr, warmup_type)
+    lag = min(peak_lag * span / warmup_steps, MAX_LAG) if span else 0.0
     return Config(
         total_steps=total,
         steps_per_epoch=None if steps_per_epoch is None else int(steps_per_epoch),
@@ -386,7 +388,7 @@ def configure(
         patience=patience,
         confidence=float(confidence),
         min_contrast=float(min_contrast),
-        peak_factor=float(peak_factor) * 10 ** -min(peak_lag * decades(min_lr, max_lr, warmup_type) / warmup_steps, MAX_LAG),
+        peak_factor=float(peak_factor) * 10**-lag,
         watch=watch,
     )
 

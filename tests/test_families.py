@@ -122,5 +122,6 @@ def test_the_peak_is_as_far_below_the_minimum_as_the_lr_grows_in_the_lag(warmup_
     ids=str,
 )
 def test_where_the_lag_does_not_count_in_full(arguments, expected):
-    assert AutoWU(torch.optim.Adam(parameters()), **arguments).config.peak_factor == pytest.approx(expected)
+    for optimizer in (torch.optim.Adam(parameters()), torch.optim.SGD(parameters(), lr=0.1, momentum=1.0)):
+        assert AutoWU(optimizer, **arguments).config.peak_factor == pytest.approx(expected)
     assert AutoWU.paper(torch.optim.Adam(parameters()), 10, 6).config.peak_factor == 1.0
