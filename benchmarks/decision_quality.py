@@ -21,6 +21,8 @@ optimizer is fed the recorded losses, NaN where they are null or have ended, unt
   all of the nine LRs are left out, and so are cases without such a seed. *Off*: decades from the chosen LR to the nearest edge of
   the band, 0 inside, below 0 under it: the median, and the mean of its absolute value.
 
+The recordings are of an even ramp; `runs` in the results is of AutoWU's runs in results/regret.jsonl, on its own.
+
 For tuning there are seeds 0 and 1 of recorded.jsonl and the lines of odd number of warmups.jsonl; the others are held out. Prints
 a table for each and writes results/decision_quality.json; --curves also lists what was missed, early, late or before the minimum.
 """
@@ -202,6 +204,24 @@ def best_bands(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     return bands
 
 
+def distance(lr: float, band: tuple[float, float]) -> float:
+    """Decades from an LR to the nearest edge of a band, below 0 under it, 0 inside."""
+    low, high = (math.log10(lr / edge) for edge in band)
+    return min(low, 0.0) + max(high, 0.0)
+
+
+def in_runs(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How AutoWU chose in the runs of regret.py themselves, on its own ramp."""
+    bands = best_bands(rows)
+    runs = [row for row in rows if row["method"] == "autowu" and row["case"] in bands]
+    offs = {f"{row['case']} seed {row['seed']}": distance(row["found_lr"], bands[row["case"]]) for row in runs}
+    return {
+        "runs": len(offs),
+        "early": sorted(name for name, off in offs.items() if off < -NEAR),
+        "late": sorted(name for name, off in offs.items() if off > NEAR),
+    }
+
+
 def load_curves(recorded: Path, warmups: Path, grid: Path) -> list[Curve]:
     bands = best_bands(read(grid))
     lines = [(row, "recorded", row["seed"] >= 2) for row in read(recorded)]
@@ -253,8 +273,7 @@ def judge(job: tuple[Curve, str]) -> Outcome:
     switch = replay(curve, rule)
     off, inside, before_limit = None, curve.minimum.inside, switch.by_test or switch.step < curve.warmup_steps
     if curve.band is not None:
-        low, high = (math.log10(switch.lr / edge) for edge in curve.band)
-        off = min(low, 0.0) + max(high, 0.0)
+        off = distance(switch.lr, curve.band)
     return Outcome(
         curve=curve.name,
         source=curve.source,
@@ -360,7 +379,9 @@ def main() -> None:
             for curve, outcome in zip(curves, all_of_rule, strict=True):
                 if outcome.missed or outcome.before or outcome.early or outcome.late:
                     print(f"- {describe(curve, outcome)}")
-    args.out.write_text(json.dumps({"splits": numbers}, indent=2) + "\n")
+    runs = in_runs(read(args.grid))
+    print(f"\nIn {runs['runs']} runs early: {', '.join(runs['early'])}; late: {', '.join(runs['late'])}")
+    args.out.write_text(json.dumps({"splits": numbers, "runs": runs}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
