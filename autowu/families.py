@@ -76,10 +76,11 @@ def peak_factor(optimizer: Optimizer) -> float:
 
 
 def peak_lag(optimizer: Optimizer) -> float:
-    r"""By how many steps the loss of a warm-up lags behind its LR: :math:`\beta / (1 - \beta)`, the mean age of a step's gradients.
+    r"""By how many steps the loss of a warm-up lags behind its LR: about the mean age of the gradients in an optimizer's step.
 
-    What the weights do at the minimum was set off that much earlier, at a lower LR; in a short warm-up at a much lower one. 0 for
-    LARS and LAMB, where nothing was gained by it.
+    That is :math:`\beta / (1 - \beta)` for the momentum :math:`\beta` of the first group. What the weights do at the minimum was
+    set off that much earlier, at a lower LR; in a short warm-up at a much lower one. 0 for LARS and LAMB, where nothing was gained
+    by it.
 
     Example:
         >>> import torch

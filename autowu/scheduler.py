@@ -127,17 +127,19 @@ class AutoWU(LRScheduler):
         min_contrast: standard deviations that the fall to the minimum and the rise from it must make up together, 0 or more, so
             that noise on the flat start of a run is not taken for a minimum.
         peak_factor: the peak LR as a share of the LR at the minimum, above 0, at most 1. None: 0.5 for LARS, 1/6 for LAMB. For all
-            others 0.8 times what the LR was momentum / (1 - momentum) steps before the minimum, the mean age of the gradients in an
-            optimizer's step, but no more than half a decade less: that counts in warm-ups of up to some hundred steps.
+            others 0.8, and in an exponential warm-up less by as much as the LR grows, at the pace of its end, in
+            momentum / (1 - momentum) steps, about the mean age of the gradients in an optimizer's step; half a decade less at most.
+            That counts in warm-ups of up to some hundred steps. What was taken is `config.peak_factor`.
         gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`), or an object
             with their ``posterior`` method and ``max_points`` (:class:`~autowu.gp.LossCurveGP`). The length-scale of the two named
             ones is half a decade of LR, at most a fifth of the warm-up.
         device: where the GP does its sums; None for the device of the losses.
         seed: of the draws that the GPyTorch engine makes; the closed form draws nothing.
         model: what is trained. As long as the loss falls, its parameters and buffers and the optimizer's state are copied each time
-            that the LR has grown by 1 / `peak_factor`; the last two copies are held. At the switch the run goes back to the
-            newer one that was made at no more than the peak LR, else to the older, so that the steps at too high an LR leave no
-            trace. After the switch one copy is held, renewed at as many steps as there are between tests, and put back if
+            that the LR has grown by as much as the peak will lie below the minimum; the last two copies are held. (Before the
+            first fit, at 10 losses, one that is no higher than the mean so far counts as falling.) At the switch the run goes back
+            to the newer one that was made at no more than the peak LR, else to the older, so that the steps at too high an LR
+            leave no trace. After the switch one copy is held, renewed at as many steps as there are between tests, and put back if
             training diverges. None: they stay as they are.
         snapshot_device: where the copies are held: None for beside the original, or "cpu" (pinned memory, if the model is on a
             GPU).
@@ -648,10 +650,10 @@ class AutoWU(LRScheduler):
 
         self._copying(take, size)
 
-    def _is_below_its_mean(self) -> bool:
-        """Whether the latest of the losses that await the first fit is no higher than their mean."""
-        losses = self.history.staged
-        return bool(losses[-1] <= losses[losses.isfinite()].mean())
+    def _has_not_risen(self) -> bool:
+        """Before the first fit: whether the latest loss is no higher than the mean of all."""
+        curve = self.history.curve(self.config.warmup_steps)
+        return bool(curve.sums[-1] / curve.counts[-1] <= curve.sums.sum() / curve.counts.sum())
 
     def _level_at(self, restored: int | None) -> float | None:
         """What the loss was when the copy was made that has been restored, None if none was."""
@@ -662,9 +664,9 @@ class AutoWU(LRScheduler):
         ends = exploded or step == self.config.warmup_limit
         rank, size = rank_and_size(self.process_group)
         if step < MIN_LOSSES and not ends:
-            # In a warm-up of a dozen steps the minimum may be past by the first fit; ranks have nothing to agree by before it.
+            # In a warm-up of a dozen steps the minimum may be past by the first fit. Ranks have nothing to agree by before it.
             sound = self._copying(Snapshot.sound, size) if size == 1 else None
-            if sound is not None and bool(sound) and self._is_below_its_mean():
+            if sound is not None and bool(sound) and self._has_not_risen():
                 self._take_over_the_older(step, size)
             return
         sound = self._copying(Snapshot.sound, size)

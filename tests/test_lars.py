@@ -134,12 +134,14 @@ def test_groups_left_out_may_mix_precisions():
         torch.testing.assert_close(parameter, twin)
 
 
-def test_a_ratio_below_the_precision_of_the_weights():
-    """SGD's kernel is told 1 - ratio, in double precision."""
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("size", [1e2, 1e5, 1e10, 1e15])
+def test_a_ratio_of_any_size_scales_the_gradient(size, nesterov):
+    """SGD's kernel is told 1 - ratio, as long as that can be told."""
     weight = torch.nn.Parameter(torch.ones(4, 4))  # norm 4
-    optimizer = LARS(torch.optim.SGD([weight], lr=0.0, momentum=0.9), eps=0.0)
+    optimizer = LARS(torch.optim.SGD([weight], lr=0.0, momentum=0.9, nesterov=nesterov), eps=0.0)
     for momentum in (1e-3, 1.9e-3):
-        weight.grad = torch.full((4, 4), 1e5)  # norm 4e5, ratio 1e-8
+        weight.grad = torch.full((4, 4), size)  # norm 4 * size, ratio 1e-3 / size
         optimizer.step()
         torch.testing.assert_close(optimizer.state[weight]["momentum_buffer"], torch.full((4, 4), momentum), rtol=1e-6, atol=0)
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 _PIECE: Final = 1 << 20
+_SMALL: Final = 1e-6
+"""Of a ratio below this, 1 - ratio would not keep what float32 can."""
 
 
 def has_kernel(param: Tensor, *others: Tensor) -> bool:
@@ -105,7 +107,7 @@ def lars_sgd_(
             _sgd_([param], [grad], buffer, rate, weight_decay, momentum, dampening, nesterov, maximize, first)
         elif not buffer:
             _sgd_([param], [grad], [], rate * ratio, weight_decay, 0.0, 0.0, False, maximize, False)
-        elif param.dtype != torch.float32:
+        elif param.dtype != torch.float32 or (ratio < _SMALL and not nesterov):
             grad.mul_(ratio)
             _sgd_([param], [grad], buffer, rate, weight_decay * ratio, momentum, dampening, nesterov, maximize, first)
         elif nesterov:
@@ -225,28 +227,23 @@ def _adamw_(
     )
 
 
-# For torch.compile. The schemas are written out: what torch infers from the annotations depends on its version.
-lars_sgd_op = torch.library.custom_op(
-    "autowu::lars_sgd_",
-    lars_sgd_,
-    mutates_args=("params", "grads", "buffers"),
-    schema="(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] buffers, bool[] fresh, Tensor lr, Tensor coef, float eps, "
-    "float max_norm, float weight_decay, float momentum, float dampening, bool nesterov, bool maximize, bool adapt) -> Tensor",
-)
-lamb_op = torch.library.custom_op(
-    "autowu::lamb_",
-    lamb_,
-    mutates_args=("params", "firsts", "seconds", "steps"),
-    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor(d!)[] steps, "
-    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, float max_trust_ratio, bool bias_correction, "
-    "bool adapt) -> Tensor",
-)
-
-
 def _norms_of(params: list[Tensor], *others: Any) -> Tensor:
     """What both operators return, without values."""
     return torch.empty(3, len(params) if others[-1] else 0, dtype=torch.float64, device="cpu")
 
 
-lars_sgd_op.register_fake(_norms_of)
-lamb_op.register_fake(_norms_of)
+# For torch.compile. Defined by hand and not as a `custom_op`, which counts up the version of every tensor in Python.
+torch.library.define(
+    "autowu::lars_sgd_",
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] buffers, bool[] fresh, Tensor lr, Tensor coef, float eps, "
+    "float max_norm, float weight_decay, float momentum, float dampening, bool nesterov, bool maximize, bool adapt) -> Tensor",
+)
+torch.library.define(
+    "autowu::lamb_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor(d!)[] steps, Tensor lr, float beta1, "
+    "float beta2, float eps, float weight_decay, float max_trust_ratio, bool bias_correction, bool adapt) -> Tensor",
+)
+for name, step in (("autowu::lars_sgd_", lars_sgd_), ("autowu::lamb_", lamb_)):
+    torch.library.impl(name, "CPU", step)
+    torch.library.register_fake(name, _norms_of)
+lars_sgd_op, lamb_op = torch.ops.autowu.lars_sgd_.default, torch.ops.autowu.lamb_.default
