@@ -96,6 +96,13 @@ class LossHistory:
         sums, _, counts = self._bins.sum(1)
         return torch.stack([sums + counts * self._anchor.nan_to_num(), counts])
 
+    def mean(self) -> Tensor:
+        """Mean of the finite losses so far, on their device, NaN where there is none. Leaves what is staged as it is."""
+        sums, _, counts = self._bins.sum(1)
+        finite = self.staged.isfinite()
+        staged = torch.where(finite, self.staged, 0.0).sum()
+        return (sums + counts * self._anchor.nan_to_num() + staged) / (counts + finite.sum())
+
     def fold(self) -> None:
         """Move the staged losses into the bins."""
         start, stop = self._folded, self.steps

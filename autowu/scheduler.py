@@ -652,8 +652,7 @@ class AutoWU(LRScheduler):
 
     def _has_not_risen(self) -> bool:
         """Before the first fit: whether the latest loss is no higher than the mean of all."""
-        curve = self.history.curve(self.config.warmup_steps)
-        return bool(curve.sums[-1] / curve.counts[-1] <= curve.sums.sum() / curve.counts.sum())
+        return bool(self.history.staged[-1] <= self.history.mean())
 
     def _level_at(self, restored: int | None) -> float | None:
         """What the loss was when the copy was made that has been restored, None if none was."""

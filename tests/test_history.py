@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autowu.history import LossHistory
+from autowu.history import MISSING, LossHistory
 
 FIELDS = ("positions", "sums", "squares", "counts", "anchor")
 
@@ -270,3 +270,17 @@ def test_nothing_synchronises_with_a_gpu():
     expected = filled([1.0, *losses.tolist(), 0.5], max_points=64)
     torch.testing.assert_close(history.curve(4000).sums.cpu(), expected.curve(4000).sums)
     assert_same_curve(saved_and_loaded(history).curve(4000), history.curve(4000))
+
+
+@pytest.mark.parametrize("folds", [(), (1,), (2, 5)])
+def test_the_mean_is_that_of_the_finite_losses_and_folds_nothing(folds):
+    history = LossHistory()
+    losses = [3.0, math.nan, 1.0, MISSING, 2.5, math.inf, 1e3]
+    for step, loss in enumerate(losses):
+        history.append(loss)
+        finite = [value for value in losses[: step + 1] if math.isfinite(value)]
+        assert float(history.mean()) == pytest.approx(sum(finite) / len(finite))
+        if step in folds:
+            history.fold()
+    assert len(history.staged) == len(losses) - max((fold + 1 for fold in folds), default=0)
+    assert LossHistory().mean().isnan()

@@ -933,7 +933,8 @@ def test_decisions_are_the_same_on_the_device():
     assert advance(moved, curve) == expected
 
 
-def test_a_warm_up_of_a_dozen_steps_goes_back_too():
+@pytest.mark.parametrize("read", [False, True])
+def test_a_warm_up_of_a_dozen_steps_goes_back_too(read):
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     scheduler = AutoWU(optimizer, total_steps=30, model=torch.nn.ParameterList([weight]), peak_factor=1.0)
@@ -942,6 +943,8 @@ def test_a_warm_up_of_a_dozen_steps_goes_back_too():
             weight.fill_(step)
         optimizer.step()
         scheduler.step(loss)
+        if read:
+            scheduler.history.total()  # folds it
     assert scheduler.switch is not None
     # Copies are held of steps 5 and 6, the last with a loss no higher than the mean so far; the LR of step 6 is above the peak.
     assert weight.item() == 5
