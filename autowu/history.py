@@ -101,7 +101,8 @@ class LossHistory:
         sums, _, counts = self._bins.sum(1)
         finite = self.staged.isfinite()
         staged = torch.where(finite, self.staged, 0.0).sum()
-        return (sums + counts * self._anchor.nan_to_num() + staged) / (counts + finite.sum())
+        mean: Tensor = (sums + counts * self._anchor.nan_to_num() + staged) / (counts + finite.sum())
+        return mean
 
     def fold(self) -> None:
         """Move the staged losses into the bins."""
