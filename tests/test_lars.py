@@ -580,4 +580,6 @@ def test_a_default_device_is_not_that_of_the_parameters():
                 parameter.grad = gradient
             with torch.device(device):
                 optimizer.step()
+            assert all(layer.trust_ratio > 0 for layer in optimizer.layer_stats())
+            assert len(optimizer.layer_stats()) == len(chosen)
     assert all(torch.equal(p, t) for p, t in zip(parameters, twins, strict=True))
