@@ -492,7 +492,8 @@ def test_the_published_preset():
     assert [scheduler.lr_at(k) for k in (0, 150)] == pytest.approx([1e-5, 1e-5 * 1e5**0.5])
     assert scheduler.gp.published
     advance(scheduler, v_curve(600, lowest=150))
-    assert (start := scheduler.switch.step) % 20 == 0
+    start = scheduler.switch.step
+    assert start % 20 == 0
     assert scheduler.switch.minimum == pytest.approx(150, abs=30)
     assert len(scheduler.decision.minima) == 5
     cosine = [scheduler.switch.lr * cooldown_factor((k - start) / (600 - start), "cosine") for k in range(start, 600)]
