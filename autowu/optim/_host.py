@@ -1,6 +1,7 @@
 """Whole steps on the CPU: a parameter at a time, while the cache has it, by torch's fused kernels.
 
 They are functions and operators: `torch.compile` calls the latter, for a step of Python costs it minutes to compile and is slower.
+As a compiler is at hand there, the operators make norms in loops of C++ (`_cpp.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from autowu.optim._cpp import Loops, build
 
 _PIECE: Final = 1 << 20
 _SMALL: Final = 1e-6
@@ -77,6 +80,7 @@ def lars_sgd_(
     nesterov: bool,
     maximize: bool,
     adapt: bool,
+    loops: Loops | None = None,
 ) -> Tensor:
     """A step of torch.optim.SGD on the gradients that LARS gives it.
 
@@ -86,6 +90,7 @@ def lars_sgd_(
         lr, coef: the learning rate and the trust coefficient, scalars.
         max_norm: the norms count as this at most.
         adapt: whether there are ratios.
+        loops: make norms in float32 in place of torch's operations.
 
     Returns:
         (3, k) weight norms, gradient norms and trust ratios, or (3, 0) without ratios.
@@ -99,7 +104,10 @@ def lars_sgd_(
         buffer, first = buffers[i : i + 1], bool(fresh) and fresh[i]
         ratio = 1.0
         if adapt:
-            weight_norm, grad_norm = _norm(param), _norm(grad)
+            if loops is not None and param.dtype == torch.float32:
+                weight_norm, grad_norm = loops.norms(param, grad)
+            else:
+                weight_norm, grad_norm = _norm(param), _norm(grad)
             if weight_norm > 0 and grad_norm > 0:
                 ratio = lars_ratio(weight_norm, grad_norm, trust_coef, weight_decay, eps, max_norm)
             rows.append((weight_norm, grad_norm, ratio))
@@ -166,6 +174,7 @@ def lamb_(
     max_trust_ratio: float,
     bias_correction: bool,
     adapt: bool,
+    loops: Loops | None = None,
 ) -> Tensor:
     """A step of LAMB, or of torch.optim.AdamW where there are no ratios.
 
@@ -173,6 +182,7 @@ def lamb_(
         params, grads, firsts, seconds, steps: k parameters of :func:`has_kernel` and of one dtype, k gradients, both moments and
             the steps taken.
         lr: the learning rate, a scalar.
+        loops: make updates and norms in float32 in place of torch's operations.
 
     Returns:
         (3, k) weight norms, update norms and trust ratios, or (3, 0) without ratios.
@@ -186,12 +196,16 @@ def lamb_(
     scratch = torch.empty(max(param.numel() for param in params), dtype=params[0].dtype, device="cpu")
     for i, param in enumerate(params):
         one = slice(i, i + 1)
-        # Adam's kernel makes the update, negated, of weights of 0 at an LR of 1; the decay lies there already.
         update = scratch.as_strided(param.size(), param.stride())
-        torch.mul(param, -weight_decay, out=update)
-        weight_norm = _norm(param)  # here, while the cache has it
-        _adamw_([update], grads[one], firsts[one], seconds[one], counts[one], 1.0, beta1, beta2, eps, 0.0)
-        update_norm = _norm(update)
+        if loops is not None and param.dtype == torch.float32:
+            row = (param, grads[i], firsts[i], seconds[i], update, steps[i].item())
+            weight_norm, update_norm = loops.lamb_update(*row, beta1, beta2, eps, weight_decay, bias_correction)
+        else:
+            torch.mul(param, -weight_decay, out=update)
+            weight_norm = _norm(param)  # here, while the cache has it
+            # Adam's kernel makes the update, negated, of weights of 0 at an LR of 1; the decay lies there already.
+            _adamw_([update], grads[one], firsts[one], seconds[one], counts[one], 1.0, beta1, beta2, eps, 0.0)
+            update_norm = _norm(update)
         ratio = min(weight_norm / update_norm, max_trust_ratio) if weight_norm > 0 and update_norm > 0 else 1.0
         param.add_(update, alpha=rate * ratio)
         rows.append((weight_norm, update_norm, ratio))
@@ -244,6 +258,6 @@ torch.library.define(
     "float beta2, float eps, float weight_decay, float max_trust_ratio, bool bias_correction, bool adapt) -> Tensor",
 )
 for name, step in (("autowu::lars_sgd_", lars_sgd_), ("autowu::lamb_", lamb_)):
-    torch.library.impl(name, "CPU", step)
+    torch.library.impl(name, "CPU", lambda *args, step=step: step(*args, build()))
     torch.library.register_fake(name, _norms_of)
 lars_sgd_op, lamb_op = torch.ops.autowu.lars_sgd_.default, torch.ops.autowu.lamb_.default
