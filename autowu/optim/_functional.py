@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from autowu.optim._host import host_norm
 
@@ -61,19 +62,26 @@ class LayerNorms(NamedTuple):
     """(3, k), or 3 numbers for k = 1: weight norm, gradient norm, trust ratio."""
 
 
-def buckets(params: list[Tensor], *others: Sequence[Tensor]) -> Iterable[Bucket]:
+def buckets(params: list[Tensor], *others: Sequence[Tensor]) -> list[Bucket]:
     """Parameters and what goes with each (gradients, moments), sorted into buckets in the order of the parameters."""
-    found: dict[Any, Bucket] = {}
-    for param, *rest in zip(params, *others, strict=True):
-        distributed = hasattr(param, "placements")  # a DTensor
-        sharding = _sharding(param) if distributed else None
-        key = (param.device, param.dtype, sharding)
-        if key not in found:
-            found[key] = Bucket([], [[] for _ in range(1 + len(rest))], sharding)
-        found[key].params.append(param)
-        for column, tensor in zip(found[key].columns, (param, *rest), strict=True):
-            column.append(_shard(tensor) if distributed and hasattr(tensor, "placements") else tensor)
-    return found.values()
+    if not params:
+        return []
+    columns = [list(params), *map(list, others)]
+    shardings: list[Sharding | None] = [None] * len(params)
+    for i, param in enumerate(params):
+        if type(param) not in (Parameter, Tensor) and hasattr(param, "placements"):  # a DTensor
+            shardings[i] = _sharding(param)
+            for column in columns:
+                column[i] = _shard(column[i]) if hasattr(column[i], "placements") else column[i]
+    keys = list(zip([param.device for param in params], [param.dtype for param in params], shardings, strict=True))
+    if keys.count(keys[0]) == len(keys):  # as a rule, and it costs nothing
+        return [Bucket(list(params), columns, shardings[0])]
+    found: dict[Any, list[int]] = {}
+    for i, key in enumerate(keys):
+        found.setdefault(key, []).append(i)
+    return [
+        Bucket([params[i] for i in rows], [[column[i] for i in rows] for column in columns], key[2]) for key, rows in found.items()
+    ]
 
 
 def _sharding(param: Any) -> Sharding | None:
@@ -166,11 +174,15 @@ def check_dense(name: str, grad: Tensor) -> None:
         raise RuntimeError(f"{name}: a gradient of layout {grad.layout}; only dense gradients have a trust ratio")
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is captured."""
+    on_cuda = not torch.compiler.is_compiling() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(on_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def check_capture(name: str, groups: Iterable[dict[str, Any]]) -> None:
     """Raise RuntimeError where a CUDA graph would freeze what the host counts."""
-    on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    capturing = not torch.compiler.is_compiling() and on_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing and not all(group["capturable"] for group in groups):
+    if is_capturing() and not all(group["capturable"] for group in groups):
         raise RuntimeError(f"{name}: a step in a CUDA graph needs capturable=True, and the LR as a tensor")
 
 

@@ -188,10 +188,10 @@ def lamb_(
         (3, k) weight norms, update norms and trust ratios, or (3, 0) without ratios.
     """
     torch._foreach_add_(steps, 1)
-    counts = steps if bias_correction else [torch.full_like(step, math.inf) for step in steps]
+    taken = counts(steps, bias_correction)
     rate, rows = lr.item(), []
     if not adapt:
-        _adamw_(params, grads, firsts, seconds, counts, rate, beta1, beta2, eps, weight_decay)
+        adamw_(params, grads, firsts, seconds, taken, rate, beta1, beta2, eps, weight_decay)
         return _columns([])
     scratch = torch.empty(max(param.numel() for param in params), dtype=params[0].dtype, device="cpu")
     for i, param in enumerate(params):
@@ -204,7 +204,7 @@ def lamb_(
             torch.mul(param, -weight_decay, out=update)
             weight_norm = _norm(param)  # here, while the cache has it
             # Adam's kernel makes the update, negated, of weights of 0 at an LR of 1; the decay lies there already.
-            _adamw_([update], grads[one], firsts[one], seconds[one], counts[one], 1.0, beta1, beta2, eps, 0.0)
+            adamw_([update], grads[one], firsts[one], seconds[one], taken[one], 1.0, beta1, beta2, eps, 0.0)
             update_norm = _norm(update)
         ratio = min(weight_norm / update_norm, max_trust_ratio) if weight_norm > 0 and update_norm > 0 else 1.0
         param.add_(update, alpha=rate * ratio)
@@ -212,18 +212,24 @@ def lamb_(
     return _columns(rows)
 
 
-def _adamw_(
+def counts(steps: list[Tensor], bias_correction: bool) -> list[Tensor]:
+    """The steps taken, for torch's kernel: it corrects nothing after endless ones."""
+    return steps if bias_correction else [torch.full_like(step, math.inf) for step in steps]
+
+
+def adamw_(
     params: list[Tensor],
     grads: list[Tensor],
     firsts: list[Tensor],
     seconds: list[Tensor],
     steps: list[Tensor],
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
 ) -> None:
+    """Torch's fused kernel of AdamW."""
     torch._fused_adamw_(
         params,
         grads,

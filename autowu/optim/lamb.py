@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from autowu.optim import _device
 from autowu.optim._functional import (
     Bucket,
     LayerNorms,
@@ -24,7 +25,7 @@ from autowu.optim._functional import (
     scale_,
     trust_ratios,
 )
-from autowu.optim._host import at_most, has_kernel, lamb_, lamb_op, same_layout
+from autowu.optim._host import adamw_, at_most, counts, has_kernel, lamb_, lamb_op, same_layout
 
 __all__ = ["LAMB"]
 
@@ -128,6 +129,9 @@ class LAMB(Optimizer):
                 rows = zip(*bucket.columns[:4], strict=True)  # all but the counts
                 if not foreach and bucket.sharding is None and all(has_kernel(*row) for row in rows):
                     self._update_on_the_host(group, bucket, taken)
+                elif foreach and _device.have_kernels(bucket.params, *bucket.columns[1:4]):
+                    weights, grads, firsts, seconds, steps = bucket.columns
+                    taken += _device.lamb_(weights, grads, firsts, seconds, steps, group["lr"], *_numbers(group))
                 else:
                     for piece in bucket.pieces(foreach):
                         self._update(group, piece, taken)
@@ -173,8 +177,9 @@ class LAMB(Optimizer):
         torch._foreach_add_(steps, 1)
         columns = zip(weights, grads, firsts, seconds, strict=True)
         if not torch.compiler.is_compiling() and all(_fusable(w) and same_layout(w, *others) for w, *others in columns):
-            updates = [torch.zeros_like(weight) for weight in weights]
-            _fused_adam(group, updates, grads, firsts, seconds, steps)
+            updates = [torch.zeros_like(weight) for weight in weights]  # of which Adam's kernel makes its update, negated
+            (beta1, beta2), taken_steps = group["betas"], counts(steps, group["bias_correction"])
+            adamw_(updates, grads, firsts, seconds, taken_steps, 1.0, beta1, beta2, group["eps"], 0.0)
         else:
             updates = _adam(group, grads, firsts, seconds, steps)
         if (decay := group["weight_decay"]) != 0:
@@ -194,23 +199,10 @@ class LAMB(Optimizer):
             torch._foreach_add_(weights, updates)
 
     def _update_on_the_host(self, group: dict[str, Any], bucket: Bucket, taken: list[LayerNorms]) -> None:
-        beta1, beta2 = group["betas"]
         weights, grads, firsts, seconds, steps = bucket.columns
-        norms = (lamb_op if torch.compiler.is_compiling() else lamb_)(
-            weights,
-            grads,
-            firsts,
-            seconds,
-            steps,
-            torch.as_tensor(group["lr"], dtype=torch.float64, device="cpu"),
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-            group["max_trust_ratio"],
-            group["bias_correction"],
-            group["adapt"],
-        )
+        lr = torch.as_tensor(group["lr"], dtype=torch.float64, device="cpu")
+        step = lamb_op if torch.compiler.is_compiling() else lamb_
+        norms = step(weights, grads, firsts, seconds, steps, lr, *_numbers(group))
         if group["adapt"]:
             taken.append(LayerNorms(bucket.params, norms))
 
@@ -256,31 +248,10 @@ def _fusable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and (tensor.is_cuda or (tensor.is_cpu and tensor.dtype in (torch.float32, torch.float64)))
 
 
-def _fused_adam(
-    group: dict[str, Any],
-    zeros: list[Tensor],
-    grads: list[Tensor],
-    firsts: list[Tensor],
-    seconds: list[Tensor],
-    steps: list[Tensor],
-) -> None:
-    """Advance the moments; leave in `zeros` Adam's updates, negated: what its fused kernel makes of weights of 0 at an LR of 1."""
-    beta1, beta2 = group["betas"]
-    torch._fused_adamw_(
-        zeros,
-        grads,
-        firsts,
-        seconds,
-        [],
-        steps if group["bias_correction"] else [torch.full_like(step, math.inf) for step in steps],
-        lr=1.0,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=0.0,
-        eps=group["eps"],
-        amsgrad=False,
-        maximize=False,
-    )
+def _numbers(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What a step of a whole group takes beside tensors and the LR."""
+    names = ("eps", "weight_decay", "max_trust_ratio", "bias_correction", "adapt")
+    return (*group["betas"], *[group[name] for name in names])
 
 
 def _adam(

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, overload
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from autowu.optim import _device, _host
 from autowu.optim._functional import (
     LayerNorms,
     LayerStats,
@@ -24,7 +26,6 @@ from autowu.optim._functional import (
     scale_,
     trust_ratios,
 )
-from autowu.optim._host import has_kernel, lars_ratio, lars_sgd_, lars_sgd_op, same_layout
 
 __all__ = ["LARS"]
 
@@ -115,9 +116,9 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         taken: list[LayerNorms] = []
-        if self._is_plain_sgd_on_the_cpu():
+        if (kernels := self._kernels()) is not None:
             for group in self.param_groups:
-                self._sgd(group, taken)
+                self._sgd(kernels, group, taken)
         elif torch.compiler.is_compiling() and type(self.optim).__module__.startswith("torch.optim."):
             # The step of the class: its wrappers break the graph.
             inspect.unwrap(type(self.optim).step)(_Adapting(self, taken))
@@ -148,14 +149,21 @@ class LARS(Optimizer):
     def _ratio(self, group: dict[str, Any], decay: float) -> Callable[[Any, Any], Any]:
         """The trust ratio in this step, as a function of the norms of weight and gradient: floats or tensors."""
         coef, eps, cap = self._trust_coef(group), self.eps, group.get("max_norm", math.inf)
-        return lambda weight, grad: lars_ratio(weight, grad, coef, decay, eps, cap)
+        return lambda weight, grad: _host.lars_ratio(weight, grad, coef, decay, eps, cap)
 
     def _adapt(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], decay: float, taken: list[LayerNorms]
     ) -> None:
         """Replace gradients by the scaled, decayed ones, in place."""
+        foreach = pick_foreach(self.foreach, params)
         for bucket in buckets(params, grads):
-            for piece in bucket.pieces(pick_foreach(self.foreach, params)):
+            if group["adapt"] and foreach and _device.have_kernels(bucket.params, bucket.columns[1]):
+                coef, max_norm = self._trust_coef(group), group.get("max_norm", math.inf)
+                taken += _device.lars_scale_(
+                    bucket.params, bucket.columns[1], coef, self.eps, max_norm, decay, group.get("maximize", False)
+                )
+                continue
+            for piece in bucket.pieces(foreach):
                 weights, shards = piece.columns
                 norms = trust_ratios(piece, shards, self._ratio(group, decay)) if group["adapt"] else None
                 if decay != 0:
@@ -184,19 +192,23 @@ class LARS(Optimizer):
                 if decay != 0:
                     group["weight_decay"] = decay
 
-    def _is_plain_sgd_on_the_cpu(self) -> bool:
-        """Whether SGD's fused kernel can scale, decay and step a parameter at once, while it is in the cache."""
+    def _kernels(self) -> ModuleType | None:
+        """Where there are kernels that scale, decay and step a parameter at once: the wrapped optimizer is torch's SGD."""
         optim = self.optim
-        return (
-            type(optim) is SGD
-            and not self.foreach
-            and (torch.compiler.is_compiling() or not _is_observed(optim))
-            and all(group["fused"] or group["fused"] is group["foreach"] is None for group in optim.param_groups)
-            and not any(group["differentiable"] for group in optim.param_groups)
-            and all(has_kernel(p, p.grad) for group in optim.param_groups for p in group["params"] if p.grad is not None)
-        )
+        if type(optim) is not SGD or any(group["differentiable"] for group in optim.param_groups):
+            return None
+        if not torch.compiler.is_compiling() and _is_observed(optim):
+            return None
+        params = [param for group in optim.param_groups for param in group["params"] if param.grad is not None]
+        grads = [param.grad for param in params]
+        asked = [(group["fused"], group["foreach"]) for group in optim.param_groups]
+        one_by_one = not self.foreach and all(fused or fused is foreach is None for fused, foreach in asked)
+        if one_by_one and all(map(_host.has_kernel, params, grads)):
+            return _host
+        at_once = self.foreach is not False and all(fused or foreach is not False for fused, foreach in asked)
+        return _device if at_once and _device.have_kernels(params, grads) else None
 
-    def _sgd(self, group: dict[str, Any], taken: list[LayerNorms]) -> None:
+    def _sgd(self, kernels: ModuleType, group: dict[str, Any], taken: list[LayerNorms]) -> None:
         """A step of torch.optim.SGD on the adapted gradients of a group."""
         params: list[Tensor] = []
         grads: list[Tensor] = []
@@ -206,27 +218,22 @@ class LARS(Optimizer):
             return
         buffers: list[Tensor] = []
         for param, buffer in zip(params, found, strict=False):  # without momentum there are none
-            if buffer is None or not same_layout(param, buffer):
+            if buffer is None or buffer.stride() != param.stride() or buffer.dtype != param.dtype:
                 empty = torch.zeros_like(param)
-                self.state[param]["momentum_buffer"] = empty if buffer is None else empty.copy_(buffer)
-            buffers.append(self.state[param]["momentum_buffer"])
-        coef, max_norm = self._trust_coef(group), group.get("max_norm", math.inf)
-        norms = (lars_sgd_op if torch.compiler.is_compiling() else lars_sgd_)(
-            params,
-            grads,
-            buffers,
-            [buffer is None for buffer in found],
-            torch.as_tensor(group["lr"], dtype=torch.float64, device="cpu"),
-            torch.as_tensor(coef, dtype=torch.float64, device="cpu"),
-            self.eps,
-            max_norm,
-            group["weight_decay"],
-            group["momentum"],
-            group["dampening"],
-            group["nesterov"],
-            group["maximize"],
-            group["adapt"],
-        )
+                buffers.append(empty if buffer is None else empty.copy_(buffer))
+                self.state[param]["momentum_buffer"] = buffers[-1]
+            else:
+                buffers.append(buffer)
+        tensors = (params, grads, buffers, [buffer is None for buffer in found])
+        others = ("weight_decay", "momentum", "dampening", "nesterov", "maximize", "adapt")
+        numbers = (self.eps, group.get("max_norm", math.inf), *[group[name] for name in others])
+        rate, coef = group["lr"], self._trust_coef(group)
+        if kernels is _device:
+            taken += _device.lars_sgd_(*tensors, rate, coef, *numbers)
+            return
+        # As tensors, or a compiler would take them for fixed.
+        rate, coef = (torch.as_tensor(number, dtype=torch.float64, device="cpu") for number in (rate, coef))
+        norms = (_host.lars_sgd_op if torch.compiler.is_compiling() else _host.lars_sgd_)(*tensors, rate, coef, *numbers)
         if group["adapt"]:
             taken.append(LayerNorms(params, norms))
 

@@ -1,0 +1,152 @@
+"""Steps of the GPU's kernels against steps in float64 of torch's operations: on a GPU, or interpreted with TRITON_INTERPRET=1.
+
+Run by test_optim_device.py in a process of its own, for Triton decides between the two when it is imported.
+"""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from autowu.optim import LAMB, LARS, TVLARS, _device, _triton
+
+DEVICE = torch.device("cpu" if type(_triton.norms).__module__ == "triton.runtime.interpreter" else "cuda")
+SHAPES = ((64, 80), (1,), (3, 5), (2, 8, 4, 4), (10_000,), (16,), (0,), (100,))
+HALF = {torch.float16: 3e-3, torch.bfloat16: 3e-2}  # what a step may be off; the interpreter truncates to bfloat16
+
+OPTIMIZERS = {
+    "lars": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=0.5), trust_coef=0.1, **kw)),
+    "momentum": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, momentum=0.9), trust_coef=0.1, **kw)),
+    "nesterov": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, momentum=0.9, nesterov=True), trust_coef=0.1, **kw)),
+    "dampening": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, momentum=0.9, dampening=0.3), trust_coef=0.1, **kw)),
+    "maximize": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, maximize=True), trust_coef=0.1, **kw)),
+    "tvlars": ("lars_sgd_", lambda groups, **kw: TVLARS(groups, lr=0.5, eta=0.1, lmbda=0.5, delay=2, max_norm=5.0, **kw)),
+    "capturable tvlars": ("lars_sgd_", lambda groups, **kw: TVLARS(groups, lr=0.5, eta=0.1, lmbda=0.5, capturable=True, **kw)),
+    "tensor lr": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=at(0.5), momentum=0.9), trust_coef=0.1, **kw)),
+    "around adamw": ("lars_scale_", lambda groups, **kw: LARS(AdamW(groups, lr=0.01, eps=1e-3), **kw)),
+    "around sgd": ("lars_scale_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, maximize=True, foreach=False), **kw)),
+    "lamb": ("lamb_", lambda groups, **kw: LAMB(groups, lr=0.01, eps=1e-3, max_trust_ratio=3.0, **kw)),
+    "uncorrected lamb": ("lamb_", lambda groups, **kw: LAMB(groups, lr=0.01, eps=1e-3, bias_correction=False, **kw)),
+    "lamb, tensor lr": ("lamb_", lambda groups, **kw: LAMB(groups, lr=at(0.01), eps=1e-3, **kw)),
+}
+
+
+def at(lr):
+    return torch.tensor(lr, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def _numbers_of_the_device(monkeypatch):
+    if DEVICE.type == "cpu":  # where a tensor would be read, as it is there to read
+        monkeypatch.setattr(_device, "_number", lambda value: value if isinstance(value, torch.Tensor) else float(value))
+
+
+def parameters(dtype):
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in SHAPES]
+    drawn[3] = drawn[3].to(memory_format=torch.channels_last)
+    drawn[5].zero_()
+    drawn[7] = torch.cat((drawn[7], drawn[7]))[1:101]  # it begins at an odd address
+    return [nn.Parameter(tensor) for tensor in drawn]
+
+
+def take_steps(make, dtype, monkeypatch, kernels):
+    """Parameters, state, stats and the kernels' functions that five steps called: with gradients missing, late, zero."""
+    called = set()
+
+    def seen(name, step):
+        return lambda *args: called.add(name) or step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_device, "_works", lambda device: kernels)
+        for name in ("lars_sgd_", "lars_scale_", "lamb_"):
+            patch.setattr(_device, name, seen(name, getattr(_device, name)))
+        params = parameters(dtype)
+        own = {"weight_decay": 0.05}, {"adapt": False, "weight_decay": 0.02}, {}
+        optimizer = make(
+            [{"params": part, **o} for part, o in zip((params[:4], params[4:5], params[5:]), own, strict=True)], foreach=True
+        )
+        for step in range(5):
+            generator = torch.Generator().manual_seed(100 + step)
+            for param in params:
+                param.grad = torch.empty_like(param).copy_(torch.randn(param.shape, generator=generator))
+            if step < 2:
+                params[0].grad = None
+            if step == 3:
+                params[2].grad = None
+            if step == 4:
+                params[1].grad.zero_()
+            optimizer.step()
+    return params, [optimizer.state.get(param, {}) for param in params], optimizer.layer_stats(), called
+
+
+def assert_near(own, others, tolerance):
+    """All together: single elements may be differences of much larger ones."""
+    own, others = (torch.cat([tensor.detach().double().flatten() for tensor in some]) for some in (own, others))
+    assert (own - others).norm() <= tolerance * others.norm() + 1e-9
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_the_kernels_take_the_steps_of_torchs_operations(name, dtype, monkeypatch):
+    expected, make = OPTIMIZERS[name]
+    tolerance = HALF.get(dtype, 1e-6)
+    params, state, stats, called = take_steps(make, dtype, monkeypatch, True)
+    # Float16 is too small for Adam's second moments of these gradients, however they are made.
+    reference = take_steps(make, dtype if dtype in HALF else torch.float64, monkeypatch, False)
+    assert (called, reference[3]) == ({expected}, set())
+    assert_near(params, reference[0], tolerance)
+    for own, other in zip(state, reference[1], strict=True):
+        assert [key for key in own if own[key] is not None] == [key for key in other if other[key] is not None]
+    for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "step"):
+        own, others = ([row[key] for row in rows if row.get(key) is not None] for rows in (state, reference[1]))
+        if own:
+            assert_near(own, others, tolerance)
+    assert [layer.name for layer in stats] == [layer.name for layer in reference[2]]
+    for layer, other in zip(stats, reference[2], strict=True):
+        assert layer[1:] == pytest.approx(other[1:], rel=10 * tolerance, abs=1e-9)
+
+
+def test_mixed_dtypes_share_a_group(monkeypatch):
+    monkeypatch.setattr(_device, "_works", lambda device: True)
+    for make in (OPTIMIZERS["momentum"][1], OPTIMIZERS["lamb"][1]):
+        weights = [nn.Parameter(torch.ones(40, device=DEVICE, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer = make([{"params": weights}], foreach=True)
+        optimizer.step()
+        torch.testing.assert_close(weights[1].float(), weights[0].detach(), rtol=1e-2, atol=0.0)
+        assert weights[0].max() < 1
+        assert [layer.name for layer in optimizer.layer_stats()] == ["0.0", "0.1"]
+
+
+def test_a_nan_gets_the_ratio_one(monkeypatch):
+    monkeypatch.setattr(_device, "_works", lambda device: True)
+    for name in ("momentum", "lamb", "around adamw"):
+        weight = nn.Parameter(torch.ones(5000, device=DEVICE))
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[4500] = float("nan")
+        optimizer = OPTIMIZERS[name][1]([weight], foreach=True)
+        optimizer.step()
+        assert optimizer.layer_stats()[0].trust_ratio == 1
+        assert weight.isnan().sum() == 1
+
+
+def test_they_try_themselves_first(monkeypatch, caplog):
+    _device._try(DEVICE)
+    with monkeypatch.context() as patch:
+        sgd = _triton.sgd
+        patch.setattr(_triton, "sgd", type("Wrong", (), {"__getitem__": lambda _, grid: lambda *args, **kw: None})())
+        with pytest.raises(AssertionError):
+            _device._try(DEVICE)
+        assert sgd is not _triton.sgd
+    if DEVICE.type == "cpu":  # there is no GPU
+        _device._works.cache_clear()
+        with caplog.at_level(logging.WARNING):
+            assert not _device._works(torch.device("cuda"))
+            assert not _device._works(torch.device("cuda"))
+        assert [record.getMessage().split(":")[0] for record in caplog.records] == ["LARS and LAMB"]
+        assert not _device._works(torch.device("cpu"))
+        assert len(caplog.records) == 1
