@@ -1,12 +1,13 @@
 """Cost of a step of LARS, TVLARS and LAMB beside torch's fused SGD and AdamW, timm's and pytorch_optimizer's.
 
     pip install -e .[bench]
-    python benchmarks/bench_optim.py [--device cuda] [--models resnet50 vit_base_patch16_224] [--rounds 21] [--no-compile]
-                                     [--out benchmarks/results/bench_optim.json]
+    python benchmarks/bench_optim.py [--device cuda] [--models resnet50 vit_base_patch16_224] [--rounds 11] [--processes 5]
+                                     [--no-compile] [--out benchmarks/results/bench_optim.json]
 
 The parameters of real models with random gradients in float32; norms and biases with neither decay nor adaptation, as
 `autowu.optim.param_groups` sorts them. The optimizers of a family (SGD's, Adam's) take turns in every round, from gradients that
-were just written anew, and the table gives the median over the rounds of the ratio to the family's fused kernel in the same round.
+were just written anew. The table gives the ratio to the family's fused kernel in the same round: the median over the rounds, of
+which the median over several processes, for where the memory lies that a process is given changes its ratios for good.
 
 The limit is the ratio of the bytes that must move. SGD with momentum reads weight, gradient and buffer and writes two of them: 5
 times the parameters; LARS reads weight and gradient once more for their norms: 7. AdamW reads four and writes three: 7. LAMB needs
@@ -24,6 +25,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -81,6 +83,7 @@ FAMILIES: dict[str, dict[str, Callable[[Groups], Optimizer]]] = {
 
 def measure(name: str, family: str, device: str, rounds: int, compiled: bool) -> list[dict[str, Any]]:
     """A row for every optimizer of a family on the parameters of a model."""
+    logging.getLogger("autowu").setLevel(logging.WARNING)
     left_out = ([] if compiled else ["compiled"]) + ([] if importlib.util.find_spec("pytorch_optimizer") else ["pytorch_optimizer"])
     wanted = {key: make for key, make in FAMILIES[family].items() if not any(word in key for word in left_out)}
     steps: dict[str, Callable[[], Any]] = {}
@@ -117,11 +120,23 @@ def measure(name: str, family: str, device: str, rounds: int, compiled: bool) ->
             "family": family,
             "optimizer": key,
             "milliseconds": 1e3 * statistics.median(row[key] for row in times),
-            "ratio": statistics.median(row[key] / row[first] for row in times),
+            "ratios": [statistics.median(row[key] / row[first] for row in times)],
             "launches": launches(steps[key]) if device == "cuda" else None,
         }
         for key in steps
     ]
+
+
+def measure_in_processes(processes: int, *args: Any) -> list[dict[str, Any]]:
+    """The rows of :func:`measure`, each of medians over several processes, and the ratio in each."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        several = [pool.apply(measure, args) for _ in range(processes)]
+    rows = []
+    for same in zip(*several, strict=True):
+        ratios = [ratio for row in same for ratio in row["ratios"]]
+        median = {"milliseconds": statistics.median(row["milliseconds"] for row in same), "ratio": statistics.median(ratios)}
+        rows.append(same[0] | median | {"ratios": ratios})
+    return rows
 
 
 def wait(device: str) -> None:
@@ -160,17 +175,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--models", nargs="+", default=["resnet50", "vit_base_patch16_224"])
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled steps, which take minutes to compile")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled steps")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    logging.getLogger("autowu").setLevel(logging.WARNING)
-    torch._dynamo.config.recompile_limit = 64  # each model is a graph of its own
     rows = []
     for model in args.models:
         for family in FAMILIES:
-            rows += measure(model, family, args.device, args.rounds, not args.no_compile)
-            torch._dynamo.reset()
+            rows += measure_in_processes(args.processes, model, family, args.device, args.rounds, not args.no_compile)
     result = {"machine": machine(args.device), "rounds": args.rounds, "rows": rows}
     print(json.dumps(result["machine"]))
     print(table(result))

@@ -17,10 +17,10 @@ def code(name, dtype, even, address, architecture):
     """What a kernel is for a device."""
     kernel = getattr(_triton, name)
     constants = {"BLOCK": _BLOCK, "WIDTH": _WIDTH, "EVEN": even, "ADDRESS": address, **FLAGS}
-    types = {"table": "*i64", "owner": "*i32", "starts": "*i32", "sizes": "*i64", "k": "i32", "blocks": "i32", "like": f"*{dtype}"}
+    types = {"table": "*i64", "owner": "*i64", "k": "i32", "blocks": "i32", "like": f"*{dtype}"}
     types |= {"sums": "*fp32", "stats": "*fp32", "corrections": "*fp64"} | dict.fromkeys(FLOATS, "fp32")
     if address:
-        types |= {"lr": "*fp32", "coef": "*fp32"}
+        types |= {"lr": "*fp32"}
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
     source = ASTSource(kernel, signature, {arg: constants[arg] for arg in kernel.arg_names if arg in constants})
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": _WARPS}).asm

@@ -9,11 +9,15 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.errors import InterpreterError
 
 from autowu.optim import LAMB, LARS, TVLARS, _device, _triton
+from autowu.optim._functional import LayerNorms
 
 DEVICE = torch.device("cpu" if type(_triton.norms).__module__ == "triton.runtime.interpreter" else "cuda")
 SHAPES = ((64, 80), (1,), (3, 5), (2, 8, 4, 4), (10_000,), (16,), (0,), (100,))
+FREE = ("empty", "select", "unbind", "view", "detach", "alias", "pin_memory", "_to_copy", "lift_fresh", "is_pinned")
 HALF = {torch.float16: 3e-3, torch.bfloat16: 3e-2}  # what a step may be off; the interpreter truncates to bfloat16
 
 OPTIMIZERS = {
@@ -23,7 +27,6 @@ OPTIMIZERS = {
     "dampening": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, momentum=0.9, dampening=0.3), trust_coef=0.1, **kw)),
     "maximize": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, maximize=True), trust_coef=0.1, **kw)),
     "tvlars": ("lars_sgd_", lambda groups, **kw: TVLARS(groups, lr=0.5, eta=0.1, lmbda=0.5, delay=2, max_norm=5.0, **kw)),
-    "capturable tvlars": ("lars_sgd_", lambda groups, **kw: TVLARS(groups, lr=0.5, eta=0.1, lmbda=0.5, capturable=True, **kw)),
     "tensor lr": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=at(0.5), momentum=0.9), trust_coef=0.1, **kw)),
     "around adamw": ("lars_scale_", lambda groups, **kw: LARS(AdamW(groups, lr=0.01, eps=1e-3), **kw)),
     "around sgd": ("lars_scale_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, maximize=True, foreach=False), **kw)),
@@ -40,7 +43,7 @@ def at(lr):
 @pytest.fixture(autouse=True)
 def _numbers_of_the_device(monkeypatch):
     if DEVICE.type == "cpu":  # where a tensor would be read, as it is there to read
-        monkeypatch.setattr(_device, "_number", lambda value: value if isinstance(value, torch.Tensor) else float(value))
+        monkeypatch.setattr(_device._Launch, "number", lambda _, value: value if isinstance(value, torch.Tensor) else float(value))
 
 
 def parameters(dtype):
@@ -60,7 +63,7 @@ def take_steps(make, dtype, monkeypatch, kernels):
         return lambda *args: called.add(name) or step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_device, "_works", lambda device: kernels)
+        patch.setattr(_device, "_works", lambda *_: kernels)
         for name in ("lars_sgd_", "lars_scale_", "lamb_"):
             patch.setattr(_device, name, seen(name, getattr(_device, name)))
         params = parameters(dtype)
@@ -110,7 +113,7 @@ def test_the_kernels_take_the_steps_of_torchs_operations(name, dtype, monkeypatc
 
 
 def test_mixed_dtypes_share_a_group(monkeypatch):
-    monkeypatch.setattr(_device, "_works", lambda device: True)
+    monkeypatch.setattr(_device, "_works", lambda *_: True)
     for make in (OPTIMIZERS["momentum"][1], OPTIMIZERS["lamb"][1]):
         weights = [nn.Parameter(torch.ones(40, device=DEVICE, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
         for weight in weights:
@@ -123,7 +126,7 @@ def test_mixed_dtypes_share_a_group(monkeypatch):
 
 
 def test_a_nan_gets_the_ratio_one(monkeypatch):
-    monkeypatch.setattr(_device, "_works", lambda device: True)
+    monkeypatch.setattr(_device, "_works", lambda *_: True)
     for name in ("momentum", "lamb", "around adamw"):
         weight = nn.Parameter(torch.ones(5000, device=DEVICE))
         weight.grad = torch.zeros_like(weight)
@@ -134,19 +137,87 @@ def test_a_nan_gets_the_ratio_one(monkeypatch):
         assert weight.isnan().sum() == 1
 
 
+def test_what_the_kernels_do_not_take(monkeypatch):
+    monkeypatch.setattr(_device, "_works", lambda *_: True)
+    weight = torch.ones(8, 4, 1, 1, device=DEVICE)
+    assert _device.have_kernels([weight], [torch.ones_like(weight)])
+    # The stride of a dimension with one index is any.
+    assert _device.have_kernels([weight], [torch.ones(8 * 4, device=DEVICE).as_strided((8, 4, 1, 1), (4, 1, 7, 7))])
+    others = (
+        torch.ones(4, 8, 1, 1, device=DEVICE).transpose(0, 1),
+        torch.ones(8, 4, 1, 1, device=DEVICE, dtype=torch.float64),
+        torch.ones(1, device=DEVICE).expand(8, 4, 1, 1),
+        *([torch.ones(8, 4, 1, 1)] if DEVICE.type == "cuda" else []),
+    )
+    for other in others:
+        assert not _device.have_kernels([weight], [other])
+    assert not _device.have_kernels([weight.double()], [weight.double()])
+    assert not _device.have_kernels([weight[:, ::2]], [weight[:, ::2]])
+    assert not _device.have_kernels([], [])
+
+
+def test_a_step_that_may_be_captured_is_the_same_in_its_warm_up(monkeypatch):
+    monkeypatch.setattr(_device, "_launches", None)
+    monkeypatch.setattr(_device, "_works", lambda *_: True)
+    for make in (LAMB, TVLARS, lambda params, **kw: LARS(AdamW(params, lr=kw.pop("lr"), capturable=kw.pop("capturable")), **kw)):
+        weight = nn.Parameter(torch.ones(5, device=DEVICE))
+        weight.grad = torch.ones_like(weight)
+        if DEVICE.type == "cuda" or make in (LAMB, TVLARS):  # torch's optimizers are not capturable on the CPU
+            make([weight], lr=0.1, capturable=True, foreach=True).step()
+            assert weight.max() < 1
+
+
+@pytest.mark.parametrize("name", ["momentum", "lamb", "uncorrected lamb"])
+def test_a_step_of_many_parameters_is_a_few_dozen_launches(name, monkeypatch):
+    class Operations(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            # What only makes tensors or views launches nothing.
+            self.count += not any(word in func.name() for word in FREE)
+            return func(*args, **(kwargs or {}))
+
+    launches = [0]
+
+    def count(self, *_, **__):
+        launches[0] += 1
+
+    monkeypatch.setattr(_device, "_works", lambda *_: True)
+    monkeypatch.setattr(_device._Launch, "over_blocks", count)
+    monkeypatch.setattr(_device._Launch, "ratios", lambda self, *_: count(self) or LayerNorms(self.params, self.ones()))
+    sizes = [100 + 8 * i for i in range(54)]
+    params = [nn.Parameter(torch.ones(size, device=DEVICE)) for size in sizes + sizes + sizes]
+    optimizer = OPTIMIZERS[name][1]([{"params": params[:54]}, {"params": params[54:], "adapt": False}], foreach=True)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        launches[0] = 0
+        with Operations() as operations:
+            optimizer.step()
+    # A multi-tensor operation may be several launches, each of which takes a hundred tensors or more.
+    assert launches[0] <= 6
+    assert operations.count <= 24
+
+
 def test_they_try_themselves_first(monkeypatch, caplog):
-    _device._try(DEVICE)
-    with monkeypatch.context() as patch:
-        sgd = _triton.sgd
-        patch.setattr(_triton, "sgd", type("Wrong", (), {"__getitem__": lambda _, grid: lambda *args, **kw: None})())
-        with pytest.raises(AssertionError):
-            _device._try(DEVICE)
-        assert sgd is not _triton.sgd
+    for default in (torch.float32, torch.float64, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            for dtype in (torch.float32, *HALF):
+                _device._try(DEVICE, dtype)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for name in ("norms", "lars_ratios", "sgd", "moments", "lamb_ratios", "lamb"):
+        with monkeypatch.context() as patch:
+            patch.setattr(_triton, name, type("Idle", (), {"__getitem__": lambda _, grid: lambda *args, **kw: None})())
+            with pytest.raises((AssertionError, InterpreterError)):  # the latter for numbers that nobody made
+                _device._try(DEVICE, torch.float32)
     if DEVICE.type == "cpu":  # there is no GPU
+        monkeypatch.delenv("TRITON_INTERPRET")
         _device._works.cache_clear()
         with caplog.at_level(logging.WARNING):
-            assert not _device._works(torch.device("cuda"))
-            assert not _device._works(torch.device("cuda"))
+            for _ in range(2):
+                assert not _device._works(torch.device("cuda"), torch.float32)
         assert [record.getMessage().split(":")[0] for record in caplog.records] == ["LARS and LAMB"]
-        assert not _device._works(torch.device("cpu"))
+        assert not _device._works(torch.device("cpu"), torch.float32)
         assert len(caplog.records) == 1

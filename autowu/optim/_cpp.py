@@ -25,9 +25,10 @@ _SOURCE: Final = r"""
 #endif
 
 extern "C" void norms(
-    const float* __restrict weight, const float* __restrict grad, double* __restrict sums, int64_t size, int64_t piece) {
+    const float* __restrict weight, const float* __restrict grad, double* __restrict sums, int64_t size, int64_t piece,
+    int threads) {
   const int64_t pieces = (size + piece - 1) / piece;
-  #pragma omp parallel for schedule(static) if (size > 32768)
+  #pragma omp parallel for schedule(static) num_threads(threads) if (size > 32768)
   for (int64_t k = 0; k < pieces; ++k) {
     const int64_t end = std::min(size, (k + 1) * piece);
     float weights = 0, grads = 0;
@@ -43,10 +44,10 @@ extern "C" void norms(
 
 extern "C" void lamb_update(
     const float* __restrict weight, const float* __restrict grad, float* __restrict first, float* __restrict second,
-    float* __restrict update, double* __restrict sums, int64_t size, int64_t piece,
+    float* __restrict update, double* __restrict sums, int64_t size, int64_t piece, int threads,
     float new1, float beta2, float new2, float scale, float root, float eps, float decay) {
   const int64_t pieces = (size + piece - 1) / piece;
-  #pragma omp parallel for schedule(static) if (size > 32768)
+  #pragma omp parallel for schedule(static) num_threads(threads) if (size > 32768)
   for (int64_t k = 0; k < pieces; ++k) {
     const int64_t end = std::min(size, (k + 1) * piece);
     float weights = 0, updates = 0;
@@ -74,14 +75,14 @@ class Loops:
 
     def __init__(self, library: Any) -> None:
         self._norms, self._lamb_update = library.norms, library.lamb_update
-        self._norms.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
-        self._lamb_update.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 2 + [ctypes.c_float] * 7
+        self._norms.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_int]
+        self._lamb_update.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 2 + [ctypes.c_int] + [ctypes.c_float] * 7
         self._norms.restype = self._lamb_update.restype = None
 
     def norms(self, weight: Tensor, grad: Tensor) -> tuple[float, float]:
         """Norms of a weight and of its gradient."""
         sums = _sums(weight)
-        self._norms(weight.data_ptr(), grad.data_ptr(), sums.data_ptr(), weight.numel(), _PIECE)
+        self._norms(weight.data_ptr(), grad.data_ptr(), sums.data_ptr(), weight.numel(), _PIECE, torch.get_num_threads())
         return _roots(sums)
 
     def lamb_update(
@@ -102,7 +103,8 @@ class Loops:
         sums = _sums(weight)
         scale, root = (1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)) if bias_correction else (1.0, 1.0)
         pointers = [tensor.data_ptr() for tensor in (weight, grad, first, second, update, sums)]
-        self._lamb_update(*pointers, weight.numel(), _PIECE, 1 - beta1, beta2, 1 - beta2, scale, root, eps, decay)
+        numbers = (1 - beta1, beta2, 1 - beta2, scale, root, eps, decay)
+        self._lamb_update(*pointers, weight.numel(), _PIECE, torch.get_num_threads(), *numbers)
         return _roots(sums)
 
 

@@ -1,9 +1,9 @@
 """Kernels over many tensors at once: what `_device.py` launches.
 
-A program of theirs has a block of BLOCK elements of one of k tensors of one dtype: `owner` (blocks,) tells which tensor, `starts`
-(k + 1,) the first block of each, `sizes` (k,) its elements. `table` (rows, k) holds addresses; `like` is any tensor of the dtype.
-With EVEN, all addresses are divisible by 16 and all sizes by 8, so that loads may be wide; with ADDRESS, a number is given
-by its address. Sums are made in a fixed order.
+A program of theirs has a block of BLOCK elements of one of k tensors of one dtype; `owner` (blocks,) tells of which. `table`
+(3 + columns, k) has the size of each tensor, its first block, its number of blocks, and the addresses of it and of what goes with
+it; `like` is any tensor of the dtype. With EVEN, all addresses are divisible by 16 and all sizes by 8, so that loads may be wide;
+with ADDRESS, the LR is given by its address. Sums are made in an order that depends on nothing but sizes and EVEN.
 """
 
 import triton
@@ -11,28 +11,28 @@ import triton.language as tl
 
 
 @triton.jit
-def _block(owner, starts, sizes, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+def _block(table, owner, k, BLOCK: tl.constexpr, EVEN: tl.constexpr):
     """The tensor of this program, the elements that it has, and which of them exist."""
     block = tl.program_id(0)
     tensor = tl.load(owner + block)
-    size = tl.load(sizes + tensor)
+    size = tl.load(table + tensor)
     if EVEN:
         size = tl.multiple_of(size, 8)
-    offsets = (block - tl.load(starts + tensor)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offsets = (block - tl.load(table + k + tensor)) * BLOCK + tl.arange(0, BLOCK)
     return tensor, offsets, offsets < size
 
 
 @triton.jit
-def _address(table, row: tl.constexpr, k, tensor, like, EVEN: tl.constexpr):
-    """Where a tensor of a row of the table begins."""
-    address = tl.load(table + row * k + tensor).to(like.dtype)
+def _address(table, column: tl.constexpr, k, tensor, like, EVEN: tl.constexpr):
+    """Where a tensor of a column begins."""
+    address = tl.load(table + (3 + column) * k + tensor).to(like.dtype)
     return tl.multiple_of(address, 16) if EVEN else address
 
 
-@triton.jit
-def norms(table, owner, starts, sizes, k, like, sums, blocks, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """Sums of squares (2, blocks) of weights and gradients, rows 0 and 1 of the table."""
-    tensor, offsets, exists = _block(owner, starts, sizes, BLOCK, EVEN)
+@triton.jit(do_not_specialize=["k", "blocks"])
+def norms(table, owner, k, like, sums, blocks, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """Sums of squares (2, blocks) of weights and gradients, columns 0 and 1."""
+    tensor, offsets, exists = _block(table, owner, k, BLOCK, EVEN)
     weight = tl.load(_address(table, 0, k, tensor, like, EVEN) + offsets, exists, 0.0).to(tl.float32)
     grad = tl.load(_address(table, 1, k, tensor, like, EVEN) + offsets, exists, 0.0).to(tl.float32)
     tl.store(sums + tl.program_id(0), tl.sum(weight * weight))
@@ -40,47 +40,52 @@ def norms(table, owner, starts, sizes, k, like, sums, blocks, BLOCK: tl.constexp
 
 
 @triton.jit
-def _norm(sums, first, last, WIDTH: tl.constexpr):
-    """The norm whose blocks' sums of squares are given."""
-    total = tl.zeros([WIDTH], tl.float64)
+def _norms(table, k, sums, blocks, WIDTH: tl.constexpr):
+    """The two norms of this program's tensor, of the sums of its blocks."""
+    tensor = tl.program_id(0)
+    first = tl.load(table + k + tensor)
+    last = first + tl.load(table + 2 * k + tensor)
+    totals = tl.zeros([WIDTH], tl.float64)
+    others = tl.zeros([WIDTH], tl.float64)
     for start in range(first, last, WIDTH):
         at = start + tl.arange(0, WIDTH)
-        total += tl.load(sums + at, at < last, 0.0).to(tl.float64)
-    return tl.sqrt(tl.sum(total)).to(tl.float32)
+        totals += tl.load(sums + at, at < last, 0.0).to(tl.float64)
+        others += tl.load(sums + blocks + at, at < last, 0.0).to(tl.float64)
+    return tl.sqrt(tl.sum(totals)).to(tl.float32), tl.sqrt(tl.sum(others)).to(tl.float32)
 
 
 @triton.jit
-def lars_ratios(starts, sums, blocks, stats, k, coef, decay, eps, max_norm, WIDTH: tl.constexpr, ADDRESS: tl.constexpr):
-    """Weight norm, gradient norm and trust ratio of LARS (3, k), a tensor each program."""
+def _store(stats, k, weight, other, ratio):
     tensor = tl.program_id(0)
-    first, last = tl.load(starts + tensor), tl.load(starts + tensor + 1)
-    weight, grad = _norm(sums, first, last, WIDTH), _norm(sums + blocks, first, last, WIDTH)
+    tl.store(stats + tensor, weight)
+    tl.store(stats + k + tensor, other)
+    tl.store(stats + 2 * k + tensor, ratio)
+
+
+@triton.jit(do_not_specialize=["k", "blocks"])
+def lars_ratios(table, k, sums, blocks, stats, coef, decay, eps, max_norm, WIDTH: tl.constexpr):
+    """Weight norm, gradient norm and trust ratio of LARS (3, k), a tensor each program."""
+    weight, grad = _norms(table, k, sums, blocks, WIDTH)
     w, g = tl.minimum(weight, max_norm), tl.minimum(grad, max_norm)
     adapts = (weight > 0) & (grad > 0)
-    factor = tl.load(coef).to(tl.float32) if ADDRESS else coef
-    ratio = tl.where(adapts, factor * w / tl.where(adapts, g + decay * w + eps, 1.0), 1.0)
-    tl.store(stats + tensor, weight)
-    tl.store(stats + k + tensor, grad)
-    tl.store(stats + 2 * k + tensor, ratio)
+    ratio = tl.where(adapts, coef * w / tl.where(adapts, g + decay * w + eps, 1.0), 1.0)
+    _store(stats, k, weight, grad, ratio)
 
 
-@triton.jit
-def lamb_ratios(starts, sums, blocks, stats, k, cap, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=["k", "blocks"])
+def lamb_ratios(table, k, sums, blocks, stats, cap, WIDTH: tl.constexpr):
     """Weight norm, update norm and trust ratio of LAMB (3, k), a tensor each program."""
-    tensor = tl.program_id(0)
-    first, last = tl.load(starts + tensor), tl.load(starts + tensor + 1)
-    weight, update = _norm(sums, first, last, WIDTH), _norm(sums + blocks, first, last, WIDTH)
+    weight, update = _norms(table, k, sums, blocks, WIDTH)
     adapts = (weight > 0) & (update > 0)
-    ratio = tl.where(adapts, tl.minimum(weight / tl.where(adapts, update, 1.0), cap), 1.0)
-    tl.store(stats + tensor, weight)
-    tl.store(stats + k + tensor, update)
-    tl.store(stats + 2 * k + tensor, ratio)
+    ratio = weight / tl.where(adapts, update, 1.0)
+    ratio = tl.where(ratio > cap, cap, ratio)
+    _store(stats, k, weight, update, tl.where(adapts, ratio, 1.0))
 
 
-@triton.jit
-def scale(table, owner, starts, sizes, k, like, stats, decay, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+@triton.jit(do_not_specialize=["k"])
+def scale(table, owner, k, like, stats, decay, BLOCK: tl.constexpr, EVEN: tl.constexpr):
     """Gradients become what LARS gives to an optimizer; the decay comes with its sign."""
-    tensor, offsets, exists = _block(owner, starts, sizes, BLOCK, EVEN)
+    tensor, offsets, exists = _block(table, owner, k, BLOCK, EVEN)
     grads = _address(table, 1, k, tensor, like, EVEN) + offsets
     weight = tl.load(_address(table, 0, k, tensor, like, EVEN) + offsets, exists, 0.0).to(tl.float32)
     grad = tl.load(grads, exists, 0.0).to(tl.float32)
@@ -88,12 +93,10 @@ def scale(table, owner, starts, sizes, k, like, stats, decay, BLOCK: tl.constexp
     tl.store(grads, grad.to(like.dtype.element_ty), exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def sgd(
     table,
     owner,
-    starts,
-    sizes,
     k,
     like,
     stats,
@@ -109,8 +112,8 @@ def sgd(
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
 ):
-    """A step of torch.optim.SGD on scaled gradients. The buffers are row 2; fresh ones hold nothing yet."""
-    tensor, offsets, exists = _block(owner, starts, sizes, BLOCK, EVEN)
+    """A step of torch.optim.SGD on scaled gradients. The buffers are column 2; fresh ones hold nothing yet."""
+    tensor, offsets, exists = _block(table, owner, k, BLOCK, EVEN)
     weights = _address(table, 0, k, tensor, like, EVEN) + offsets
     weight = tl.load(weights, exists, 0.0).to(tl.float32)
     grad = tl.load(_address(table, 1, k, tensor, like, EVEN) + offsets, exists, 0.0).to(tl.float32)
@@ -136,12 +139,10 @@ def _update(weight, first, second, corrections, k, tensor, eps, decay):
     return first / correction1 / (tl.sqrt(second / correction2) + eps) + decay * weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "blocks"])
 def moments(
     table,
     owner,
-    starts,
-    sizes,
     k,
     like,
     sums,
@@ -155,8 +156,8 @@ def moments(
     BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Advance both moments, rows 2 and 3; sums of squares (2, blocks) of weights and of LAMB's updates."""
-    tensor, offsets, exists = _block(owner, starts, sizes, BLOCK, EVEN)
+    """Advance both moments, columns 2 and 3; sums of squares (2, blocks) of weights and of LAMB's updates."""
+    tensor, offsets, exists = _block(table, owner, k, BLOCK, EVEN)
     weight = tl.load(_address(table, 0, k, tensor, like, EVEN) + offsets, exists, 0.0).to(tl.float32)
     grad = tl.load(_address(table, 1, k, tensor, like, EVEN) + offsets, exists, 0.0).to(tl.float32)
     firsts = _address(table, 2, k, tensor, like, EVEN) + offsets
@@ -173,12 +174,10 @@ def moments(
     tl.store(sums + blocks + tl.program_id(0), tl.sum(tl.where(exists, update * update, 0.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def lamb(
     table,
     owner,
-    starts,
-    sizes,
     k,
     like,
     stats,
@@ -191,7 +190,7 @@ def lamb(
     ADDRESS: tl.constexpr,
 ):
     """Subtract the update, scaled."""
-    tensor, offsets, exists = _block(owner, starts, sizes, BLOCK, EVEN)
+    tensor, offsets, exists = _block(table, owner, k, BLOCK, EVEN)
     weights = _address(table, 0, k, tensor, like, EVEN) + offsets
     weight = tl.load(weights, exists, 0.0).to(tl.float32)
     first = tl.load(_address(table, 2, k, tensor, like, EVEN) + offsets, exists, 0.0).to(tl.float32)

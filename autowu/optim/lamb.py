@@ -41,8 +41,9 @@ class LAMB(Optimizer):
 
     with the ratio 1 where :math:`\|w\|` or :math:`\|u\|` is 0, and in groups with ``"adapt": False``, as is usual for norms and
     biases (:func:`~autowu.optim.param_groups`): there LAMB is AdamW. The paper leaves the scaling function of the norm open; here
-    the ratio itself is clamped, and ``math.inf`` takes the clamp away. Norms are computed in float32 or better, those
-    of sharded parameters (DTensor, FSDP2; torch 2.5 or later) over all shards, and nothing waits for the device.
+    the ratio itself is clamped, and ``math.inf`` takes the clamp away. Norms are computed in float32 or better, those of sharded
+    parameters (DTensor, FSDP2; torch 2.5 or later) over all shards, and nothing waits for the device but the first step on a GPU,
+    which tries its kernels.
 
     ``torch.compile(optimizer.step)`` traces one graph, on the CPU of one operator for each group; let the LR be a tensor, or every
     new LR compiles anew.
@@ -129,7 +130,7 @@ class LAMB(Optimizer):
                 rows = zip(*bucket.columns[:4], strict=True)  # all but the counts
                 if not foreach and bucket.sharding is None and all(has_kernel(*row) for row in rows):
                     self._update_on_the_host(group, bucket, taken)
-                elif foreach and _device.have_kernels(bucket.params, *bucket.columns[1:4]):
+                elif foreach and not group["capturable"] and _device.have_kernels(bucket.params, *bucket.columns[1:4]):
                     weights, grads, firsts, seconds, steps = bucket.columns
                     taken += _device.lamb_(weights, grads, firsts, seconds, steps, group["lr"], *_numbers(group))
                 else:

@@ -40,8 +40,8 @@ class LARS(Optimizer):
 
     in place of g (You et al. 2017, equation 6), with the ratio 1 where :math:`\|w\|` or :math:`\|g\|` is 0. The decay is applied
     here, once: the wrapped optimizer sees a decay of 0 during the step. The norms are computed in float32 or better, those of
-    sharded parameters (DTensor, FSDP2; torch 2.5 or later) over all shards, and nothing waits for the device. What ``.grad`` holds
-    after a step is not defined.
+    sharded parameters (DTensor, FSDP2; torch 2.5 or later) over all shards, and nothing waits for the device but the first step on
+    a GPU, which tries its kernels. What ``.grad`` holds after a step is not defined.
 
     Parameter groups, state and defaults are those of the wrapped optimizer, so schedulers, state dicts and groups added later work
     as with it. A group may set its own ``"trust_coef"``, and with ``"adapt": False`` it leaves its gradients as they are but for
@@ -57,8 +57,8 @@ class LARS(Optimizer):
         eps: added to the denominator, 0 or more.
         trust_coef: the trust coefficient :math:`\eta`, above 0.
         foreach: scale all parameters of a device at a time (True) or one after the other (False). By default the former, on the
-            CPU the latter, where torch's SGD then also steps parameter by parameter with its fused kernel, unless it was asked
-            for another implementation or given step hooks.
+            CPU the latter. Around torch's SGD the step is part of it, on the CPU by SGD's fused kernel, on a GPU by one of
+            Triton, unless SGD was asked for another implementation or given step hooks.
 
     Raises:
         TypeError: if `optimizer` is not an optimizer.
@@ -157,8 +157,9 @@ class LARS(Optimizer):
         """Replace gradients by the scaled, decayed ones, in place."""
         foreach = pick_foreach(self.foreach, params)
         for bucket in buckets(params, grads):
-            if group["adapt"] and foreach and _device.have_kernels(bucket.params, bucket.columns[1]):
-                coef, max_norm = self._trust_coef(group), group.get("max_norm", math.inf)
+            kernels = group["adapt"] and foreach and not group.get("capturable")
+            if kernels and _device.have_kernels(bucket.params, bucket.columns[1]):
+                coef, max_norm = float(self._trust_coef(group)), group.get("max_norm", math.inf)
                 taken += _device.lars_scale_(
                     bucket.params, bucket.columns[1], coef, self.eps, max_norm, decay, group.get("maximize", False)
                 )
@@ -206,6 +207,7 @@ class LARS(Optimizer):
         if one_by_one and all(map(_host.has_kernel, params, grads)):
             return _host
         at_once = self.foreach is not False and all(fused or foreach is not False for fused, foreach in asked)
+        at_once = at_once and not any(group.get("capturable") for group in optim.param_groups)  # as it is where it is captured
         return _device if at_once and _device.have_kernels(params, grads) else None
 
     def _sgd(self, kernels: ModuleType, group: dict[str, Any], taken: list[LayerNorms]) -> None:
@@ -229,7 +231,7 @@ class LARS(Optimizer):
         numbers = (self.eps, group.get("max_norm", math.inf), *[group[name] for name in others])
         rate, coef = group["lr"], self._trust_coef(group)
         if kernels is _device:
-            taken += _device.lars_sgd_(*tensors, rate, coef, *numbers)
+            taken += _device.lars_sgd_(*tensors, rate, float(coef), *numbers)
             return
         # As tensors, or a compiler would take them for fixed.
         rate, coef = (torch.as_tensor(number, dtype=torch.float64, device="cpu") for number in (rate, coef))
