@@ -30,7 +30,7 @@ OPTIMIZERS = {
     "tensor lr": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=at(0.5), momentum=0.9), trust_coef=0.1, **kw)),
     "around adamw": ("lars_scale_", lambda groups, **kw: LARS(AdamW(groups, lr=0.01, eps=1e-3), **kw)),
     "around sgd": ("lars_scale_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, maximize=True, foreach=False), **kw)),
-    "lamb": ("lamb_", lambda groups, **kw: LAMB(groups, lr=0.01, eps=1e-3, max_trust_ratio=3.0, **kw)),
+    "lamb": ("lamb_", lambda groups, **kw: LAMB(groups, lr=0.01, eps=1e-3, max_trust_ratio=1.0, **kw)),
     "uncorrected lamb": ("lamb_", lambda groups, **kw: LAMB(groups, lr=0.01, eps=1e-3, bias_correction=False, **kw)),
     "lamb, tensor lr": ("lamb_", lambda groups, **kw: LAMB(groups, lr=at(0.01), eps=1e-3, **kw)),
 }
@@ -154,6 +154,16 @@ def test_what_the_kernels_do_not_take(monkeypatch):
     assert not _device.have_kernels([weight.double()], [weight.double()])
     assert not _device.have_kernels([weight[:, ::2]], [weight[:, ::2]])
     assert not _device.have_kernels([], [])
+
+
+def test_wide_loads_are_for_what_lies_right():
+    even = torch.zeros(64, device=DEVICE)
+    sizes = {"params": [even, even[:60], even[4:12], even[1:9]], "grads": [even[:64], even[:60], even[8:16], even[8:16]]}
+    launches = {launch.even: launch.params for launch in _device._launches(tuple(sizes.values()))}
+    assert [param.data_ptr() - even.data_ptr() for param in launches[True]] == [0, 16]
+    assert [param.numel() for param in launches[False]] == [60, 8]
+    (launch,) = _device._launches(([even], [even[1:]]))
+    assert not launch.even
 
 
 def test_a_step_that_may_be_captured_is_the_same_in_its_warm_up(monkeypatch):
