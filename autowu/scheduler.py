@@ -6,7 +6,6 @@ import contextlib
 import copy
 import logging
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, fields, replace
 from typing import Any, Final, TypeVar
@@ -19,10 +18,11 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from autowu import arguments
 from autowu.distributed import LateRead, average, exchange, rank_and_size, sum_over_ranks
 from autowu.families import lr_range, peak_lag
 from autowu.families import peak_factor as default_peak_factor
-from autowu.gp import MIN_LENGTHSCALE, ClosedFormGP, CurvePosterior, LossCurveGP
+from autowu.gp import ClosedFormGP, CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import GPyTorchGP
 from autowu.history import MISSING, LossHistory
 from autowu.phases import (
@@ -49,7 +49,6 @@ from autowu.phases import (
     verdict,
     watch_is_over,
 )
-from autowu.schedules import decades
 from autowu.snapshot import Snapshot
 from autowu.switching import MIN_LOSSES, SwitchDecision, decide
 from autowu.watch import LossWatch
@@ -229,14 +228,14 @@ class AutoWU(LRScheduler):
             peak_lag=peak_lag(optimizer) if peak_factor is None else 0.0,
             watch=watch,
         )
-        self.gp: LossCurveGP = _engine(gp, self.config, _checked_seed(seed))
-        self.device = _checked_device("device", device)
+        self.gp: LossCurveGP = arguments.engine(gp, self.config, arguments.seed(seed))
+        self.device = arguments.device("device", device)
         if not isinstance(model, (nn.Module, type(None))):
             raise TypeError(f"model={model!r}: must be a torch.nn.Module or None")
-        place = _checked_device("snapshot_device", snapshot_device)
+        place = arguments.device("snapshot_device", snapshot_device)
         self._snapshot = None if model is None else Snapshot(model, optimizer, place)
         self._copy_failed = False  # on this rank; the others are told
-        self.process_group = _checked_group(process_group)
+        self.process_group = arguments.process_group(process_group)
         # What is staged when a test comes must still be there, for the mean over the ranks.
         self.history = LossHistory(self.gp.max_points, self.config.test_interval + MIN_LOSSES)
         self.decision: SwitchDecision | None = None
@@ -307,7 +306,7 @@ class AutoWU(LRScheduler):
             "watch": False,
         }
         if "gp" not in overrides:
-            seed = _checked_seed(overrides.get("seed", 0))
+            seed = arguments.seed(overrides.get("seed", 0))
             published["gp"] = GPyTorchGP(lengthscale=0.2, published=True, seed=seed)
         return cls(optimizer, steps_per_epoch, total_epochs, **(published | overrides))
 
@@ -403,7 +402,7 @@ class AutoWU(LRScheduler):
             self._observe(loss)
 
     def _observe(self, loss: float | Tensor) -> None:
-        loss = _checked(loss)
+        loss = arguments.loss(loss)
         if not self._records:
             return
         if isinstance(loss, Tensor):
@@ -437,7 +436,7 @@ class AutoWU(LRScheduler):
 
     def _step(self, loss: float | Tensor | None) -> None:
         if loss is not None and self._num_observed == 0:
-            loss = _checked(loss)
+            loss = arguments.loss(loss)
         else:
             if loss is not None:
                 self._observe(loss)
@@ -967,54 +966,3 @@ _observe_untraced = _disable_dynamo(AutoWU._observe)
 def _note_call(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Step hook of the optimizer: set the flag of torch's schedulers."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
-
-
-def _engine(gp: str | LossCurveGP, config: Config, seed: int) -> LossCurveGP:
-    lengthscale = 0.2
-    if span := decades(config.min_lr, config.max_lr, config.warmup_type):
-        lengthscale = min(lengthscale, max(0.5 / span, MIN_LENGTHSCALE))  # half a decade
-    if gp == "closed-form":
-        return ClosedFormGP(lengthscale)
-    if gp == "gpytorch":
-        return GPyTorchGP(lengthscale=lengthscale, seed=seed)
-    if isinstance(gp, str):
-        raise ValueError(f"gp={gp!r}: must be 'closed-form', 'gpytorch' or an engine object")
-    if not isinstance(gp, LossCurveGP):
-        raise TypeError(f"gp={gp!r}: must be 'closed-form', 'gpytorch' or an object with posterior() and max_points")
-    return gp
-
-
-def _checked_seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-        raise TypeError(f"seed={seed!r}: must be an integer")
-    return int(seed)
-
-
-def _checked_device(name: str, device: Any) -> torch.device | None:
-    try:
-        return None if device is None else torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"{name}={device!r}: must be a torch device or None ({error})") from None
-
-
-def _checked_group(group: Any) -> ProcessGroup | None:
-    if group is None:
-        return None
-    if not isinstance(group, ProcessGroup):
-        raise TypeError(f"process_group={group!r}: must be a torch.distributed.ProcessGroup that has this rank, or None")
-    if rank_and_size(group)[0] < 0:
-        raise ValueError(f"process_group={group!r}: this rank is not in it; pass the group that it trains with, or None")
-    return group
-
-
-def _checked(loss: Any) -> float | Tensor:
-    """`loss` if it is one floating-point number."""
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1:
-            raise ValueError(f"loss has shape {tuple(loss.shape)}: pass the mean loss of the step, a tensor of one element")
-        if not loss.is_floating_point():
-            raise TypeError(f"loss is a tensor of {loss.dtype}: pass the training loss, a floating-point number")
-        return loss
-    if isinstance(loss, (float, np.floating)):
-        return float(loss)
-    raise TypeError(f"loss={loss!r}: pass the training loss of the step, a float or a tensor of one element")

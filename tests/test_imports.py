@@ -41,7 +41,7 @@ def importers(top_level_package):
 
 
 def test_import_loads_no_heavy_package():
-    heavy = ("gpytorch", "timm", "matplotlib", "torchvision", "sklearn", "scipy", "tqdm", *HOSTS)
+    heavy = ("gpytorch", "timm", "matplotlib", "torchvision", "sklearn", "scipy", "tqdm", "triton", *HOSTS)
     code = f"""
 import sys, torch
 before = set(sys.modules)  # torch itself may load tqdm
@@ -64,6 +64,10 @@ print(sorted(set({heavy}) & (set(sys.modules) - before)))
         ("autowu.history", {"autowu.gp"}),
         ("autowu.switching", {"autowu.gp"}),
         ("autowu.phases", {"autowu.schedules", "autowu.switching"}),
+        (
+            "autowu.arguments",
+            {"autowu.distributed", "autowu.gp", "autowu.gpytorch_engine", "autowu.phases", "autowu.schedules"},
+        ),
     ],
 )
 def test_core_modules_use_only_what_lies_below_them(module, may_use):
@@ -104,6 +108,10 @@ def test_only_plotting_and_training_import_matplotlib():
 
 def test_only_its_engine_imports_gpytorch():
     assert importers("gpytorch") == {"autowu.gpytorch_engine"}
+
+
+def test_only_the_kernels_import_triton():
+    assert importers("triton") == {"autowu.optim._triton"}
 
 
 def test_public_names():
