@@ -156,6 +156,15 @@ def test_what_the_kernels_do_not_take(monkeypatch):
     assert not _device.have_kernels([], [])
 
 
+def test_a_sparse_gradient_is_refused(monkeypatch):
+    monkeypatch.setattr(_device, "_works", lambda *_: True)
+    for name in ("momentum", "lamb", "around adamw"):
+        weight = nn.Parameter(torch.ones(4, 3, device=DEVICE))
+        weight.grad = torch.ones(4, 3, device=DEVICE).to_sparse()
+        with pytest.raises(RuntimeError, match="gradient of layout"):
+            OPTIMIZERS[name][1]([weight], foreach=True).step()
+
+
 def test_wide_loads_are_for_what_lies_right():
     even = torch.zeros(64, device=DEVICE)
     sizes = {"params": [even, even[:60], even[4:12], even[1:9]], "grads": [even[:64], even[:60], even[8:16], even[8:16]]}

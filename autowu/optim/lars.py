@@ -220,7 +220,7 @@ class LARS(Optimizer):
             return
         buffers: list[Tensor] = []
         for param, buffer in zip(params, found, strict=False):  # without momentum there are none
-            if buffer is None or buffer.stride() != param.stride() or buffer.dtype != param.dtype:
+            if buffer is None or _differs(buffer, param):
                 empty = torch.zeros_like(param)
                 buffers.append(empty if buffer is None else empty.copy_(buffer))
                 self.state[param]["momentum_buffer"] = buffers[-1]
@@ -301,6 +301,11 @@ class LARS(Optimizer):
 def _is_observed(optim: Optimizer) -> bool:
     """Whether somebody counts on the steps of a wrapped optimizer: its hooks, or a scheduler that wrapped its step."""
     return bool(optim._optimizer_step_pre_hooks or optim._optimizer_step_post_hooks or "step" in vars(optim))
+
+
+def _differs(buffer: Tensor, param: Tensor) -> bool:
+    """Whether a buffer must be made anew to go with a parameter: one from a checkpoint, say, loaded before the model was moved."""
+    return buffer.stride() != param.stride() or buffer.dtype != param.dtype or buffer.get_device() != param.get_device()
 
 
 class _Adapting:
