@@ -42,9 +42,12 @@ def have_kernels(params: list[Tensor], *others: list[Tensor]) -> bool:
         and set(dtypes) <= _TOLERANCE.keys()
         and all([other.dtype for other in column] == dtypes for column in others)
         and all([other.get_device() for other in column] == devices for column in others)
-        and all(map(is_dense, params))
+        and all(param.is_contiguous() or is_dense(param) for param in params)
         and all(_are_laid_out_alike(params, column) for column in others)
-        and all(_works(device, dtype) for device, dtype in {(param.device, param.dtype) for param in params})
+        and all(
+            _works(param.device, param.dtype)
+            for param in dict(zip(zip(devices, dtypes, strict=True), params, strict=True)).values()
+        )
     )
 
 
@@ -148,10 +151,9 @@ def _launches(columns: Sequence[list[Tensor]], fresh: Sequence[bool] = (), steps
     """Parameters and what goes with each, sorted by what a launch has in common."""
     if not (params := columns[0]):
         return
-    sizes = np.array([param.numel() for param in params], dtype=np.int64)
-    blocks = -(-sizes // _BLOCK)
-    pointers = np.array([[tensor.data_ptr() for tensor in column] for column in columns], dtype=np.int64)
-    even = ((np.bitwise_or.reduce(pointers) % 16 == 0) & (sizes % 8 == 0)).tolist()
+    sizes = [param.numel() for param in params]
+    pointers = [[tensor.data_ptr() for tensor in column] for column in columns]
+    even = ((np.bitwise_or.reduce(np.array(pointers, dtype=np.int64)) % 16 == 0) & (np.array(sizes) % 8 == 0)).tolist()
     keys = list(zip([p.get_device() for p in params], [p.dtype for p in params], even, fresh or even, strict=True))
     found: dict[Any, list[int]] = {}
     if keys.count(keys[0]) == len(keys):  # as a rule
@@ -160,13 +162,41 @@ def _launches(columns: Sequence[list[Tensor]], fresh: Sequence[bool] = (), steps
         for i, key in enumerate(keys):
             found.setdefault(key, []).append(i)
     for (_, _, wide, new), rows in found.items():
-        device, counts = params[rows[0]].device, blocks[rows]
-        table = torch.from_numpy(np.stack((sizes[rows], counts.cumsum() - counts, counts, *pointers[:, rows])))
-        if device.type == "cuda":
-            table = table.pin_memory()  # and so nothing waits for the copy
-        table = table.to(device, non_blocking=True)
-        owner = torch.repeat_interleave(table[2], output_size=int(counts.sum()))
-        yield _Launch([params[i] for i in rows], [steps[i] for i in rows] if steps else [], table, owner, wide, bool(fresh) and new)
+        device, own = params[rows[0]].device, tuple([sizes[i] for i in rows])
+        table = _table(device, own, tuple([tuple([column[i] for i in rows]) for column in pointers]))
+        yield _Launch(
+            [params[i] for i in rows],
+            [steps[i] for i in rows] if steps else [],
+            table,
+            _owner(device, own),
+            wide,
+            bool(fresh) and new,
+        )
+
+
+# Kept from step to step: sizes stay as they are, addresses as a rule. Who goes on in another stream has to wait for the last step,
+# and so for these.
+@functools.lru_cache(maxsize=256)
+def _table(device: torch.device, sizes: tuple[int, ...], pointers: tuple[tuple[int, ...], ...]) -> Tensor:
+    """The table of the kernels: sizes, first blocks, numbers of blocks and addresses."""
+    counts = _blocks(sizes)
+    return _sent(np.stack((sizes, counts.cumsum() - counts, counts, *pointers), dtype=np.int64), device)
+
+
+@functools.lru_cache(maxsize=32)
+def _owner(device: torch.device, sizes: tuple[int, ...]) -> Tensor:
+    """Of which tensor each block is."""
+    return _sent(np.repeat(np.arange(len(sizes)), _blocks(sizes)), device)
+
+
+def _blocks(sizes: tuple[int, ...]) -> Any:
+    return -(-np.array(sizes, dtype=np.int64) // _BLOCK)
+
+
+def _sent(array: Any, device: torch.device) -> Tensor:
+    """An array on the device, for which nothing waits."""
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _lars_ratios(launch: _Launch, coef: float, eps: float, max_norm: float, decay: float) -> LayerNorms:

@@ -218,15 +218,18 @@ class LARS(Optimizer):
         self.optim._init_group(group, params, grads, found)  # type: ignore[attr-defined]
         if not params:
             return
-        buffers: list[Tensor] = []
-        for param, buffer in zip(params, found, strict=False):  # without momentum there are none
-            if buffer is None or _differs(buffer, param):
-                empty = torch.zeros_like(param)
-                buffers.append(empty if buffer is None else empty.copy_(buffer))
-                self.state[param]["momentum_buffer"] = buffers[-1]
-            else:
-                buffers.append(buffer)
-        tensors = (params, grads, buffers, [buffer is None for buffer in found])
+        fresh = [buffer is None for buffer in found]  # without momentum there are none
+        buffers = [torch.zeros_like(param) if buffer is None else buffer for param, buffer in zip(params, found, strict=False)]
+        if any(fresh) or not _go_together(params, buffers):
+            # One that differs is from a checkpoint, say, loaded before the model was moved.
+            laid = [
+                buffer if _go_together([param], [buffer]) else torch.zeros_like(param).copy_(buffer)
+                for param, buffer in zip(params, buffers, strict=False)
+            ]
+            for param, buffer in zip(params, laid, strict=False):
+                self.state[param]["momentum_buffer"] = buffer
+            buffers = laid
+        tensors = (params, grads, buffers, fresh)
         others = ("weight_decay", "momentum", "dampening", "nesterov", "maximize", "adapt")
         numbers = (self.eps, group.get("max_norm", math.inf), *[group[name] for name in others])
         rate, coef = group["lr"], self._trust_coef(group)
@@ -303,9 +306,13 @@ def _is_observed(optim: Optimizer) -> bool:
     return bool(optim._optimizer_step_pre_hooks or optim._optimizer_step_post_hooks or "step" in vars(optim))
 
 
-def _differs(buffer: Tensor, param: Tensor) -> bool:
-    """Whether a buffer must be made anew to go with a parameter: one from a checkpoint, say, loaded before the model was moved."""
-    return buffer.stride() != param.stride() or buffer.dtype != param.dtype or buffer.get_device() != param.get_device()
+def _go_together(params: list[Tensor], buffers: list[Tensor]) -> bool:
+    """Whether the buffers, if there are any, are where and as their parameters are. Column by column, which is quick."""
+    return not buffers or (
+        [buffer.stride() for buffer in buffers] == [param.stride() for param in params]
+        and [buffer.dtype for buffer in buffers] == [param.dtype for param in params]
+        and [buffer.get_device() for buffer in buffers] == [param.get_device() for param in params]
+    )
 
 
 class _Adapting:
