@@ -17,7 +17,7 @@ def code(name, dtype, even, address, architecture):
     """What a kernel is for a device."""
     kernel = getattr(_triton, name)
     constants = {"BLOCK": _BLOCK, "WIDTH": _WIDTH, "EVEN": even, "ADDRESS": address, **FLAGS}
-    types = {"table": "*i64", "owner": "*i64", "k": "i32", "blocks": "i32", "like": f"*{dtype}"}
+    types = {"table": "*i64", "owner": "*i32", "k": "i32", "blocks": "i32", "like": f"*{dtype}"}
     types |= {"sums": "*fp32", "stats": "*fp32", "corrections": "*fp64"} | dict.fromkeys(FLOATS, "fp32")
     if address:
         types |= {"lr": "*fp32"}

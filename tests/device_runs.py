@@ -131,8 +131,9 @@ def test_a_nan_gets_the_ratio_one(monkeypatch):
         weight = nn.Parameter(torch.ones(5000, device=DEVICE))
         weight.grad = torch.zeros_like(weight)
         weight.grad[4500] = float("nan")
-        optimizer = OPTIMIZERS[name][1]([weight], foreach=True)
+        optimizer, version = OPTIMIZERS[name][1]([weight], foreach=True), weight._version
         optimizer.step()
+        assert weight._version > version  # or autograd would not notice
         assert optimizer.layer_stats()[0].trust_ratio == 1
         assert weight.isnan().sum() == 1
 
@@ -226,7 +227,7 @@ def test_they_try_themselves_first(monkeypatch, caplog):
                 _device._try(DEVICE, dtype)
         finally:
             torch.set_default_dtype(torch.float32)
-    for name in ("norms", "lars_ratios", "sgd", "moments", "lamb_ratios", "lamb"):
+    for name in ("norms", "lars_ratios", "sgd", "scale", "moments", "lamb_ratios", "lamb"):
         with monkeypatch.context() as patch:
             patch.setattr(_triton, name, type("Idle", (), {"__getitem__": lambda _, grid: lambda *args, **kw: None})())
             with pytest.raises((AssertionError, InterpreterError)):  # the latter for numbers that nobody made

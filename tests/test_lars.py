@@ -443,6 +443,17 @@ def test_the_decay_shrinks_the_weights_of_an_optimizer_that_maximizes():
         torch.testing.assert_close(weight.detach(), torch.tensor([[3 - 0.25 * 0.6, 4 - 0.25 * (0.8 - 1.0)]]))
 
 
+def test_autograd_knows_of_the_step():
+    """A graph whose weights were stepped in between is refused, as with torch's own optimizers."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
+    optimizer = LARS(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    loss = model(torch.ones(2, 3)).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_layer_stats():
     named = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 1, bias=False)
     with torch.no_grad():

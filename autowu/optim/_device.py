@@ -1,4 +1,4 @@
-"""Whole steps on a GPU: a handful of kernels over all parameters at once, which move no more bytes than they must."""
+"""Whole steps on a GPU: a handful of kernels over all parameters at once, which move hardly more bytes than they must."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5
 
 
 def have_kernels(params: list[Tensor], *others: list[Tensor]) -> bool:
-    """Whether the kernels do right by parameters and what goes with each: not in double precision, for one.
+    """Whether the kernels can step parameters, given what goes with each; they cannot in float64.
 
     While a graph is traced or captured they do not: the first has no use for them, the second would keep stale addresses.
     """
@@ -42,7 +42,7 @@ def have_kernels(params: list[Tensor], *others: list[Tensor]) -> bool:
         and set(dtypes) <= _TOLERANCE.keys()
         and all([other.dtype for other in column] == dtypes for column in others)
         and all([other.get_device() for other in column] == devices for column in others)
-        and all(param.is_contiguous() or is_dense(param) for param in params)
+        and all(map(is_dense, params))
         and all(_are_laid_out_alike(params, column) for column in others)
         and all(
             _works(param.device, param.dtype)
@@ -91,9 +91,13 @@ def _try(device: torch.device, dtype: torch.dtype) -> None:
         numbers = (1e-8, math.inf, 0.1, 0.9, 0.3, False, False, True)
         lars_sgd_(params, grads, buffers, [False, False], rate, 0.01, *numbers)
         _host.lars_sgd_(theirs[0], theirs[1], theirs[2], [False, False], lr, coef, *numbers)
+        lars_scale_(params, grads, 0.01, 1e-8, math.inf, 0.1, False)
+        for param, grad in zip(theirs[0], theirs[1], strict=True):
+            norms = float(param.norm()), float(grad.norm())
+            grad.add_(param, alpha=0.1).mul_(_host.lars_ratio(*norms, 0.01, 0.1, 1e-8, math.inf))
         torch.testing.assert_close(
-            [tensor.to(host, torch.float32) for tensor in params + buffers],
-            theirs[0] + theirs[2],
+            [tensor.to(host, torch.float32) for tensor in params + grads + buffers],
+            theirs[0] + theirs[1] + theirs[2],
             rtol=_TOLERANCE[dtype],
             atol=_TOLERANCE[dtype],
         )
@@ -163,30 +167,30 @@ def _launches(columns: Sequence[list[Tensor]], fresh: Sequence[bool] = (), steps
             found.setdefault(key, []).append(i)
     for (_, _, wide, new), rows in found.items():
         device, own = params[rows[0]].device, tuple([sizes[i] for i in rows])
-        table = _table(device, own, tuple([tuple([column[i] for i in rows]) for column in pointers]))
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        table = _table(device, stream, own, tuple([tuple([column[i] for i in rows]) for column in pointers]))
         yield _Launch(
             [params[i] for i in rows],
             [steps[i] for i in rows] if steps else [],
             table,
-            _owner(device, own),
+            _owner(device, stream, own),
             wide,
             bool(fresh) and new,
         )
 
 
-# Kept from step to step: sizes stay as they are, addresses as a rule. Who goes on in another stream has to wait for the last step,
-# and so for these.
-@functools.lru_cache(maxsize=256)
-def _table(device: torch.device, sizes: tuple[int, ...], pointers: tuple[tuple[int, ...], ...]) -> Tensor:
+# Kept from step to step, for sizes stay as they are, and addresses as a rule; by stream, for another would not wait for the copy.
+@functools.lru_cache(maxsize=128)
+def _table(device: torch.device, stream: int, sizes: tuple[int, ...], pointers: tuple[tuple[int, ...], ...]) -> Tensor:
     """The table of the kernels: sizes, first blocks, numbers of blocks and addresses."""
     counts = _blocks(sizes)
     return _sent(np.stack((sizes, counts.cumsum() - counts, counts, *pointers), dtype=np.int64), device)
 
 
-@functools.lru_cache(maxsize=32)
-def _owner(device: torch.device, sizes: tuple[int, ...]) -> Tensor:
+@functools.lru_cache(maxsize=128)
+def _owner(device: torch.device, stream: int, sizes: tuple[int, ...]) -> Tensor:
     """Of which tensor each block is."""
-    return _sent(np.repeat(np.arange(len(sizes)), _blocks(sizes)), device)
+    return _sent(np.repeat(np.arange(len(sizes), dtype=np.int32), _blocks(sizes)), device)
 
 
 def _blocks(sizes: tuple[int, ...]) -> Any:
@@ -194,7 +198,7 @@ def _blocks(sizes: tuple[int, ...]) -> Any:
 
 
 def _sent(array: Any, device: torch.device) -> Tensor:
-    """An array on the device, for which nothing waits."""
+    """An array on the device, copied without waiting."""
     tensor = torch.from_numpy(array)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 

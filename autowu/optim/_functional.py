@@ -48,7 +48,6 @@ class Bucket(NamedTuple):
             for i, param in enumerate(self.params):
                 yield Bucket([param], [[column[i]] for column in self.columns], None)
 
-    @property
     def on_host(self) -> bool:
         """Whether numbers of it may be read without waiting for a device."""
         return len(self.params) == 1 and self.params[0].is_cpu and self.sharding is None and not torch.compiler.is_compiling()
@@ -74,7 +73,7 @@ def buckets(params: list[Tensor], *others: Sequence[Tensor]) -> list[Bucket]:
             for column in columns:
                 column[i] = _shard(column[i]) if hasattr(column[i], "placements") else column[i]
     keys = list(zip([param.device for param in params], [param.dtype for param in params], shardings, strict=True))
-    if keys.count(keys[0]) == len(keys):  # as a rule, and it costs nothing
+    if all(key == keys[0] for key in keys):  # as a rule, and it costs next to nothing
         return [Bucket(list(params), columns, shardings[0])]
     found: dict[Any, list[int]] = {}
     for i, key in enumerate(keys):
@@ -133,7 +132,7 @@ def trust_ratios(bucket: Bucket, others: Sequence[Tensor], ratio: Callable[[Any,
         ratio: of the norm of a weight to that of its gradient or update, both above 0; for floats and for (k,) tensors.
     """
     weights = bucket.columns[0]
-    if bucket.on_host:
+    if bucket.on_host():
         weight, other = host_norm(weights[0]), host_norm(others[0])
         return LayerNorms(bucket.params, (weight, other, float(ratio(weight, other)) if weight > 0 and other > 0 else 1.0))
     norms = tensor_norms([*weights, *others], bucket.sharding)
@@ -160,6 +159,15 @@ def layer_stats(groups: Iterable[dict[str, Any]], taken: Sequence[LayerNorms]) -
         for i, param in enumerate(group["params"])
         if param in values
     ]
+
+
+def note_writes(tensors: list[Tensor]) -> None:
+    """Have autograd know of writes that it does not see, as it knows of those of torch's own operations."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # torch 2.4 takes one at a time
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
 
 
 def check_adapt(group: dict[str, Any]) -> None:

@@ -16,12 +16,16 @@ from torch.nn import Parameter
 from autowu.optim._cpp import Loops, build
 
 _PIECE: Final = 1 << 20
+_COMPILES: Final = torch.__version__ >= (2, 6)  # type: ignore[operator]
+"""Whether torch's compiler takes operators that write to lists of tensors."""
 _SMALL: Final = 1e-6
 """Of a ratio below this, 1 - ratio would not keep what float32 can."""
 
 
 def has_kernel(param: Tensor, *others: Tensor) -> bool:
     """Whether torch's fused kernels on the CPU do right by a parameter and what goes with it; not in half precision, for one."""
+    if torch.compiler.is_compiling() and not _COMPILES:
+        return False
     plain = type(param) in (Parameter, Tensor) and param.is_cpu and param.dtype in (torch.float32, torch.float64)
     return plain and same_layout(param, *others)
 

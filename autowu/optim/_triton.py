@@ -171,7 +171,7 @@ def moments(
     tl.store(seconds, second, exists)
     update = _update(weight, first.to(tl.float32), second.to(tl.float32), corrections, k, tensor, eps, decay)
     tl.store(sums + tl.program_id(0), tl.sum(weight * weight))
-    tl.store(sums + blocks + tl.program_id(0), tl.sum(update * update))  # 0 where nothing exists, for eps is above 0
+    tl.store(sums + blocks + tl.program_id(0), tl.sum(tl.where(exists, update * update, 0.0)))
 
 
 @triton.jit(do_not_specialize=["k"])

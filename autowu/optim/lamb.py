@@ -21,6 +21,7 @@ from autowu.optim._functional import (
     check_capture,
     check_dense,
     layer_stats,
+    note_writes,
     pick_foreach,
     scale_,
     trust_ratios,
@@ -42,11 +43,11 @@ class LAMB(Optimizer):
     with the ratio 1 where :math:`\|w\|` or :math:`\|u\|` is 0, and in groups with ``"adapt": False``, as is usual for norms and
     biases (:func:`~autowu.optim.param_groups`): there LAMB is AdamW. The paper leaves the scaling function of the norm open; here
     the ratio itself is clamped, and ``math.inf`` takes the clamp away. Norms are computed in float32 or better, those of sharded
-    parameters (DTensor, FSDP2; torch 2.5 or later) over all shards, and nothing waits for the device but the first step on a GPU,
-    which tries its kernels.
+    parameters (DTensor, FSDP2; torch 2.5 or later) over all shards, and nothing waits for the device but the first step on a GPU
+    with parameters of a dtype, which tries the kernels.
 
-    ``torch.compile(optimizer.step)`` traces one graph, on the CPU of one operator for each group; let the LR be a tensor, or every
-    new LR compiles anew.
+    ``torch.compile(optimizer.step)``, of torch 2.6 or later, traces one graph, on the CPU of one operator for each group; let the LR
+    be a tensor, or every new LR compiles anew.
 
     Args:
         params: parameters or groups, named or not.
@@ -131,6 +132,7 @@ class LAMB(Optimizer):
                 if not foreach and bucket.sharding is None and all(has_kernel(*row) for row in rows):
                     self._update_on_the_host(group, bucket, taken)
                 elif foreach and not group["capturable"] and _device.have_kernels(bucket.params, *bucket.columns[1:4]):
+                    note_writes(bucket.params)
                     weights, grads, firsts, seconds, steps = bucket.columns
                     taken += _device.lamb_(weights, grads, firsts, seconds, steps, group["lr"], *_numbers(group))
                 else:
@@ -190,7 +192,7 @@ class LAMB(Optimizer):
             cap = group["max_trust_ratio"]
             taken.append(trust_ratios(piece, updates, lambda weight, update: at_most(weight / update, cap)))
             scale = taken[-1].values[2] * scale
-        if piece.on_host:
+        if piece.on_host():
             weights[0].add_(updates[0], alpha=float(scale))
         elif group["adapt"]:
             scale_(updates, scale)
@@ -202,7 +204,11 @@ class LAMB(Optimizer):
     def _update_on_the_host(self, group: dict[str, Any], bucket: Bucket, taken: list[LayerNorms]) -> None:
         weights, grads, firsts, seconds, steps = bucket.columns
         lr = torch.as_tensor(group["lr"], dtype=torch.float64, device="cpu")
-        step = lamb_op if torch.compiler.is_compiling() else lamb_
+        if torch.compiler.is_compiling():
+            step: Any = lamb_op
+        else:
+            note_writes(bucket.params)
+            step = lamb_
         norms = step(weights, grads, firsts, seconds, steps, lr, *_numbers(group))
         if group["adapt"]:
             taken.append(LayerNorms(bucket.params, norms))

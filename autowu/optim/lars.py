@@ -22,6 +22,7 @@ from autowu.optim._functional import (
     check_adapt,
     check_dense,
     layer_stats,
+    note_writes,
     pick_foreach,
     scale_,
     trust_ratios,
@@ -41,15 +42,15 @@ class LARS(Optimizer):
     in place of g (You et al. 2017, equation 6), with the ratio 1 where :math:`\|w\|` or :math:`\|g\|` is 0. The decay is applied
     here, once: the wrapped optimizer sees a decay of 0 during the step. The norms are computed in float32 or better, those of
     sharded parameters (DTensor, FSDP2; torch 2.5 or later) over all shards, and nothing waits for the device but the first step on
-    a GPU, which tries its kernels. What ``.grad`` holds after a step is not defined.
+    a GPU with parameters of a dtype, which tries the kernels. What ``.grad`` holds after a step is not defined.
 
     Parameter groups, state and defaults are those of the wrapped optimizer, so schedulers, state dicts and groups added later work
     as with it. A group may set its own ``"trust_coef"``, and with ``"adapt": False`` it leaves its gradients as they are but for
     the decay, as is usual for norms and biases (:func:`~autowu.optim.param_groups`).
 
-    ``torch.compile(optimizer.step)`` traces one graph with any of torch's own optimizers inside but the fused; around SGD on the
-    CPU it is one operator for each group. Let the LR be a tensor, or every new LR compiles anew. Step hooks of the wrapped
-    optimizer do not run in it, those of this one do.
+    ``torch.compile(optimizer.step)``, of torch 2.6 or later, traces one graph with any of torch's own optimizers inside but the
+    fused; around SGD on the CPU it is one operator for each group. Let the LR be a tensor, or every new LR compiles anew. Step
+    hooks of the wrapped optimizer do not run in it, those of this one do.
 
     Args:
         optimizer: the optimizer that takes the step, e.g. ``torch.optim.SGD`` with momentum; it stays at hand as ``.optim``. Not
@@ -121,7 +122,7 @@ class LARS(Optimizer):
                 self._sgd(kernels, group, taken)
         elif torch.compiler.is_compiling() and type(self.optim).__module__.startswith("torch.optim."):
             # The step of the class: its wrappers break the graph.
-            inspect.unwrap(type(self.optim).step)(_Adapting(self, taken))
+            self._inner_step(_Adapting(self, taken))
         else:
             self._adapt_then_step(taken)
         self._last["norms"] = taken
@@ -204,10 +205,12 @@ class LARS(Optimizer):
         grads = [param.grad for param in params]
         asked = [(group["fused"], group["foreach"]) for group in optim.param_groups]
         one_by_one = not self.foreach and all(fused or fused is foreach is None for fused, foreach in asked)
-        if one_by_one and all(map(_host.has_kernel, params, grads)):
+        if one_by_one and all(_host.has_kernel(param, grad) for param, grad in zip(params, grads, strict=True)):
             return _host
         at_once = self.foreach is not False and all(fused or foreach is not False for fused, foreach in asked)
-        at_once = at_once and not any(group.get("capturable") for group in optim.param_groups)  # as it is where it is captured
+        at_once = at_once and not any(
+            group.get("capturable") for group in optim.param_groups
+        )  # so that the warm-up of a CUDA graph is what it captures
         return _device if at_once and _device.have_kernels(params, grads) else None
 
     def _sgd(self, kernels: ModuleType, group: dict[str, Any], taken: list[LayerNorms]) -> None:
@@ -233,6 +236,8 @@ class LARS(Optimizer):
         others = ("weight_decay", "momentum", "dampening", "nesterov", "maximize", "adapt")
         numbers = (self.eps, group.get("max_norm", math.inf), *[group[name] for name in others])
         rate, coef = group["lr"], self._trust_coef(group)
+        if not torch.compiler.is_compiling():
+            note_writes(params)
         if kernels is _device:
             taken += _device.lars_sgd_(*tensors, rate, float(coef), *numbers)
             return
@@ -294,6 +299,7 @@ class LARS(Optimizer):
         self.trust_coef: float = state["trust_coef"]
         self.foreach: bool | None = state["foreach"]
         self._last: dict[str, list[LayerNorms]] = {"norms": []}  # in a dict: a compiled step sets no attributes
+        self._inner_step: Callable[[Any], Any] = inspect.unwrap(type(self.optim).step)
         # Brings to life what Optimizer.__init__ would (hooks, the profiled step), without groups of its own.
         super().__setstate__({})
 
@@ -321,12 +327,12 @@ class _Adapting:
     def __init__(self, lars: LARS, taken: list[LayerNorms]) -> None:
         self.lars = lars
         self.taken = taken
-        self.param_groups = [{**group, "weight_decay": 0.0} for group in lars.optim.param_groups]
+        self.param_groups = [{**group, "weight_decay": 0.0, "number": i} for i, group in enumerate(lars.optim.param_groups)]
         self.state = lars.optim.state
 
     def _init_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *rest: Any) -> Any:
         """Fill the lists as the optimizer itself does, then scale the gradients: clones, which the compiler never makes."""
-        own = next(own for own, seen in zip(self.lars.optim.param_groups, self.param_groups, strict=True) if seen is group)
+        own = self.lars.optim.param_groups[group["number"]]
         found = self.lars.optim._init_group(own, params, grads, *rest)  # type: ignore[attr-defined]
         grads[:] = [grad.clone() for grad in grads]
         self.lars._adapt(own, params, grads, own.get("weight_decay", 0.0), self.taken)
