@@ -46,8 +46,8 @@ class LAMB(Optimizer):
     parameters (DTensor, FSDP2; torch 2.5 or later) over all shards, and nothing waits for the device but the first step on a GPU
     with parameters of a dtype, which tries the kernels.
 
-    ``torch.compile(optimizer.step)``, of torch 2.6 or later, traces one graph, on the CPU of one operator for each group; let the LR
-    be a tensor, or every new LR compiles anew.
+    ``torch.compile(optimizer.step)``, of torch 2.6 or later, traces one graph, on the CPU of one operator for each group; let the
+    LR be a tensor, or every new LR compiles anew.
 
     Args:
         params: parameters or groups, named or not.
