@@ -20,14 +20,24 @@ _SOURCE: Final = r"""
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("tree-loop-vectorize")  // which torch turns off
 #endif
 
+static void add_up(const std::vector<double>& sums, double* totals) {  // in order, whatever the threads
+  const size_t half = sums.size() / 2;
+  totals[0] = totals[1] = 0;
+  for (size_t k = 0; k < half; ++k) {
+    totals[0] += sums[k];
+    totals[1] += sums[half + k];
+  }
+}
+
 extern "C" void norms(
-    const float* __restrict weight, const float* __restrict grad, double* __restrict sums, int64_t size, int64_t piece,
-    int threads) {
+    const float* __restrict weight, const float* __restrict grad, double* totals, int64_t size, int64_t piece, int threads) {
   const int64_t pieces = (size + piece - 1) / piece;
+  std::vector<double> sums(2 * pieces);
   #pragma omp parallel for schedule(static) num_threads(threads) if (size > 32768)
   for (int64_t k = 0; k < pieces; ++k) {
     const int64_t end = std::min(size, (k + 1) * piece);
@@ -40,13 +50,15 @@ extern "C" void norms(
     sums[k] = weights;
     sums[pieces + k] = grads;
   }
+  add_up(sums, totals);
 }
 
 extern "C" void lamb_update(
     const float* __restrict weight, const float* __restrict grad, float* __restrict first, float* __restrict second,
-    float* __restrict update, double* __restrict sums, int64_t size, int64_t piece, int threads,
+    float* __restrict update, double* totals, int64_t size, int64_t piece, int threads,
     float new1, float beta2, float new2, float scale, float root, float eps, float decay) {
   const int64_t pieces = (size + piece - 1) / piece;
+  std::vector<double> sums(2 * pieces);
   #pragma omp parallel for schedule(static) num_threads(threads) if (size > 32768)
   for (int64_t k = 0; k < pieces; ++k) {
     const int64_t end = std::min(size, (k + 1) * piece);
@@ -66,8 +78,12 @@ extern "C" void lamb_update(
     sums[k] = weights;
     sums[pieces + k] = updates;
   }
+  add_up(sums, totals);
 }
 """
+
+
+_Pair: Any = ctypes.c_double * 2
 
 
 class Loops:
@@ -81,9 +97,9 @@ class Loops:
 
     def norms(self, weight: Tensor, grad: Tensor) -> tuple[float, float]:
         """Norms of a weight and of its gradient."""
-        sums = _sums(weight)
-        self._norms(weight.data_ptr(), grad.data_ptr(), sums.data_ptr(), weight.numel(), _PIECE, torch.get_num_threads())
-        return _roots(sums)
+        totals = _Pair()
+        self._norms(weight.data_ptr(), grad.data_ptr(), totals, weight.numel(), _PIECE, torch.get_num_threads())
+        return math.sqrt(totals[0]), math.sqrt(totals[1])
 
     def lamb_update(
         self,
@@ -100,22 +116,12 @@ class Loops:
         bias_correction: bool,
     ) -> tuple[float, float]:
         """Advance the moments and leave LAMB's update, negated, in `update`; norms of the weight and of the update."""
-        sums = _sums(weight)
+        totals = _Pair()
         scale, root = (1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)) if bias_correction else (1.0, 1.0)
-        pointers = [tensor.data_ptr() for tensor in (weight, grad, first, second, update, sums)]
+        pointers = [tensor.data_ptr() for tensor in (weight, grad, first, second, update)]
         numbers = (1 - beta1, beta2, 1 - beta2, scale, root, eps, decay)
-        self._lamb_update(*pointers, weight.numel(), _PIECE, torch.get_num_threads(), *numbers)
-        return _roots(sums)
-
-
-def _sums(tensor: Tensor) -> Tensor:
-    """Room for two sums of squares of every piece of a tensor."""
-    return torch.empty(2, -(-tensor.numel() // _PIECE), dtype=torch.float64, device="cpu")
-
-
-def _roots(sums: Tensor) -> tuple[float, float]:
-    first, second = sums.sum(dim=1).tolist()
-    return math.sqrt(first), math.sqrt(second)
+        self._lamb_update(*pointers, totals, weight.numel(), _PIECE, torch.get_num_threads(), *numbers)
+        return math.sqrt(totals[0]), math.sqrt(totals[1])
 
 
 @functools.cache
