@@ -1,4 +1,4 @@
-"""Steps of the GPU's kernels against steps in float64 of torch's operations: on a GPU, or interpreted with TRITON_INTERPRET=1.
+"""Steps of the GPU's kernels against those of torch's operations: on a GPU, or interpreted with TRITON_INTERPRET=1.
 
 Run by test_optim_device.py in a process of its own, for Triton decides between the two when it is imported.
 """
@@ -219,7 +219,7 @@ def test_a_step_of_many_parameters_is_a_few_dozen_launches(name, monkeypatch):
     assert operations.count <= 24
 
 
-def test_they_try_themselves_first(monkeypatch, caplog):
+def test_they_try_themselves_first(monkeypatch):
     for default in (torch.float32, torch.float64, torch.bfloat16):
         torch.set_default_dtype(default)
         try:
@@ -232,12 +232,21 @@ def test_they_try_themselves_first(monkeypatch, caplog):
             patch.setattr(_triton, name, type("Idle", (), {"__getitem__": lambda _, grid: lambda *args, **kw: None})())
             with pytest.raises((AssertionError, InterpreterError)):  # the latter for numbers that nobody made
                 _device._try(DEVICE, torch.float32)
-    if DEVICE.type == "cpu":  # there is no GPU
-        monkeypatch.delenv("TRITON_INTERPRET")
-        _device._works.cache_clear()
-        with caplog.at_level(logging.WARNING):
-            for _ in range(2):
-                assert not _device._works(torch.device("cuda"), torch.float32)
-        assert [record.getMessage().split(":")[0] for record in caplog.records] == ["LARS and LAMB"]
-        assert not _device._works(torch.device("cpu"), torch.float32)
-        assert len(caplog.records) == 1
+
+
+def test_interpreted_kernels_are_for_no_gpu(caplog):
+    _device._works.cache_clear()
+    assert not _device._works(torch.device("cpu"), torch.float32)
+    if DEVICE.type == "cpu":
+        assert not _device._works(torch.device("cuda"), torch.float32)
+    assert not caplog.records
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU, on which they run")
+def test_that_they_fail_is_told_once(monkeypatch, caplog):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    _device._works.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert not _device._works(torch.device("cuda"), torch.float32)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["LARS and LAMB"]
