@@ -9,6 +9,7 @@ import timm.optim
 import torch
 
 from autowu.optim import LAMB, LARS
+from autowu.optim._functional import buckets
 
 INNER = {
     "sgd": lambda groups, **kw: torch.optim.SGD(groups, lr=0.5, momentum=0.9, **kw),
@@ -441,6 +442,17 @@ def test_the_decay_shrinks_the_weights_of_an_optimizer_that_maximizes():
         weight.grad = torch.tensor([[0.0, 1.0]])
         LARS(torch.optim.SGD([weight], lr=1.0, weight_decay=0.2, maximize=True), eps=0.0, trust_coef=0.1, foreach=foreach).step()
         torch.testing.assert_close(weight.detach(), torch.tensor([[3 - 0.25 * 0.6, 4 - 0.25 * (0.8 - 1.0)]]))
+
+
+def test_a_bucket_is_of_one_dtype():
+    tensors = [torch.zeros(2), torch.zeros(3, dtype=torch.float64), torch.zeros(4)]
+    single, double = buckets(tensors, [tensor + 1 for tensor in tensors])
+    assert [tensor.numel() for tensor in single.params] == [2, 4]
+    assert [tensor.numel() for tensor in double.params] == [3]
+    for bucket in (single, double):
+        assert all(torch.equal(own, tensor) for own, tensor in zip(bucket.columns[0], bucket.params, strict=True))
+        assert all(torch.equal(other, tensor + 1) for other, tensor in zip(bucket.columns[1], bucket.params, strict=True))
+    assert buckets([], []) == []
 
 
 def test_autograd_knows_of_the_step():

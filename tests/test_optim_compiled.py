@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
-from autowu.optim import LAMB, LARS, TVLARS
+from autowu.optim import LAMB, LARS, TVLARS, _host
 from autowu.optim._host import lamb_op, lars_sgd_op
 
 SHAPES = ((5, 4), (7,), (3, 3, 2), (1,))
@@ -66,6 +66,18 @@ def test_compiled_it_takes_the_same_steps_in_one_graph(name):
         assert layer[1:] == pytest.approx(expected[1:], rel=1e-4)
     if name == "tvlars":
         assert [int(group["step"]) for group in compiled.param_groups] == [6, 6]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["lars_sgd", "tvlars", "lamb"])
+def test_compiled_it_is_an_operator_for_each_group(name, monkeypatch):
+    calls = []
+    build = _host.build
+    monkeypatch.setattr(_host, "build", lambda: calls.append(name) or build())
+    parameters = make_parameters()
+    optimizer = make(name, parameters)
+    take_steps(optimizer, parameters, torch.compile(optimizer.step, fullgraph=True), 3)
+    assert len(calls) == 3 * 2
 
 
 @pytest.mark.filterwarnings("ignore")
