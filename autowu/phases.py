@@ -7,12 +7,12 @@ T on it is *done*. The LR of any step, past or future, follows from the configur
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, cooldown_factor, decades, warmup_lr
+from autowu.config import Config
+from autowu.schedules import cooldown_factor, warmup_lr
 from autowu.switching import SwitchDecision
 
 __all__ = [
@@ -24,25 +24,22 @@ __all__ = [
     "Verdict",
     "after_test",
     "base_lr",
-    "configure",
-    "cooldown_start",
     "end_plateau_epoch",
-    "extended",
     "falls",
-    "forked",
     "is_test_due",
+    "peak_lr",
     "phase_at",
     "plateau_epoch_due",
     "set_back",
+    "state_of",
+    "switched",
     "verdict",
+    "warmup_lr_at",
     "watch_is_over",
 ]
 
 Phase = Literal["warmup", "stable", "cooldown", "done"]
 
-TESTS_PER_WARMUP: Final = 60
-MAX_LAG: Final = 0.5
-"""Decades of LR: what a fitted curve can tell apart, and so the most that the loss of a warm-up counts as lagging behind its LR."""
 FALLING: Final = 0.8
 """A test that finds the minimum past with less than this probability says that the loss still falls."""
 SETBACK_FACTOR: Final = 0.5
@@ -55,42 +52,6 @@ PLATEAU_PATIENCE: Final = 5
 """Epochs without a better mean loss before `decay_phase_stat="loss"` lowers the LR (Kim et al. 2021 and its code)."""
 PLATEAU_THRESHOLD: Final = 1e-4
 """A mean loss is better if it is lower by more than this share of the best: the default of torch's ReduceLROnPlateau."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """The arguments of a run, checked and resolved; steps are optimizer steps. Built by :func:`configure`.
-
-    Attributes:
-        total_steps: T.
-        steps_per_epoch: None for a run that was given `total_steps` only.
-        warmup_steps: length W of the axis on which the LR would grow from `min_lr` to `max_lr`.
-        warmup_limit: step at which a warm-up ends without a switch: W, or the start of the cooldown where that comes first.
-        cooldown_fraction, cooldown_start: share of T for the cooldown and its first step, used where it is not immediate.
-        test_interval: steps between tests.
-        peak_factor: the peak LR over that at the minimum, the lag included.
-    """
-
-    total_steps: int
-    steps_per_epoch: int | None
-    min_lr: float
-    max_lr: float
-    warmup_steps: int
-    warmup_limit: int
-    warmup_type: str
-    warmup_unit: str
-    immediate_cooldown: bool
-    cooldown_type: str
-    cooldown_fraction: float
-    cooldown_start: int
-    decay_phase_stat: str | None
-    decay_phase_factor: float
-    test_interval: int
-    patience: int
-    confidence: float
-    min_contrast: float
-    peak_factor: float
-    watch: bool
 
 
 @dataclass(frozen=True)
@@ -169,6 +130,12 @@ class State:
     watched: bool = True
 
 
+def state_of(saved: Mapping[str, Any]) -> State:
+    """The state that :func:`dataclasses.asdict` was taken of."""
+    switch = saved["switch"]
+    return State(**(dict(saved) | {"switch": None if switch is None else Switch(**switch)}))
+
+
 def phase_at(config: Config, state: State, step: int) -> Phase:
     """Phase of optimizer step `step`."""
     if step >= config.total_steps:
@@ -187,7 +154,7 @@ def base_lr(config: Config, state: State, step: int) -> float:
     """
     step = min(step, config.total_steps - 1)
     if state.switch is None or step < state.switch.step:
-        return _warmup_lr(config, step)
+        return warmup_lr_at(config, step)
     start = state.switch.step
     if not config.immediate_cooldown:
         start = max(start, config.cooldown_start)
@@ -201,7 +168,8 @@ def base_lr(config: Config, state: State, step: int) -> float:
     return lr * cooldown_factor(progress, config.cooldown_type)
 
 
-def _warmup_lr(config: Config, position: float) -> float:
+def warmup_lr_at(config: Config, position: float) -> float:
+    """LR at `position` of the warm-up, in steps, of the parameter group with the largest LR."""
     if config.warmup_unit == "epoch" and config.steps_per_epoch is not None:
         position = position // config.steps_per_epoch * config.steps_per_epoch
     return warmup_lr(position, config.warmup_steps, config.min_lr, config.max_lr, config.warmup_type)
@@ -217,7 +185,7 @@ def is_test_due(config: Config, state: State, step: int) -> bool:
 def verdict(config: Config, step: int, decision: SwitchDecision) -> Verdict:
     """What `decision`, on the losses of the first `step` steps, comes to."""
     minima = [min(m * config.warmup_steps, float(step)) for m in decision.minima]
-    lr = config.peak_factor * sum(_warmup_lr(config, m) for m in minima) / len(minima)
+    lr = config.peak_factor * sum(warmup_lr_at(config, m) for m in minima) / len(minima)
     return Verdict(decision.switch, decision.votes, decision.probability, lr, sum(minima) / len(minima))
 
 
@@ -226,19 +194,30 @@ def falls(verdict: Verdict | None) -> bool:
     return verdict is not None and verdict.probability < FALLING
 
 
-def after_test(config: Config, state: State, step: int, verdict: Verdict | None, fallback_lr: float, *, ends: bool) -> State:
-    """The state after a test (or a failed one, `verdict` None) at `step`: switched, if the test says so or the warm-up ends here.
+def after_test(config: Config, state: State, step: int, verdict: Verdict | None) -> State:
+    """The state after a test (or a failed one, `verdict` None) at `step` within the warm-up: switched, if the test says so."""
+    if verdict is None:
+        return replace(state, votes=0)
+    after = replace(state, votes=verdict.votes)
+    return switched(config, after, step, verdict, 0.0) if verdict.switch else after
 
-    A warm-up that ends with no verdict at all goes on at `fallback_lr`, brought into the LR range.
+
+def switched(config: Config, state: State, step: int, verdict: Verdict | None, fallback_lr: float) -> State:
+    """The state of a run whose warm-up ends at `step`, to go on from where `verdict` saw the minimum.
+
+    With no verdict at all it goes on at `fallback_lr`, brought into the LR range.
     """
-    state = replace(state, votes=0 if verdict is None else verdict.votes)
-    by_test = verdict is not None and verdict.switch
-    if not by_test and not ends:
-        return state
     if verdict is None:
         lr = min(max(fallback_lr, config.min_lr), config.max_lr)
-        return replace(state, switch=Switch(step, lr, None, None, by_test=False))
-    return replace(state, switch=Switch(step, verdict.lr, verdict.probability, verdict.minimum, by_test))
+        return replace(state, votes=0, switch=Switch(step, lr, None, None, by_test=False))
+    switch = Switch(step, verdict.lr, verdict.probability, verdict.minimum, by_test=verdict.switch)
+    return replace(state, votes=verdict.votes, switch=switch)
+
+
+def peak_lr(state: State) -> float:
+    """The peak LR as divergences have left it, of the parameter group with the largest LR, after the switch."""
+    assert state.switch is not None
+    return state.switch.lr * SETBACK_FACTOR**state.setbacks
 
 
 def set_back(state: State) -> State:
@@ -282,212 +261,3 @@ def end_plateau_epoch(config: Config, state: State, mean_loss: float) -> State:
         return replace(state, bad_epochs=state.bad_epochs + 1)
     factor = state.plateau_factor * config.decay_phase_factor
     return replace(state, plateau_factor=factor, bad_epochs=0)
-
-
-def configure(
-    *,
-    steps_per_epoch: int | None,
-    total_epochs: int | None,
-    total_steps: int | None,
-    immediate_cooldown: bool,
-    cooldown_type: str,
-    cooldown_fraction: float,
-    min_lr: float,
-    max_lr: float,
-    max_warmup_fraction: float,
-    warmup_type: str,
-    warmup_unit: str,
-    decay_phase_stat: str | None,
-    decay_phase_factor: float,
-    test_interval: int | str | None,
-    patience: int,
-    confidence: float,
-    min_contrast: float,
-    peak_factor: float,
-    peak_lag: float,
-    watch: bool,
-) -> Config:
-    """Check the arguments of `AutoWU` and resolve them. `peak_lag`: steps by which the loss of a warm-up lags behind its LR.
-
-    Raises:
-        TypeError, ValueError: naming the argument, its value and what it may be.
-    """
-    total = _total_steps(steps_per_epoch, total_epochs, total_steps)
-    _check_choice("cooldown_type", cooldown_type, COOLDOWN_TYPES)
-    _check_choice("warmup_type", warmup_type, WARMUP_TYPES)
-    _check_choice("warmup_unit", warmup_unit, ("step", "epoch"))
-    _check_choice("decay_phase_stat", decay_phase_stat, (None, "loss"))
-    _check_fraction("max_warmup_fraction", max_warmup_fraction, closed=True)
-    _check_fraction("cooldown_fraction", cooldown_fraction)
-    _check_fraction("decay_phase_factor", decay_phase_factor, closed=True)
-    _check_real("confidence", confidence, 0.5 < _number(confidence) < 1, "between 0.5 and 1")
-    _check_real("min_contrast", min_contrast, 0 <= _number(min_contrast) < math.inf, "at least 0 and finite")
-    _check_fraction("peak_factor", peak_factor, closed=True)
-    _check_real("min_lr", min_lr, 0 < _number(min_lr) < math.inf, "above 0 and finite")
-    _check_real("max_lr", max_lr, 0 < _number(max_lr) < math.inf, "above 0 and finite")
-    if not min_lr < max_lr:
-        raise ValueError(f"min_lr={min_lr!r}: must be below max_lr={max_lr!r}")
-    patience = _check_count("patience", patience)
-    for name, flag in (("immediate_cooldown", immediate_cooldown), ("watch", watch)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}={flag!r}: must be True or False")
-
-    if steps_per_epoch is None:
-        for name, value in (("warmup_unit", warmup_unit), ("test_interval", test_interval)):
-            if value == "epoch":
-                raise ValueError(f"{name}='epoch': needs steps_per_epoch, but total_steps was given")
-        if decay_phase_stat is not None or decay_phase_factor != 1.0:
-            raise ValueError(
-                f"decay_phase_stat={decay_phase_stat!r}, decay_phase_factor={decay_phase_factor!r}: "
-                "act once an epoch and need steps_per_epoch, but total_steps was given"
-            )
-    if immediate_cooldown and (decay_phase_stat is not None or decay_phase_factor != 1.0):
-        raise ValueError(
-            f"decay_phase_stat={decay_phase_stat!r}, decay_phase_factor={decay_phase_factor!r}: act on the "
-            "constant phase, which immediate_cooldown=True leaves out; pass immediate_cooldown=False"
-        )
-    if decay_phase_stat == "loss" and decay_phase_factor == 1.0:
-        raise ValueError("decay_phase_factor=1.0: with decay_phase_stat='loss' it must be above 0 and below 1")
-
-    # The shortest of runs has one step of warm-up.
-    warmup_steps = int(max_warmup_fraction * total) or round(max_warmup_fraction * total)
-    cooldown_start = _cooldown_start(total, cooldown_fraction)
-    limit = warmup_steps if immediate_cooldown else min(warmup_steps, cooldown_start)
-    if not 1 <= limit < total:
-        raise ValueError(
-            f"max_warmup_fraction={max_warmup_fraction!r}: leaves {limit} steps of warm-up in a run of {total} steps; "
-            f"both the warm-up and the rest of the run need at least 1 step"
-        )
-    if test_interval is None:
-        interval = max(1, round(limit / TESTS_PER_WARMUP))
-    elif test_interval == "epoch":
-        assert steps_per_epoch is not None
-        interval = int(steps_per_epoch)
-    else:
-        if isinstance(test_interval, str):
-            raise ValueError(f"test_interval={test_interval!r}: must be an integer, 'epoch' or None")
-        interval = _check_count("test_interval", test_interval)
-    span = decades(min_lr, max_lr, warmup_type)
-    lag = min(peak_lag * span / warmup_steps, MAX_LAG) if span else 0.0
-    return Config(
-        total_steps=total,
-        steps_per_epoch=None if steps_per_epoch is None else int(steps_per_epoch),
-        min_lr=float(min_lr),
-        max_lr=float(max_lr),
-        warmup_steps=warmup_steps,
-        warmup_limit=limit,
-        warmup_type=warmup_type,
-        warmup_unit=warmup_unit,
-        immediate_cooldown=immediate_cooldown,
-        cooldown_type=cooldown_type,
-        cooldown_fraction=float(cooldown_fraction),
-        cooldown_start=cooldown_start,
-        decay_phase_stat=decay_phase_stat,
-        decay_phase_factor=float(decay_phase_factor),
-        test_interval=interval,
-        patience=patience,
-        confidence=float(confidence),
-        min_contrast=float(min_contrast),
-        peak_factor=float(peak_factor) * 10**-lag,
-        watch=watch,
-    )
-
-
-def extended(config: Config, other: Config) -> Config:
-    """`config` with the length of `other`, if that is the longer: in epochs, or in steps where neither has epochs.
-
-    The warm-up stays as it is; the cooldown moves to the new end.
-    """
-    if config.steps_per_epoch is not None and other.steps_per_epoch is not None:
-        total = config.steps_per_epoch * (other.total_steps // other.steps_per_epoch)
-    elif config.steps_per_epoch is None and other.steps_per_epoch is None:
-        total = other.total_steps
-    else:
-        return config
-    if total <= config.total_steps:
-        return config
-    return replace(config, total_steps=total, cooldown_start=_cooldown_start(total, config.cooldown_fraction))
-
-
-def cooldown_start(config: Config, cooldown_fraction: float) -> int:
-    """Step at which a cooldown over the last `cooldown_fraction` of the run begins.
-
-    Raises:
-        TypeError, ValueError: unless the fraction is a number above 0 and below 1.
-    """
-    _check_fraction("cooldown_fraction", cooldown_fraction)
-    return _cooldown_start(config.total_steps, cooldown_fraction)
-
-
-def forked(config: Config, step: int, cooldown_fraction: float) -> Config:
-    """The configuration of a run with another `cooldown_fraction`, if it could stand at `step` as a run of `config` does.
-
-    Raises:
-        TypeError, ValueError: naming the argument, its value and what it may be.
-    """
-    start = cooldown_start(config, cooldown_fraction)
-    if config.immediate_cooldown:
-        raise ValueError(
-            f"cooldown_fraction={cooldown_fraction!r}: without effect in a run with immediate_cooldown=True; "
-            "a run to fork needs immediate_cooldown=False"
-        )
-    if min(config.warmup_steps, start) != config.warmup_limit:
-        raise ValueError(
-            f"cooldown_fraction={cooldown_fraction!r}: the warm-up would end by step {min(config.warmup_steps, start)}, not by "
-            f"step {config.warmup_limit} as in this run; both cooldowns must begin at step {config.warmup_steps} or later"
-        )
-    latest = min(start, config.cooldown_start)
-    if config.decay_phase_stat == "loss" and start != config.cooldown_start:
-        latest -= 1  # of an epoch that ends where one of the cooldowns begins only the other run takes note
-    if step > latest:
-        raise ValueError(
-            f"cooldown_fraction={cooldown_fraction!r}: must be forked off at step {latest} or before, the run is at step {step}"
-        )
-    return replace(config, cooldown_fraction=float(cooldown_fraction), cooldown_start=start)
-
-
-def _cooldown_start(total_steps: int, cooldown_fraction: float) -> int:
-    return total_steps - max(1, round(cooldown_fraction * total_steps))
-
-
-def _total_steps(steps_per_epoch: int | None, total_epochs: int | None, total_steps: int | None) -> int:
-    if total_steps is not None:
-        if steps_per_epoch is not None or total_epochs is not None:
-            raise ValueError(
-                f"total_steps={total_steps!r}: give it or steps_per_epoch={steps_per_epoch!r} and "
-                f"total_epochs={total_epochs!r}, not both"
-            )
-        return _check_count("total_steps", total_steps)
-    if steps_per_epoch is None or total_epochs is None:
-        raise TypeError(f"steps_per_epoch={steps_per_epoch!r}, total_epochs={total_epochs!r}: give both, or total_steps")
-    return _check_count("steps_per_epoch", steps_per_epoch) * _check_count("total_epochs", total_epochs)
-
-
-def _check_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}={value!r}: must be an integer, at least 1")
-    if value < 1:
-        raise ValueError(f"{name}={value!r}: must be at least 1")
-    return int(value)
-
-
-def _number(value: Any) -> float:
-    """`value` if it is a real number, NaN, which is in no range, if it is not."""
-    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-
-
-def _check_real(name: str, value: Any, in_range: bool, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r}: must be a number {allowed}")
-    if not in_range:
-        raise ValueError(f"{name}={value!r}: must be {allowed}")
-
-
-def _check_fraction(name: str, value: Any, closed: bool = False) -> None:
-    in_range = 0 < _number(value) <= 1 if closed else 0 < _number(value) < 1
-    _check_real(name, value, in_range, f"above 0 and {'at most' if closed else 'below'} 1")
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}")

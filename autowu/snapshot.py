@@ -1,4 +1,4 @@
-"""Copies of all that training changes, to be put back where a run has gone wrong."""
+"""State: a copy of all that training changes, to be put back where a run has gone wrong."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ _OF_THE_SCHEDULE = ("params", "lr", "initial_lr", "lr_scale")
 class Snapshot:
     """Parameters, buffers and optimizer state of a run, copied into buffers that are allocated once.
 
-    There is one copy, which :meth:`take` makes and :meth:`restore` puts back, and room for an older one, see :meth:`swap`.
-
-    The copies are multi-tensor ones, queued on the device and not waited for. Tensors are restored in place, so that DDP's buckets,
-    FSDP2's shards, compiled code and CUDA graphs go on seeing them; state that the optimizer has made since is dropped. Of a
-    sharded model each rank copies its shard. Gradients, random states and a GradScaler's scale are no part of it.
+    :meth:`take` makes the copy and :meth:`restore` puts it back. Both are multi-tensor operations, queued on the device and not
+    waited for. Tensors are restored in place, so that DDP's buckets, FSDP2's shards, compiled code and CUDA graphs go on seeing
+    them; state that the optimizer has made since is dropped. Of a sharded model each rank copies its shard. Gradients, random
+    states and a GradScaler's scale are no part of it.
 
     Args:
         model: whose parameters and buffers to copy; those of the optimizer's parameter groups besides.
@@ -38,15 +37,16 @@ class Snapshot:
         self.model, self.optimizer, self.device = model, optimizer, device
         self.step: int | None = None
         """Optimizer steps that had been taken when the copy was made; None where there is none."""
+        self.lr = 0.0
+        """The LR that was to follow."""
         self.level = 0.0
         """What the loss was then."""
         self._copies: dict[Any, Tensor] = {}
         self._rest: dict[Any, Any] = {}
-        self._other: Snapshot | None = None
 
     @torch.no_grad()
-    def take(self, step: int, level: float = 0.0) -> None:
-        """Copy the run as it is after `step` optimizer steps, at a loss of `level`, over the copy before."""
+    def take(self, step: int, lr: float = 0.0, level: float = 0.0) -> None:
+        """Copy the run as it is after `step` optimizer steps, before one at `lr`, at a loss of `level`, over the copy before."""
         tensors, rest = self._live()
         kept = self._copies
         self._copies = {
@@ -55,20 +55,7 @@ class Snapshot:
         }
         _copy(list(self._copies.values()), list(tensors.values()))
         self._rest = copy.deepcopy(rest)
-        self.step, self.level = step, level
-
-    def swap(self) -> None:
-        """Make the other copy, if any, the one that is taken over or put back."""
-        other = self._other or Snapshot(self.model, self.optimizer, self.device)
-        for name in ("step", "level", "_copies", "_rest"):
-            mine, its = getattr(self, name), getattr(other, name)
-            setattr(self, name, its)
-            setattr(other, name, mine)
-        self._other = other
-
-    def free_other(self) -> None:
-        """Give the memory of the other copy back."""
-        self._other = None
+        self.step, self.lr, self.level = step, lr, level
 
     @torch.no_grad()
     def sound(self) -> Tensor:
@@ -113,25 +100,21 @@ class Snapshot:
 
     def free(self) -> None:
         """Give the memory back."""
-        self._copies, self._rest, self.step, self._other = {}, {}, None, None
+        self._copies, self._rest, self.step = {}, {}, None
 
     def state_dict(self) -> dict[str, Any] | None:
-        """The copies themselves, on the host; None where there is none."""
+        """The copy itself, on the host; None where there is none."""
         if self.step is None:
             return None
         tensors = {key: tensor.to("cpu", copy=True) for key, tensor in self._copies.items()}
-        other = None if self._other is None else self._other.state_dict()
-        return {"step": self.step, "level": self.level, "tensors": tensors, "rest": copy.deepcopy(self._rest), "other": other}
+        return {"step": self.step, "lr": self.lr, "level": self.level, "tensors": tensors, "rest": copy.deepcopy(self._rest)}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Hold the copies that a :meth:`state_dict` was taken of, on the host until the next are taken."""
+        """Hold the copy that a :meth:`state_dict` was taken of, on the host until the next is taken."""
         self.free()
         if state is not None:
-            self.step, self.level = state["step"], state["level"]
+            self.step, self.lr, self.level = state["step"], state["lr"], state["level"]
             self._copies, self._rest = dict(state["tensors"]), copy.deepcopy(state["rest"])
-            if state["other"] is not None:
-                self._other = Snapshot(self.model, self.optimizer, self.device)
-                self._other.load_state_dict(state["other"])
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

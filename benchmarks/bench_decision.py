@@ -73,7 +73,7 @@ def scheduler_after(n: int, gp: LossCurveGP, history: LossHistory) -> AutoWU:
     total = 8 * n + 1_000_000
     scheduler = AutoWU(optimizer, total_steps=total, gp=gp, test_interval=total)
     optimizer.step()
-    scheduler.history = history
+    scheduler._rooms.judge.history = history
     scheduler.last_epoch = n
     return scheduler
 

@@ -26,6 +26,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,7 @@ def late_group(**arguments: Any) -> Run:
 def replaced_step() -> Run:
     run = Run().schedule(total_steps=120).train(0, 20)
     plain = type(run.optimizer).step
-    run.optimizer.step = lambda: plain(run.optimizer)  # type: ignore[method-assign, assignment, misc]
+    run.optimizer.step = lambda: plain(run.optimizer)  # type: ignore[method-assign, assignment]
     run.optimizer._optimizer_step_post_hooks.clear()
     return run.train(20, 120)
 
@@ -412,7 +413,7 @@ def recorded(make: Callable[[], Run]) -> dict[str, Any]:
 def rank_main(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
-    results = {f"two ranks: {kind}": recorded(lambda kind=kind: on_ranks(kind, rank, size)) for kind in RANKS}
+    results = {f"two ranks: {kind}": recorded(partial(on_ranks, kind, rank, size)) for kind in RANKS}
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     dist.barrier()
     os._exit(0)  # gloo's threads now and then abort an interpreter that takes itself down

@@ -1,0 +1,278 @@
+"""Pure: what a user gives to the scheduler, checked and resolved; the length of a run and of its cooldown, changed later.
+
+:data:`ARGUMENTS` is the one list of the scheduler's arguments. A test holds its signature, its docstring and the table of the
+documentation to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final
+
+from torch import nn
+from torch.optim import Optimizer
+
+from autowu.checks import Check, between, count, device, flag, fraction, integer, one_of, optional, positive, share
+from autowu.families import lr_range, peak_factor, peak_lag
+from autowu.gp import LossCurveGP
+from autowu.ranks import process_group
+from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, decades
+
+__all__ = ["ARGUMENTS", "Config", "checked", "configure", "cooldown_start", "extended", "forked"]
+
+TESTS_PER_WARMUP: Final = 60
+MAX_LAG: Final = 0.5
+"""Decades of LR: what a fitted curve can tell apart, and so the most that the loss of a warm-up counts as lagging behind its LR."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The arguments of a run, checked and resolved; steps are optimizer steps. Built by :func:`configure`.
+
+    Attributes:
+        total_steps: T.
+        steps_per_epoch: None for a run that was given `total_steps` only.
+        warmup_steps: length W of the axis on which the LR would grow from `min_lr` to `max_lr`.
+        warmup_limit: step at which a warm-up ends without a switch: W, or the start of the cooldown where that comes first.
+        cooldown_fraction, cooldown_start: share of T for the cooldown and its first step, used where it is not immediate.
+        test_interval: steps between tests.
+        peak_factor: the peak LR over that at the minimum, the lag included.
+    """
+
+    total_steps: int
+    steps_per_epoch: int | None
+    min_lr: float
+    max_lr: float
+    warmup_steps: int
+    warmup_limit: int
+    warmup_type: str
+    warmup_unit: str
+    immediate_cooldown: bool
+    cooldown_type: str
+    cooldown_fraction: float
+    cooldown_start: int
+    decay_phase_stat: str | None
+    decay_phase_factor: float
+    test_interval: int
+    patience: int
+    confidence: float
+    min_contrast: float
+    peak_factor: float
+    watch: bool
+
+
+def _optimizer(name: str, value: Any) -> Optimizer:
+    if not isinstance(value, Optimizer):
+        raise TypeError(f"{name}={value!r}: must be a torch.optim.Optimizer")
+    return value
+
+
+def _model(name: str, value: Any) -> nn.Module:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}={value!r}: must be a torch.nn.Module or None")
+    return value
+
+
+def _interval(name: str, value: Any) -> int | str:
+    if isinstance(value, str) and value != "epoch":
+        raise ValueError(f"{name}={value!r}: must be an integer, 'epoch' or None")
+    return value if isinstance(value, str) else count(name, value)
+
+
+def _engine(name: str, value: Any) -> str | LossCurveGP:
+    if isinstance(value, str) and value not in ("closed-form", "gpytorch"):
+        raise ValueError(f"{name}={value!r}: must be 'closed-form', 'gpytorch' or an engine object")
+    if not isinstance(value, (str, LossCurveGP)):
+        raise TypeError(f"{name}={value!r}: must be 'closed-form', 'gpytorch' or an object with posterior() and max_points")
+    return value
+
+
+ARGUMENTS: Final[Mapping[str, Check]] = {
+    "optimizer": _optimizer,
+    "steps_per_epoch": optional(count),
+    "total_epochs": optional(count),
+    "total_steps": optional(count),
+    "immediate_cooldown": flag,
+    "cooldown_type": one_of(*COOLDOWN_TYPES),
+    "cooldown_fraction": fraction,
+    "min_lr": optional(positive),
+    "max_lr": optional(positive),
+    "max_warmup_fraction": share,
+    "warmup_type": one_of(*WARMUP_TYPES),
+    "warmup_unit": one_of("step", "epoch"),
+    "decay_phase_stat": one_of(None, "loss"),
+    "decay_phase_factor": share,
+    "test_interval": optional(_interval),
+    "patience": count,
+    "confidence": between("between 0.5 and 1", lambda value: 0.5 < value < 1),
+    "min_contrast": between("at least 0 and finite", lambda value: 0 <= value < math.inf),
+    "peak_factor": optional(share),
+    "gp": _engine,
+    "device": optional(device),
+    "seed": integer,
+    "model": optional(_model),
+    "snapshot_device": optional(device),
+    "watch": flag,
+    "process_group": optional(process_group),
+}
+"""The scheduler's arguments, in the order of its signature, and the check of each."""
+
+
+def checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler's arguments out of `given`, each as its check gives it back.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what it may be.
+    """
+    return {name: check(name, given[name]) for name, check in ARGUMENTS.items()}
+
+
+def configure(arguments: Mapping[str, Any]) -> Config:
+    """Resolve the arguments of :func:`checked`: what is None by the optimizer's family, shares as steps.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not go together, naming them, their values and what they may be.
+    """
+    optimizer, steps_per_epoch = arguments["optimizer"], arguments["steps_per_epoch"]
+    total = _total_steps(**{name: arguments[name] for name in ("steps_per_epoch", "total_epochs", "total_steps")})
+    _check_epochs(arguments)
+    _check_decay(arguments)
+    min_lr, max_lr = (
+        default if arguments[name] is None else arguments[name]
+        for name, default in zip(("min_lr", "max_lr"), lr_range(optimizer), strict=True)
+    )
+    if not min_lr < max_lr:
+        raise ValueError(f"min_lr={min_lr!r}: must be below max_lr={max_lr!r}")
+    warmup_steps, limit, start = _warmup(total, arguments)
+    interval = steps_per_epoch if arguments["test_interval"] == "epoch" else arguments["test_interval"]
+    factor = arguments["peak_factor"]
+    if factor is None:
+        span = decades(min_lr, max_lr, arguments["warmup_type"])
+        lag = min(peak_lag(optimizer) * span / warmup_steps, MAX_LAG) if span else 0.0
+        factor = peak_factor(optimizer) * 10**-lag
+    resolved = {
+        "total_steps": total,
+        "min_lr": min_lr,
+        "max_lr": max_lr,
+        "warmup_steps": warmup_steps,
+        "warmup_limit": limit,
+        "cooldown_start": start,
+        "test_interval": interval or max(1, round(limit / TESTS_PER_WARMUP)),
+        "peak_factor": factor,
+    }
+    return Config(**{field.name: (arguments | resolved)[field.name] for field in fields(Config)})  # type: ignore[operator]
+
+
+def _total_steps(steps_per_epoch: int | None, total_epochs: int | None, total_steps: int | None) -> int:
+    if total_steps is not None:
+        if steps_per_epoch is not None or total_epochs is not None:
+            raise ValueError(
+                f"total_steps={total_steps!r}: give it or steps_per_epoch={steps_per_epoch!r} and "
+                f"total_epochs={total_epochs!r}, not both"
+            )
+        return total_steps
+    if steps_per_epoch is None or total_epochs is None:
+        raise TypeError(f"steps_per_epoch={steps_per_epoch!r}, total_epochs={total_epochs!r}: give both, or total_steps")
+    return steps_per_epoch * total_epochs
+
+
+def _check_epochs(arguments: Mapping[str, Any]) -> None:
+    """Raise where an argument speaks of epochs in a run that was given none."""
+    if arguments["steps_per_epoch"] is not None:
+        return
+    for name in ("warmup_unit", "test_interval"):
+        if arguments[name] == "epoch":
+            raise ValueError(f"{name}='epoch': needs steps_per_epoch, but total_steps was given")
+    if _decays(arguments):
+        raise ValueError(f"{_decay_words(arguments)}: act once an epoch and need steps_per_epoch, but total_steps was given")
+
+
+def _check_decay(arguments: Mapping[str, Any]) -> None:
+    """Raise where the constant phase is to decay and cannot."""
+    if arguments["immediate_cooldown"] and _decays(arguments):
+        raise ValueError(
+            f"{_decay_words(arguments)}: act on the constant phase, which immediate_cooldown=True leaves out; "
+            "pass immediate_cooldown=False"
+        )
+    if arguments["decay_phase_stat"] == "loss" and arguments["decay_phase_factor"] == 1.0:
+        raise ValueError("decay_phase_factor=1.0: with decay_phase_stat='loss' it must be above 0 and below 1")
+
+
+def _decays(arguments: Mapping[str, Any]) -> bool:
+    return arguments["decay_phase_stat"] is not None or arguments["decay_phase_factor"] != 1.0
+
+
+def _decay_words(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={arguments[name]!r}" for name in ("decay_phase_stat", "decay_phase_factor"))
+
+
+def _warmup(total: int, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Length of the warm-up's axis, the step at which it ends at the latest, and the first step of the cooldown."""
+    largest = arguments["max_warmup_fraction"]
+    steps = int(largest * total) or round(largest * total)  # the shortest of runs has one step of warm-up
+    start = _cooldown_start(total, arguments["cooldown_fraction"])
+    limit = steps if arguments["immediate_cooldown"] else min(steps, start)
+    if not 1 <= limit < total:
+        raise ValueError(
+            f"max_warmup_fraction={largest!r}: leaves {limit} steps of warm-up in a run of {total} steps; "
+            f"both the warm-up and the rest of the run need at least 1 step"
+        )
+    return steps, limit, start
+
+
+def _cooldown_start(total_steps: int, cooldown_fraction: float) -> int:
+    return total_steps - max(1, round(cooldown_fraction * total_steps))
+
+
+def cooldown_start(config: Config, cooldown_fraction: float) -> int:
+    """Step at which a cooldown over the last `cooldown_fraction` of the run begins.
+
+    Raises:
+        TypeError, ValueError: unless the fraction is a number above 0 and below 1.
+    """
+    return _cooldown_start(config.total_steps, fraction("cooldown_fraction", cooldown_fraction))
+
+
+def extended(config: Config, other: Config) -> Config:
+    """`config` with the length of `other`, if that is the longer: in epochs, or in steps where neither has epochs.
+
+    The warm-up stays as it is; the cooldown moves to the new end.
+    """
+    if config.steps_per_epoch is not None and other.steps_per_epoch is not None:
+        total = config.steps_per_epoch * (other.total_steps // other.steps_per_epoch)
+    elif config.steps_per_epoch is None and other.steps_per_epoch is None:
+        total = other.total_steps
+    else:
+        return config
+    if total <= config.total_steps:
+        return config
+    return replace(config, total_steps=total, cooldown_start=_cooldown_start(total, config.cooldown_fraction))
+
+
+def forked(config: Config, step: int, cooldown_fraction: float) -> Config:
+    """The configuration of a run with another `cooldown_fraction`, if it could stand at `step` as a run of `config` does.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what it may be.
+    """
+    start = cooldown_start(config, cooldown_fraction)
+    if config.immediate_cooldown:
+        raise ValueError(
+            f"cooldown_fraction={cooldown_fraction!r}: without effect in a run with immediate_cooldown=True; "
+            "a run to fork needs immediate_cooldown=False"
+        )
+    if min(config.warmup_steps, start) != config.warmup_limit:
+        raise ValueError(
+            f"cooldown_fraction={cooldown_fraction!r}: the warm-up would end by step {min(config.warmup_steps, start)}, not by "
+            f"step {config.warmup_limit} as in this run; both cooldowns must begin at step {config.warmup_steps} or later"
+        )
+    latest = min(start, config.cooldown_start)
+    if config.decay_phase_stat == "loss" and start != config.cooldown_start:
+        latest -= 1  # of an epoch that ends where one of the cooldowns begins only the other run takes note
+    if step > latest:
+        raise ValueError(
+            f"cooldown_fraction={cooldown_fraction!r}: must be forked off at step {latest} or before, the run is at step {step}"
+        )
+    return replace(config, cooldown_fraction=float(cooldown_fraction), cooldown_start=start)

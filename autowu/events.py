@@ -1,0 +1,67 @@
+"""State: what befell a run, and who is told of it in which words."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from autowu.config import Config
+from autowu.phases import MAX_SETBACKS, Event, State, Switch, peak_lr
+from autowu.ranks import Ranks
+
+__all__ = ["EventLog", "divergence_message", "switch_message"]
+
+_logger = logging.getLogger("autowu")
+
+
+class EventLog:
+    """The events of a run in order. All are kept; the logger ``autowu`` is told by the ranks that they concern."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.events: list[Event] = []
+        self._ranks = ranks
+
+    def once(self, kind: str, step: int, message: str) -> None:
+        """A trouble of this rank: warned of once a run and kind."""
+        if all(event.kind != kind for event in self.events):
+            self.events.append(Event(kind, step, message))
+            _logger.warning("AutoWU, step %d: %s", step, message)
+
+    def warn(self, kind: str, step: int, message: str) -> None:
+        """What went wrong on all ranks alike: the first warns."""
+        self.events.append(Event(kind, step, message))
+        if self._ranks.is_first:
+            _logger.warning("AutoWU, step %d: %s", step, message)
+
+    def tell(self, kind: str, step: int, message: str) -> None:
+        """What is as it should be, on all ranks alike: the first says it."""
+        self.events.append(Event(kind, step, message))
+        if self._ranks.is_first:
+            _logger.info(message)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [vars(event).copy() for event in self.events]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        self.events = [Event(**event) for event in state]
+
+
+def switch_message(config: Config, switch: Switch, ended_by: str, restored: int | None) -> str:
+    """What is said of a switch. `ended_by`: why the warm-up ended where no test did; `restored`: step of the copy put back."""
+    found = "no curve was fitted; LR from the optimizer's own"
+    if switch.minimum is not None:
+        why = f" (probability {switch.probability:.3f})" if switch.by_test else ended_by
+        found = f"the loss was lowest at step {switch.minimum:.0f}{why}"
+    where = f"AutoWU switched at step {switch.step} of {config.total_steps}: LR {switch.lr:.4g}"
+    return f"{where}, {found}{_back_at(restored)}"
+
+
+def divergence_message(state: State, restored: int | None) -> str:
+    """What is said of a divergence, after which the run has `state`. `restored`: step of the copy that was put back."""
+    lowered = f"training has diverged ({state.setbacks} of {MAX_SETBACKS}); the peak LR is now {peak_lr(state):.4g}"
+    alone = "" if state.watched else "; from here on the run is left alone"
+    return f"{lowered}{_back_at(restored)}{alone}"
+
+
+def _back_at(restored: int | None) -> str:
+    return "" if restored is None else f", model and optimizer are back at step {restored}"

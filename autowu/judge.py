@@ -1,0 +1,159 @@
+"""State: the losses of the warm-up and what was made of them: curve, posterior, decision, verdict.
+
+In a process group one collective carries both the losses since the test before, to be averaged, and the first rank's verdict on all
+losses before those. A verdict therefore takes effect one test later than in a run of one process, at the same step and with the
+same bits everywhere, however the ranks' arithmetic differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, fields
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from autowu.config import Config
+from autowu.events import EventLog
+from autowu.gp import MIN_LENGTHSCALE, ClosedFormGP, CurvePosterior, LossCurveGP
+from autowu.gpytorch_engine import GPyTorchGP, PublishedGP
+from autowu.history import LossHistory
+from autowu.phases import State, Verdict, verdict
+from autowu.ranks import Ranks
+from autowu.schedules import decades
+from autowu.switching import MIN_LOSSES, SwitchDecision, decide
+
+__all__ = ["Judge", "engine"]
+
+_WIDTH: Final = len(fields(Verdict))
+
+
+class Judge:
+    """Tests whether the minimum is past.
+
+    Attributes:
+        gp: the engine.
+        device: where it does its sums; None for that of the losses.
+        history: the losses of the warm-up.
+        decision, posterior: of the last test; None before it and on all ranks but the first.
+        last: the last verdict, None as long as no curve could be fitted.
+    """
+
+    def __init__(self, config: Config, gp: LossCurveGP, device: torch.device | None, ranks: Ranks, log: EventLog) -> None:
+        self.gp, self.device = gp, device
+        # What is staged when a test comes must still be there, for the mean over the ranks.
+        self.history = LossHistory(gp.max_points, config.test_interval + MIN_LOSSES)
+        self.decision: SwitchDecision | None = None
+        self.posterior: CurvePosterior | None = None
+        self.last: Verdict | None = None
+        self._next: Verdict | None = None  # of the first rank of several, to travel with the next test
+        self._ranks, self._log = ranks, log
+
+    def test(self, config: Config, state: State, step: int, sound: torch.Tensor | None) -> tuple[Verdict | None, bool | None]:
+        """The verdict of all ranks on the first `step` losses, None for none, and whether the weights of all are finite.
+
+        The second is None where a rank cannot copy its weights. `sound` is what this rank has to say of its own, as
+        :meth:`~autowu.rollback.Rollback.sound` gives it.
+        """
+        if self._ranks.alone:
+            self._next = self._verdict(config, state, step)
+        said = None if self._next is None else [float(value) for value in astuple(self._next)]
+        missing, words, all_sound = self._ranks.exchange(self.history.staged, said, _WIDTH, sound)
+        self.history.fold()
+        if missing and self._ranks.is_first:
+            few = f"{missing} losses of the {self._ranks.size} ranks were missing or not finite"
+            self._log.once("rank", step, f"{few}; the mean is over the others")
+        self._next, found = None, None
+        if words:
+            switch, votes, probability, lr, minimum = words
+            found = self.last = Verdict(bool(switch), int(votes), probability, lr, minimum)
+        return found, all_sound
+
+    def prepare(self, config: Config, state: State, step: int) -> None:
+        """Of several ranks, have the first come to its verdict on the losses that the last test has averaged."""
+        if not self._ranks.alone and self._ranks.is_first:
+            self._next = self._verdict(config, state, step)
+
+    def _verdict(self, config: Config, state: State, step: int) -> Verdict | None:
+        """A verdict on the losses so far; None where the curve could not be fitted."""
+        try:
+            posterior, decision = self._decide(config, state)
+        except Exception as error:  # a test must not end a run, whatever an engine raises
+            self._log.once(
+                "fit",
+                step,
+                f"the loss curve could not be fitted ({error}); such a test is no evidence to switch, and the run goes on",
+            )
+            return None
+        if posterior.num_losses < self.history.steps:
+            missing = f"{self.history.steps - posterior.num_losses} of {self.history.steps} losses were missing or not finite"
+            self._log.once("loss", step, f"{missing}; they are left out of the fit")
+        self.posterior, self.decision = posterior, decision
+        return verdict(config, step, decision)
+
+    def _decide(self, config: Config, state: State) -> tuple[CurvePosterior, SwitchDecision]:
+        curve = self.history.curve(config.warmup_steps)
+        device = self.device or curve.sums.device
+        posterior = self.gp.posterior(curve.to("cpu" if device.type == "mps" else device))  # MPS has no float64
+        # An interval without a finite loss leaves the fitted curve that much behind.
+        behind = (curve.end - posterior.end) * config.warmup_steps
+        decision = decide(
+            posterior,
+            state.votes,
+            confidence=config.confidence,
+            patience=config.patience,
+            min_contrast=config.min_contrast,
+            silent=behind > config.test_interval - 0.5,
+        )
+        return posterior, decision
+
+    def state_dict(self) -> dict[str, Any]:
+        engine_state: dict[str, Any] = getattr(self.gp, "state_dict", dict)()
+        return {
+            "gp": {"class": type(self.gp).__name__, "state": engine_state},
+            "history": self.history.state_dict(),
+            "last": None if self.last is None else asdict(self.last),
+            "next": None if self._next is None else asdict(self._next),
+            "decision": None if self.decision is None else asdict(self.decision),
+            "posterior": None if self.posterior is None else {k: torch.as_tensor(v) for k, v in vars(self.posterior).items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state.
+
+        Raises:
+            ValueError: if it is of an engine that was not given and that cannot be built.
+        """
+        self.gp = _loaded_engine(self.gp, state["gp"])
+        self.history = LossHistory.from_state_dict(state["history"])
+        self.last, self._next = (None if state[key] is None else Verdict(**state[key]) for key in ("last", "next"))
+        decision, posterior = state["decision"], state["posterior"]
+        self.decision = None if decision is None else SwitchDecision(**(decision | {"minima": tuple(decision["minima"])}))
+        self.posterior = None
+        if posterior is not None:
+            arrays: dict[str, Any] = {k: np.asarray(v.cpu()) for k, v in posterior.items()}
+            numbers = {"end": float(arrays["end"]), "num_losses": int(arrays["num_losses"])}
+            self.posterior = CurvePosterior(**(arrays | numbers))
+
+
+def engine(gp: str | LossCurveGP, config: Config, seed: int) -> LossCurveGP:
+    """The engine that is named, or the one that is given."""
+    if not isinstance(gp, str):
+        return gp
+    lengthscale = 0.2
+    if span := decades(config.min_lr, config.max_lr, config.warmup_type):
+        lengthscale = min(lengthscale, max(0.5 / span, MIN_LENGTHSCALE))  # half a decade
+    return ClosedFormGP(lengthscale) if gp == "closed-form" else GPyTorchGP(lengthscale=lengthscale, seed=seed)
+
+
+def _loaded_engine(gp: LossCurveGP, saved: Mapping[str, Any]) -> LossCurveGP:
+    """The engine of a saved state: `gp` if it is of the same class, else one of ours."""
+    ours: dict[str, type[LossCurveGP]] = {cls.__name__: cls for cls in (ClosedFormGP, GPyTorchGP, PublishedGP)}
+    if type(gp).__name__ != (name := saved["class"]):
+        if name not in ours:
+            raise ValueError(f"gp={gp!r}: the state is of an engine {name}; pass one like it as gp=")
+        gp = ours[name]()
+    if hasattr(gp, "load_state_dict"):
+        gp.load_state_dict(saved["state"])
+    return gp

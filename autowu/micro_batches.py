@@ -1,0 +1,56 @@
+"""State: the losses observed since the last optimizer step, and their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autowu import checks
+from autowu.history import MISSING
+
+__all__ = ["MicroBatches"]
+
+
+class MicroBatches:
+    """Sums the losses of micro-batches, on the host or on the device of the first that is not there. Waits for no device."""
+
+    def __init__(self) -> None:
+        self._sum: float | Tensor = 0.0
+        self._count = 0
+
+    def observe(self, loss: float | Tensor) -> None:
+        """Add the loss of one micro-batch, which :func:`autowu.checks.loss` has passed."""
+        if isinstance(loss, Tensor):
+            loss = loss.detach()
+            if loss.device.type == "cpu":
+                loss = loss.item()
+            else:
+                place = self._sum.device if isinstance(self._sum, Tensor) else loss.device
+                dtype = torch.float32 if place.type == "mps" else torch.float64
+                loss = loss.to(place, dtype, non_blocking=True).reshape(())
+        self._sum = self._sum + loss
+        self._count += 1
+
+    def loss_of_step(self, loss: float | Tensor | None) -> float | Tensor:
+        """The mean of what was observed and of `loss`, if any; MISSING where that is nothing. The next step begins anew.
+
+        Raises:
+            TypeError, ValueError: if `loss` is not one floating-point number.
+        """
+        if loss is not None:
+            loss = checks.loss(loss)
+            if self._count == 0:
+                return loss.item() if isinstance(loss, Tensor) and loss.is_cpu else loss
+            self.observe(loss)
+        mean = self._sum / self._count if self._count else MISSING
+        self._sum, self._count = 0.0, 0
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sum": float(self._sum), "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sum, self._count = state["sum"], state["count"]

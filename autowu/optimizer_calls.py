@@ -1,0 +1,92 @@
+"""State: was the optimizer called since the last step? The one place that knows torch's private flag.
+
+Torch's schedulers have the optimizer set a flag when it is called. It is marked as read here; a step hook sets it too, which also
+sees the calls of a method that was held from before torch wrapped it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, Final
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from autowu.events import EventLog
+
+__all__ = ["OptimizerCalls"]
+
+_READ: Final = 1
+"""Put for True into torch's flag: true as well, and known to have been seen."""
+
+
+class OptimizerCalls:
+    """Follows the calls of an optimizer.
+
+    Attributes:
+        skipped: steps in a row, up to now, for which it was not called.
+    """
+
+    def __init__(self, optimizer: Optimizer, log: EventLog) -> None:
+        self.skipped = 0
+        self._optimizer, self._log = optimizer, log
+        self._sees_calls = False  # after a step that trained something
+        self._sees_past_wrapper = False
+        self._hook()
+
+    def took_step(self, step: int) -> bool:
+        """Whether `step` is one: the optimizer was called since the last time that this was asked."""
+        if self._was_skipped(step):
+            self.skipped += 1
+            return False
+        self.skipped = 0
+        return True
+
+    def _was_skipped(self, step: int) -> bool:
+        """Whether the flag is absent, and its absence means something.
+
+        Nothing follows from its absence before a step was seen that trained something: the optimizer may have been called past the
+        flag, the two calls may stand in the order that torch warns about, or the losses are those of another run. What a GradScaler
+        skips in the first steps shows in the gradients; only there they are read.
+        """
+        optimizer = self._optimizer
+        wrapped = hasattr(optimizer.step, "_wrapped_by_lr_sched")
+        if getattr(optimizer, "_opt_called", False) is True:
+            optimizer._opt_called = _READ  # type: ignore[attr-defined]
+            self._sees_calls = self._sees_calls or bool(optimizer.state) or bool(self._gradients())
+            self._sees_past_wrapper |= not wrapped
+            return False
+        if not wrapped and not self._sees_past_wrapper:
+            if self._sees_calls:
+                message = "optimizer.step was replaced; from here on every call counts, skipped steps too"
+                self._log.once("optimizer", step, message)
+            return False
+        if self._sees_calls:
+            return True
+        return any(not (g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in self._gradients())
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def _hook(self) -> bool:
+        with contextlib.suppress(AttributeError):  # some optimizers skip the constructor that makes room for hooks
+            self._optimizer.register_step_post_hook(_note_call)
+            return True
+        return False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # The copy of an optimizer has neither wrapper nor hook.
+        self._sees_past_wrapper = self._hook()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.skipped = state["skipped"]
+
+
+def _note_call(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Step hook of the optimizer: set the flag of torch's schedulers."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -1,0 +1,129 @@
+"""Edge: the ranks that train together. Of one rank every verb is the identity.
+
+A default process group may start after the scheduler was built, so each verb asks anew. A rank that stops calling is left to the
+group's own timeout. All verbs but `exchange` rely on nothing but that a sum over the ranks has the same bits on all of them, as
+ring and tree reductions give it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from autowu.history import MISSING
+
+__all__ = ["Ranks", "process_group"]
+
+
+def process_group(name: str, group: Any) -> ProcessGroup:
+    """The check of a process group that has this rank."""
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(f"{name}={group!r}: must be a torch.distributed.ProcessGroup that has this rank, or None")
+    if Ranks(group).number < 0:
+        raise ValueError(f"{name}={group!r}: this rank is not in it; pass the group that it trains with, or None")
+    return group
+
+
+class Ranks:
+    """The ranks of `group`, None for the default group where there is one."""
+
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        self.group = group
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one rank."""
+        return not _started() or dist.get_world_size(self.group) == 1
+
+    @property
+    def number(self) -> int:
+        """This rank's own, from 0."""
+        return dist.get_rank(self.group) if _started() else 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.number == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of `values` over the ranks, on a device that the group's backend works on; one collective."""
+        if self.alone:
+            return values
+        values = values.to(_device(values.device, self.group), copy=True)
+        dist.all_reduce(values, group=self.group)
+        return values
+
+    def all_agree(self, yes: Tensor) -> bool:
+        """Whether `yes`, (1,), is 1.0 on all ranks; one collective. Waits for the device."""
+        return bool(self.sum(yes) == self.size)
+
+    def average(self, losses: Tensor, flag: bool) -> Tensor:
+        """The losses (n,) averaged over the ranks, and the number of ranks that raise the flag, (n + 1,); one collective.
+
+        A mean is over the finite losses; where there is none, NaN, or MISSING if no rank had a loss at all.
+        """
+        raised = losses.new_full((1,), float(flag))
+        if self.alone:
+            return torch.cat([losses, raised])
+        finite = losses.isfinite()
+        blown = ~finite & (losses != MISSING)
+        packed = self.sum(torch.cat([torch.where(finite, losses, 0.0), finite.to(losses), blown.to(losses), raised]))
+        sums, counts, blown_sums = packed[:-1].view(3, len(losses))
+        silent = torch.where(blown_sums > 0, math.nan, MISSING)
+        return torch.cat([torch.where(counts > 0, sums / counts, silent), packed[-1:]])
+
+    def exchange(
+        self, losses: Tensor, said: Sequence[float] | None, width: int, sound: Tensor | None
+    ) -> tuple[int, list[float], bool | None]:
+        """Average `losses`, in place, and learn what the first rank has to say; one collective.
+
+        Args:
+            losses: (n,) the last losses of this rank, n the same on all ranks; those not finite are left out of the mean, which is
+                NaN where no rank has a finite one.
+            said: what this rank has to say, `width` numbers, or None; only the first rank is heard.
+            width: how many numbers are said.
+            sound: (1,) 1.0 where this rank's weights are finite, NaN where they could not be copied, None where it does not matter.
+
+        Returns:
+            How many of the n losses of all ranks were not finite (0 where there is one rank), what the first rank said, empty for
+            nothing, and whether all ranks are sound, None where one could not copy.
+        """
+        if self.alone:
+            return 0, list(said or ()), sound is None or _soundness(sound.item(), 1)
+        own = losses.new_ones(1) if sound is None else sound.to(losses)
+        heard = [1.0, *said] if self.is_first and said is not None else [0.0] * (width + 1)
+        finite = losses.isfinite()
+        packed = self.sum(torch.cat([torch.where(finite, losses, 0.0), finite.to(losses), own, losses.new_tensor(heard)]))
+        n = len(losses)
+        sums, counts = packed[: 2 * n].view(2, n)
+        losses.copy_(sums / counts)  # 0 / 0 is NaN
+        number, sane, given, *words = torch.cat([counts.sum()[None], packed[2 * n :]]).tolist()
+        return self.size * n - int(number), words if given else [], _soundness(sane, self.size)
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size(self.group) if _started() else 1
+
+
+def _started() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _soundness(total: float, size: int) -> bool | None:
+    return None if math.isnan(total) else total == size
+
+
+def _device(device: torch.device, group: ProcessGroup | None) -> torch.device:
+    """`device` if the group's backend works on it, else one on which it does."""
+    able = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
+    if device.type in able:
+        return device
+    if "cuda" in able:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(able[0])

@@ -1,0 +1,283 @@
+"""State: the two stages of a run. Each takes the loss of a step and gives back the state of the run and the stage that is next.
+
+This is where it is decided in which order things happen in a step: the loss is kept, the watch reads it, a test is made where one
+is due, and the run goes back to a copy where it must.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeAlias
+
+from torch import Tensor
+
+from autowu.config import Config
+from autowu.events import EventLog, divergence_message, switch_message
+from autowu.history import LossHistory
+from autowu.judge import Judge
+from autowu.phases import (
+    State,
+    Switch,
+    Verdict,
+    after_test,
+    base_lr,
+    end_plateau_epoch,
+    falls,
+    is_test_due,
+    phase_at,
+    plateau_epoch_due,
+    set_back,
+    switched,
+    warmup_lr_at,
+    watch_is_over,
+)
+from autowu.ranks import Ranks
+from autowu.reader import BLOCK, Reader
+from autowu.rollback import NoRollback, Restored
+from autowu.switching import MIN_LOSSES
+
+__all__ = ["AfterSwitch", "Rooms", "Stage", "WarmUp", "stage_of"]
+
+_SKIPPED: Final = 20
+"""Calls without an optimizer step after which the loss is looked at."""
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """What both stages work with."""
+
+    ranks: Ranks
+    log: EventLog
+    judge: Judge
+    reader: Reader
+    rollback: NoRollback
+
+
+class WarmUp:
+    """The LR grows; tests ask whether the minimum is past; copies are taken as long as the loss falls.
+
+    Args:
+        fallback_lr: the LR to go on with if no test ever had a fit.
+    """
+
+    def __init__(self, config: Config, rooms: Rooms, fallback_lr: float) -> None:
+        self.config, self.rooms, self.fallback_lr = config, rooms, fallback_lr
+
+    def wants_loss(self, state: State, step: int) -> bool:
+        """Whether the loss of the coming step is of use."""
+        return True
+
+    def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
+        """Take the loss of the `step`-th optimizer step."""
+        rooms, due = self.rooms, is_test_due(self.config, state, step)
+        history = rooms.judge.history
+        history.append(loss)
+        if self.config.watch and self._read(step, loss, due) and rooms.reader.watch.exploded:
+            return self._explode(step, state)
+        return self._test(step, state) if due else (state, self)
+
+    def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
+        """Take the loss of a step that the optimizer did not take, the `skipped`-th in a row, `step` having been taken.
+
+        Nothing mends a run whose steps are skipped again and again and whose loss is not finite.
+        """
+        if skipped % _SKIPPED or not self.config.watch or not self.rooms.ranks.alone:
+            return state, self
+        watch = self.rooms.reader.watch
+        watch.push(loss.item() if isinstance(loss, Tensor) else loss)
+        return self._explode(step, state) if watch.exploded else (state, self)
+
+    def _read(self, step: int, loss: float | Tensor, due: bool) -> bool:
+        """Have the watch follow the loss; whether it has followed any."""
+        reader, history, rollback = self.rooms.reader, self.rooms.judge.history, self.rooms.rollback
+        if reader.follows_at_once(loss, history):
+            reader.follow(step, float(loss))
+            return True
+        read = reader.read_block(step, history, rollback.failed, due) is not None
+        if reader.flagged:
+            rollback.give_up()
+        return read
+
+    def _test(self, step: int, state: State) -> tuple[State, Stage]:
+        """The test that is due."""
+        at_limit = step == self.config.warmup_limit
+        if step < MIN_LOSSES and not at_limit:
+            self._copy_before_the_first_fit(step)
+            return state, self
+        found, all_sound = self._verdict(step, state)
+        after = after_test(self.config, state, step, found)
+        if after.switch is not None:
+            return self._leave(after, "", self._go_back_if_past(step, after.switch.lr))
+        if at_limit:
+            after = self._ended(step, state, found)
+            return self._leave(after, " (warm-up at its limit)", self._go_back_if_past(step, _switch(after).lr))
+        self.rooms.judge.prepare(self.config, after, step)
+        if all_sound and (self.rooms.judge.last is None or falls(found)):
+            self._copy(step)
+        return after, self
+
+    def _verdict(self, step: int, state: State) -> tuple[Verdict | None, bool | None]:
+        rollback = self.rooms.rollback
+        found, all_sound = self.rooms.judge.test(self.config, state, step, rollback.sound(step))
+        if all_sound is None:
+            rollback.give_up()
+        return found, all_sound
+
+    def _copy_before_the_first_fit(self, step: int) -> None:
+        """In a warm-up of a dozen steps the minimum may be past by the first fit. Ranks have nothing to agree by before it."""
+        history = self.rooms.judge.history
+        sound = self.rooms.rollback.sound(step) if self.rooms.ranks.alone else None
+        if sound is not None and bool(sound) and bool(history.staged[-1] <= history.mean()):
+            self._copy(step)
+
+    def _copy(self, step: int) -> None:
+        level = self.rooms.reader.watch.level
+        self.rooms.rollback.take(step, warmup_lr_at(self.config, step), level, self.config.peak_factor)
+
+    def _explode(self, step: int, state: State) -> tuple[State, Stage]:
+        """A loss that explodes ends the warm-up at once."""
+        self.rooms.log.warn("explosion", step, "the loss has exploded, which ends the warm-up")
+        found, _ = self._verdict(step, state)
+        after = self._ended(step, state, found)
+        return self._leave(after, "", self._go_back(step, _switch(after).lr))
+
+    def _ended(self, step: int, state: State, found: Verdict | None) -> State:
+        """The state after a warm-up that ends whatever the last test found."""
+        return switched(self.config, state, step, found or self.rooms.judge.last, self.fallback_lr)
+
+    def _go_back(self, step: int, peak: float) -> Restored | None:
+        """Undo the steps at too high an LR."""
+        self.rooms.rollback.keep_one(peak)
+        return self.rooms.rollback.put_back(step)
+
+    def _go_back_if_past(self, step: int, peak: float) -> Restored | None:
+        """The same, unless the loss still falls."""
+        last = self.rooms.judge.last
+        if last is not None and not falls(last):
+            return self._go_back(step, peak)
+        self.rooms.rollback.keep_one()
+        return None
+
+    def _leave(self, state: State, ended_by: str, restored: Restored | None) -> tuple[State, Stage]:
+        """On to the next stage, the run being in `state` and, where a copy was put back, there."""
+        switch, rooms = _switch(state), self.rooms
+        rooms.reader.begin(switch.step, None if restored is None else restored.level)
+        message = switch_message(self.config, switch, ended_by, None if restored is None else restored.step)
+        rooms.log.tell("switch", switch.step, message)
+        after = AfterSwitch(self.config, rooms)
+        return state if self.config.watch else after.end_watch(state), after
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing is kept from step to step."""
+
+
+class AfterSwitch:
+    """The peak is held, then the LR decays; the watch sets a run back that diverges."""
+
+    def __init__(self, config: Config, rooms: Rooms) -> None:
+        self.config, self.rooms = config, rooms
+        self._losses = LossHistory(max_points=2)  # those since the last look, where the watch does not follow at once
+        self._epoch: LossHistory | None = None  # those of the epoch, for the plateau rule
+
+    def wants_loss(self, state: State, step: int) -> bool:
+        """Whether the loss of the coming step is of use."""
+        return state.watched or self._is_ruled(state, step)
+
+    def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
+        """Take the loss of the `step`-th optimizer step."""
+        if self._is_ruled(state, step - 1):
+            if self._epoch is None:
+                self._epoch = LossHistory()
+            self._epoch.append(loss)
+        if state.watched:
+            state = self._watch(step, loss, state)
+        if plateau_epoch_due(self.config, state, step):
+            state = self._end_epoch(state)
+        return state, self
+
+    def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
+        """A step that the optimizer did not take changes nothing here."""
+        return state, self
+
+    def end_watch(self, state: State) -> State:
+        """The state of a run that is not watched any longer."""
+        self.rooms.reader.end()
+        self.rooms.rollback.free()
+        return replace(state, watched=False)
+
+    def _is_ruled(self, state: State, step: int) -> bool:
+        """Whether the plateau rule wants the loss of optimizer step `step`, from 0."""
+        return self.config.decay_phase_stat is not None and phase_at(self.config, state, step) == "stable"
+
+    def _watch(self, step: int, loss: float | Tensor, state: State) -> State:
+        reader, rollback, interval = self.rooms.reader, self.rooms.rollback, self.config.test_interval
+        since = self._read(step, loss)
+        if since is None:
+            return state
+        copy_is_due = rollback.able and since // interval < step // interval
+        if copy_is_due:  # which waits for the device anyway
+            reader.catch_up()
+            self._heed_flag()
+        if reader.watch.diverged:
+            return self._set_back(step, state)
+        if since // BLOCK < step // BLOCK and watch_is_over(self.config, state, step):
+            return self.end_watch(state)
+        if copy_is_due and reader.watch.near_best:
+            rollback.renew(step, base_lr(self.config, state, step), reader.watch.level)
+        return state
+
+    def _read(self, step: int, loss: float | Tensor) -> int | None:
+        """Have the watch follow the loss; the step of the look before, None where it has not followed any."""
+        reader = self.rooms.reader
+        if reader.follows_at_once(loss, self._losses):
+            return reader.follow(step, float(loss))
+        self._losses.append(loss)
+        since = reader.read_block(step, self._losses, self.rooms.rollback.failed)
+        if since is not None:
+            self._losses.fold()  # they have been read
+            self._heed_flag()
+        return since
+
+    def _heed_flag(self) -> None:
+        if self.rooms.reader.flagged:
+            self.rooms.rollback.give_up()
+
+    def _set_back(self, step: int, state: State) -> State:
+        """Go back to the last good copy, with a lower peak."""
+        state = set_back(state)
+        restored = self.rooms.rollback.put_back(step)
+        self.rooms.reader.go_back(None if restored is None else restored.level)
+        message = divergence_message(state, None if restored is None else restored.step)
+        self.rooms.log.warn("divergence", step, message)
+        return state if state.watched else self.end_watch(state)
+
+    def _end_epoch(self, state: State) -> State:
+        loss_sum, count = self.rooms.ranks.sum((self._epoch or LossHistory()).total()).tolist()
+        self._epoch = None
+        return end_plateau_epoch(self.config, state, loss_sum / count if count else math.nan)
+
+    def state_dict(self) -> dict[str, Any]:
+        epoch = None if self._epoch is None else self._epoch.state_dict()
+        return {"losses": self._losses.state_dict(), "epoch": epoch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._losses = LossHistory.from_state_dict(state["losses"])
+        self._epoch = None if state["epoch"] is None else LossHistory.from_state_dict(state["epoch"])
+
+
+Stage: TypeAlias = "WarmUp | AfterSwitch"
+
+
+def stage_of(config: Config, state: State, rooms: Rooms, fallback_lr: float) -> Stage:
+    """The stage of a run in `state`."""
+    return WarmUp(config, rooms, fallback_lr) if state.switch is None else AfterSwitch(config, rooms)
+
+
+def _switch(state: State) -> Switch:
+    assert state.switch is not None
+    return state.switch
