@@ -236,7 +236,7 @@ def go_wrong(rank, size, nan_at=None, breaks=None, slope=-0.3):
         optimizer.zero_grad()
         (loss * (float("nan") if step == nan_at else slope if wrong else 1.0)).backward()
         lrs.append(optimizer.param_groups[0]["lr"])
-        held = scheduler._snapshot.step if scheduler._snapshot is not None else None
+        held = scheduler._rooms.rollback.held
         optimizer.step()
         scheduler.step(loss)
         weights.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
@@ -249,7 +249,7 @@ def go_wrong(rank, size, nan_at=None, breaks=None, slope=-0.3):
         restored=restored,
         weights=[float(w.double().sum()) for w in weights],
         last=weights[-1].tolist(),
-        gave_up_copying=scheduler._snapshot is None,
+        gave_up_copying=not scheduler._rooms.rollback.able,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from processes import torchrun
 from rank_runs import CASES, LOWEST, STEPS, curve, run, scheduler_of
 
-import autowu.distributed as distributed
+from autowu.ranks import Ranks
 
 NEAR_THE_LOWEST = (0.8 * LOWEST, 1.2 * LOWEST)
 
@@ -194,7 +194,8 @@ def test_sharded_and_replicated_models_start_alike(ranks):
 
 
 def test_a_run_of_one_process_has_no_group():
-    assert distributed.rank_and_size(None) == (0, 1)
+    ranks = Ranks()
+    assert (ranks.alone, ranks.is_first, ranks.number, ranks.size) == (True, True, 0, 1)
 
 
 def test_a_process_group_of_another_type_is_refused():

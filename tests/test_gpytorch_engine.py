@@ -14,7 +14,7 @@ import torch
 from curves import curve_of, valley
 
 from autowu.gp import ClosedFormGP, LossCurveGP
-from autowu.gpytorch_engine import GPyTorchGP
+from autowu.gpytorch_engine import GPyTorchGP, PublishedGP
 from autowu.switching import probability_past_minimum
 
 with warnings.catch_warnings():
@@ -99,30 +99,30 @@ def test_the_users_kernel_is_not_changed():
     assert_same(engine.posterior(curve_of(valley(60))), first)
 
 
-@pytest.mark.parametrize("published", [False, True])
-def test_a_seed_fixes_the_draws(published):
+@pytest.mark.parametrize("engine_of", [GPyTorchGP, PublishedGP])
+def test_a_seed_fixes_the_draws(engine_of):
     curve = curve_of(valley(700))
     torch.manual_seed(1)
-    first = GPyTorchGP(published=published, seed=4).posterior(curve)
+    first = engine_of(seed=4).posterior(curve)
     torch.manual_seed(2)
     state = torch.random.get_rng_state()
-    assert_same(GPyTorchGP(published=published, seed=4).posterior(curve), first)
+    assert_same(engine_of(seed=4).posterior(curve), first)
     assert torch.equal(torch.random.get_rng_state(), state)
-    other = GPyTorchGP(published=published, seed=5).posterior(curve)
+    other = engine_of(seed=5).posterior(curve)
     assert not np.array_equal(other.mean, first.mean)
 
 
-@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("engine_of", [GPyTorchGP, PublishedGP])
 @pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy"])
 @pytest.mark.parametrize("tests_before", [0, 2])
-def test_a_restored_engine_goes_on_bit_for_bit(published, way, tests_before):
+def test_a_restored_engine_goes_on_bit_for_bit(engine_of, way, tests_before):
     losses = valley(700)
     curves = [curve_of(losses[:n], 700) for n in (150, 300, 600, 650)]
-    engine = GPyTorchGP(lengthscale=0.2, num_subsamples=3, fit_size=80, posterior_size=120, published=published, seed=9)
+    engine = engine_of(lengthscale=0.2, num_subsamples=3, fit_size=80, posterior_size=120, seed=9)
     for curve in curves[:tests_before]:
         engine.posterior(curve)
     if way == "state_dict":
-        restored = GPyTorchGP(seed=1)
+        restored = engine_of(seed=1)
         restored.load_state_dict(saved_and_loaded(engine.state_dict()))
     elif way == "pickle":
         restored = pickle.loads(pickle.dumps(engine))
@@ -136,28 +136,28 @@ def test_a_restored_engine_goes_on_bit_for_bit(published, way, tests_before):
 
 def test_a_saved_state_does_not_change_with_the_engine():
     curves = [curve_of(valley(n), 300) for n in (100, 200, 300)]
-    engine = GPyTorchGP(published=True)
+    engine = PublishedGP()
     engine.posterior(curves[0])
     state = engine.state_dict()
     expected = engine.posterior(curves[1])
     engine.posterior(curves[2])
-    restored = GPyTorchGP(published=True)
+    restored = PublishedGP()
     restored.load_state_dict(state)
     assert_same(restored.posterior(curves[1]), expected)
 
 
 def test_the_published_fit_carries_over_and_the_default_one_does_not():
     early, late = curve_of(valley(90)[:50], 90), curve_of(valley(90), 90)
-    for published in (False, True):
-        engine = GPyTorchGP(published=published)
+    for engine_of in (GPyTorchGP, PublishedGP):
+        engine = engine_of()
         engine.posterior(early)
-        after, fresh = engine.posterior(late), GPyTorchGP(published=published).posterior(late)
-        assert np.allclose(after.mean, fresh.mean, rtol=1e-6) == (not published)
+        after, fresh = engine.posterior(late), engine_of().posterior(late)
+        assert np.allclose(after.mean, fresh.mean, rtol=1e-6) == (engine_of is GPyTorchGP)
 
 
 def test_the_published_fit_starts_short_of_the_maximum_on_losses_as_they_are():
     losses = valley(90)
-    small, large = (GPyTorchGP(lengthscale=0.2, published=True).posterior(curve_of(s * losses)) for s in (0.01, 1.0))
+    small, large = (PublishedGP(lengthscale=0.2).posterior(curve_of(s * losses)) for s in (0.01, 1.0))
     assert probability_past_minimum(small)[0] < 0.95 < probability_past_minimum(large)[0]
     assert (large.difference_variance >= 1e-4 * (1 - 1e-9)).all()
 
@@ -187,7 +187,7 @@ def test_losses_that_are_not_finite_are_missing_at_their_positions():
 
 def test_published_positions_run_over_all_steps_so_far():
     losses = [*valley(90, noise=0.01), *[math.nan] * 10]
-    posterior = GPyTorchGP(lengthscale=0.2, published=True).posterior(curve_of(losses, 200))
+    posterior = PublishedGP(lengthscale=0.2).posterior(curve_of(losses, 200))
     assert posterior.num_losses == 90
     assert posterior.grid[-1] == pytest.approx(99 / 200)  # the last step taken
     lowest = posterior.grid[posterior.mean.argmin(1)]
@@ -202,19 +202,19 @@ def test_exploding_losses_do_not_hide_the_minimum():
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-6])
-@pytest.mark.parametrize("published", [False, True])
-def test_losses_without_noise_can_be_fitted(noise, published):
+@pytest.mark.parametrize("engine_of", [GPyTorchGP, PublishedGP])
+def test_losses_without_noise_can_be_fitted(noise, engine_of):
     curve = curve_of(valley(300, noise))
-    posterior = GPyTorchGP(lengthscale=0.2, published=published).posterior(curve)
+    posterior = engine_of(lengthscale=0.2).posterior(curve)
     assert posterior.grid[posterior.mean[0].argmin()] == pytest.approx(0.6, abs=0.01)
     assert probability_past_minimum(posterior)[0] > 0.99
 
 
 @pytest.mark.parametrize("losses", [[math.nan, math.inf], [1.0], [2.5] * 50], ids=str)
-@pytest.mark.parametrize("published", [False, True])
-def test_nothing_to_fit(losses, published):
+@pytest.mark.parametrize("engine_of", [GPyTorchGP, PublishedGP])
+def test_nothing_to_fit(losses, engine_of):
     with pytest.raises(ValueError, match="nothing to fit"):
-        GPyTorchGP(published=published).posterior(curve_of(losses, 100))
+        engine_of().posterior(curve_of(losses, 100))
 
 
 @pytest.mark.parametrize(
@@ -241,13 +241,13 @@ def test_it_is_an_engine_that_wants_every_loss():
 
 def test_no_warning_escapes():
     program = """
-from autowu.gpytorch_engine import GPyTorchGP
+from autowu.gpytorch_engine import GPyTorchGP, PublishedGP
 from autowu.history import LossHistory
 history = LossHistory(max_points=None)
 for k in range(50):
     history.append(abs(k - 30) / 50)
-for published in (False, True):
-    GPyTorchGP(published=published).posterior(history.curve(60))
+for engine in (GPyTorchGP(), PublishedGP()):
+    engine.posterior(history.curve(60))
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-500:]

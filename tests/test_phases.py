@@ -1,33 +1,37 @@
 """Which step runs at which LR, as pure functions of a configuration and a state."""
 
 import dataclasses
+import inspect
 import math
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from autowu import AutoWU
+from autowu.config import checked, configure, extended
 from autowu.phases import (
     State,
     Switch,
     Verdict,
     after_test,
     base_lr,
-    configure,
     end_plateau_epoch,
-    extended,
     is_test_due,
     phase_at,
+    switched,
     verdict,
 )
 from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, cooldown_factor
 from autowu.switching import SwitchDecision
 
-DEFAULTS = {
+OPTIMIZER = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+DEFAULTS = {name: p.default for name, p in inspect.signature(AutoWU).parameters.items()} | {
+    "optimizer": OPTIMIZER,
     "steps_per_epoch": 10,
     "total_epochs": 20,
-    "total_steps": None,
     "immediate_cooldown": True,
     "cooldown_type": "cosine",
     "cooldown_fraction": 0.2,
@@ -35,24 +39,16 @@ DEFAULTS = {
     "max_lr": 1.0,
     "max_warmup_fraction": 0.5,
     "warmup_type": "exp",
-    "warmup_unit": "step",
-    "decay_phase_stat": None,
-    "decay_phase_factor": 1.0,
-    "test_interval": None,
     "patience": 3,
-    "confidence": 0.95,
-    "min_contrast": 6.0,
     "peak_factor": 1.0,
-    "peak_lag": 0.0,
-    "watch": True,
 }
 
 
 def config_of(**arguments):
-    return configure(**(DEFAULTS | arguments))
+    return configure(checked(DEFAULTS | arguments))
 
 
-def switched(step, lr=0.1):
+def after_switch(step, lr=0.1):
     return State(switch=Switch(step, lr, 0.99, step / 2, by_test=True))
 
 
@@ -96,7 +92,7 @@ def test_the_warmup_rises_within_the_range(run):
 @settings(max_examples=200)
 def test_from_the_switch_on_the_lr_falls_from_the_peak_to_just_above_zero(run):
     config, step = run
-    state = switched(step, lr=0.1)
+    state = after_switch(step, lr=0.1)
     lrs = [base_lr(config, state, k) for k in range(step, config.total_steps)]
     assert lrs[0] == 0.1
     assert all(a >= b for a, b in pairwise(lrs))
@@ -112,15 +108,15 @@ def test_from_the_switch_on_the_lr_falls_from_the_peak_to_just_above_zero(run):
 @given(runs(), st.integers(0, 10**6))
 def test_past_the_end_the_last_lr_stays(run, further):
     config, step = run
-    last = base_lr(config, switched(step), config.total_steps - 1)
-    assert base_lr(config, switched(step), config.total_steps + further) == last
+    last = base_lr(config, after_switch(step), config.total_steps - 1)
+    assert base_lr(config, after_switch(step), config.total_steps + further) == last
 
 
 @given(runs())
 def test_phases_follow_each_other(run):
     config, step = run
     before = [phase_at(config, State(), k) for k in range(step)]
-    after = [phase_at(config, switched(step), k) for k in range(step, config.total_steps + 3)]
+    after = [phase_at(config, after_switch(step), k) for k in range(step, config.total_steps + 3)]
     assert before == ["warmup"] * step
     stable = 0 if config.immediate_cooldown else max(0, config.cooldown_start - step)
     assert after == ["stable"] * stable + ["cooldown"] * (config.total_steps - step - stable) + ["done"] * 3
@@ -157,12 +153,12 @@ def test_tests_are_due_at_the_interval_and_at_the_limit(interval):
     every = 10 if interval == "epoch" else interval
     due = [k for k in range(1, 250) if is_test_due(config, State(), k)]
     assert due == sorted({*range(every, 101, every), 100})
-    assert not any(is_test_due(config, switched(20), k) for k in range(1, 250))
+    assert not any(is_test_due(config, after_switch(20), k) for k in range(1, 250))
 
 
 def test_a_switch_goes_to_the_lr_of_the_minimum():
     config = config_of()
-    switch = after_test(config, State(votes=2), 50, verdict(config, 50, past(0.25, 0.97)), fallback_lr=0.5, ends=False).switch
+    switch = after_test(config, State(votes=2), 50, verdict(config, 50, past(0.25, 0.97))).switch
     assert (switch.step, switch.probability, switch.by_test) == (50, 0.97, True)
     assert switch.minimum == pytest.approx(25)
     assert switch.lr == pytest.approx(1e-5 * 1e5**0.25)
@@ -177,37 +173,37 @@ def test_a_switch_takes_the_mean_over_the_subsamples():
 
 
 def test_a_warmup_without_a_switch_goes_on():
-    state = after_test(config_of(), State(), 50, Verdict(False, 2, 0.99, 0.1, 20.0), fallback_lr=0.5, ends=False)
+    state = after_test(config_of(), State(), 50, Verdict(False, 2, 0.99, 0.1, 20.0))
     assert (state.votes, state.switch) == (2, None)
 
 
 def test_a_warmup_at_its_limit_goes_back_to_the_minimum():
-    switch = after_test(config_of(), State(), 100, verdict(config_of(), 100, not_past(0.75)), fallback_lr=0.5, ends=True).switch
+    switch = switched(config_of(), State(), 100, verdict(config_of(), 100, not_past(0.75)), fallback_lr=0.5).switch
     assert (switch.step, switch.by_test) == (100, False)
     assert switch.lr == pytest.approx(1e-5 * 1e5**0.75)
 
 
 def test_a_failed_test_ends_the_votes_in_a_row():
-    state = after_test(config_of(), State(votes=2), 50, None, fallback_lr=0.5, ends=False)
+    state = after_test(config_of(), State(votes=2), 50, None)
     assert (state.votes, state.switch) == (0, None)
 
 
 @pytest.mark.parametrize(("fallback", "expected"), [(0.5, 0.5), (7.0, 1.0), (0.0, 1e-5)])
 def test_a_warmup_that_ends_without_any_fit_takes_the_fallback_within_the_range(fallback, expected):
-    switch = after_test(config_of(), State(), 100, None, fallback_lr=fallback, ends=True).switch
+    switch = switched(config_of(), State(), 100, None, fallback_lr=fallback).switch
     assert switch == Switch(100, expected, None, None, by_test=False)
 
 
 def test_the_factor_acts_after_every_epoch_of_the_stable_phase():
     config = config_of(immediate_cooldown=False, decay_phase_factor=0.5)
-    lrs = [base_lr(config, switched(50, 0.8), k) for k in range(50, 160)]
+    lrs = [base_lr(config, after_switch(50, 0.8), k) for k in range(50, 160)]
     assert lrs == [0.8 * 0.5 ** (j // 10) for j in range(110)]
 
 
 @given(st.lists(st.floats(0.01, 10.0), min_size=1, max_size=40), st.floats(0.1, 0.9))
 def test_the_plateau_rule_lowers_the_lr_and_never_raises_it(means, factor):
     config = config_of(immediate_cooldown=False, decay_phase_stat="loss", decay_phase_factor=factor)
-    states = [switched(50)]
+    states = [after_switch(50)]
     for mean in means:
         states.append(end_plateau_epoch(config, states[-1], mean))
     factors = [s.plateau_factor for s in states]
@@ -217,7 +213,7 @@ def test_the_plateau_rule_lowers_the_lr_and_never_raises_it(means, factor):
 
 def test_an_epoch_without_a_finite_loss_is_one_without_progress():
     config = config_of(immediate_cooldown=False, decay_phase_stat="loss", decay_phase_factor=0.5)
-    state = end_plateau_epoch(config, switched(50), 1.0)
+    state = end_plateau_epoch(config, after_switch(50), 1.0)
     for _ in range(5):
         state = end_plateau_epoch(config, state, math.nan)
     assert (state.bad_epochs, state.plateau_factor, state.best_epoch_loss) == (5, 1.0, 1.0)
@@ -225,7 +221,7 @@ def test_an_epoch_without_a_finite_loss_is_one_without_progress():
 
 
 def test_configurations_and_states_are_frozen():
-    for value in (config_of(), State(), switched(1).switch):
+    for value in (config_of(), State(), after_switch(1).switch):
         with pytest.raises(dataclasses.FrozenInstanceError):
             value.step = 3
 
@@ -237,7 +233,7 @@ def test_a_longer_run_moves_the_cooldown_and_leaves_the_warmup(immediate):
     assert longer == dataclasses.replace(config, total_steps=300, cooldown_start=240)
     in_warmup = [base_lr(longer, State(), k) for k in range(100)]
     assert in_warmup == [base_lr(config, State(), k) for k in range(100)]
-    after = switched(50, 0.8)
+    after = after_switch(50, 0.8)
     assert phase_at(longer, after, 200) == ("cooldown" if immediate else "stable")
     assert base_lr(longer, after, 299) == pytest.approx(base_lr(config, after, 199), rel=0.7)
     assert base_lr(longer, after, 170) > base_lr(config, after, 170)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from autowu import AutoWU, ClosedFormGP, GPyTorchGP
 from autowu.gp import CurvePosterior
+from autowu.gpytorch_engine import PublishedGP
 from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, cooldown_factor, warmup_lr
 
 # The losses here are made up and do not mind the LR; what watches over them is tested in test_watch.py.
@@ -490,7 +491,7 @@ def test_the_seed_is_that_of_the_draws():
 def test_the_published_preset():
     scheduler = AutoWU.paper(sgd(), 20, 30)
     assert [scheduler.lr_at(k) for k in (0, 150)] == pytest.approx([1e-5, 1e-5 * 1e5**0.5])
-    assert scheduler.gp.published
+    assert isinstance(scheduler.gp, PublishedGP)
     advance(scheduler, v_curve(600, lowest=150))
     start = scheduler.switch.step
     assert start % 20 == 0

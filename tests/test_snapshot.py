@@ -214,7 +214,7 @@ def test_an_overshoot_leaves_no_trace(seed, caplog):
     assert scheduler.switch.by_test
     assert accuracy > 0.98
     assert "model and optimizer are back at step" in caplog.text
-    assert scheduler._snapshot.step is None  # given back
+    assert scheduler._rooms.rollback.held is None  # given back
 
 
 def test_without_the_model_it_does():
@@ -248,7 +248,7 @@ def test_weights_that_are_not_finite_are_no_snapshot():
         if k == 40:
             run.model[3].bias.data.fill_(math.nan)  # a loss that is still finite
         scheduler.step(3.0 - k / 100)
-        taken.append(scheduler._snapshot.step)
+        taken.append(scheduler._rooms.rollback.held)
     assert max(step for step in taken if step is not None) <= 40
     assert taken[-1] == taken[41]
 
@@ -275,16 +275,17 @@ def test_a_loaded_state_brings_its_copy(tmp_path):
             run.model[3].bias.fill_(k + 1)
         copied[k + 1]["3.bias"] = run.model[3].bias.detach().clone()
         scheduler.step(3.0 - k / 100)
-    held = scheduler._snapshot.step
+    held = scheduler._rooms.rollback.held
     torch.save(scheduler.state_dict(), tmp_path / "state.pt")
     run.optimizer.step()
-    scheduler._snapshot.take(61)  # over the newer, which the saved state must not notice
+    scheduler._rooms.rollback.renew(61, 1.0, 0.0)  # over the newer, which the saved state must not notice
     resumed = AutoWU(other.optimizer, total_steps=400, model=other.model)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert resumed._snapshot.restore() == held
+    rollback = resumed._rooms.rollback
+    assert rollback.put_back(61).step == held
     assert all(torch.equal(value, copied[held][name]) for name, value in other.model.state_dict().items())
-    resumed._snapshot.swap()
-    older = resumed._snapshot.restore()
+    rollback.keep_one(scheduler.lr_at(held - 1))
+    older = rollback.put_back(61).step
     assert older < held
     assert scheduler.lr_at(older) <= 0.5 * scheduler.lr_at(held)
     assert all(torch.equal(value, copied[older][name]) for name, value in other.model.state_dict().items())
@@ -304,7 +305,7 @@ def test_the_run_goes_back_to_the_newest_copy_at_no_more_than_the_peak(peak_fact
             run.model[3].bias.fill_(k + 1)
         scheduler.step(abs(k / 110 - 1) + 0.01 * math.sin(7 * k))
         if scheduler.switch is None:
-            copied.add(scheduler._snapshot.step)
+            copied.add(scheduler._rooms.rollback.held)
         k += 1
         if k == cut:
             saved = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict(), scheduler.state_dict()))
@@ -317,7 +318,7 @@ def test_the_run_goes_back_to_the_newest_copy_at_no_more_than_the_peak(peak_fact
     assert scheduler.switch.by_test
     assert run.model[3].bias[0] == (newer if warmup.lr_at(newer) <= scheduler.switch.lr else older)
     assert warmup.lr_at(older) <= peak_factor * warmup.lr_at(newer)
-    assert scheduler._snapshot._other is None
+    assert scheduler.state_dict()["snapshot"] is None  # nothing watches, so none is held
 
 
 @pytest.mark.parametrize(

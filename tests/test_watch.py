@@ -313,7 +313,7 @@ def test_a_divergence_halves_the_peak_and_goes_back_to_the_last_copy():
     run = Run(400, spoil=up_the_hill(1, slope=0.3), **STABLE)
     held = None
     while "divergence" not in run.kinds():
-        held = run.scheduler._snapshot.step
+        held = run.scheduler._rooms.rollback.held
         run.advance(run.scheduler.last_epoch + 1)
     switch, step = run.scheduler.switch, run.scheduler.last_epoch
     event = run.scheduler.events[-1]
@@ -363,7 +363,7 @@ def test_a_loss_that_turns_nan_ends_the_warmup_at_the_third():
     run = Run(2000, spoil=nan_at(600)).advance(603)
     assert [math.isnan(loss) for loss in run.losses[600:]] == [False, True, True]
     assert run.scheduler.phase == "warmup"
-    held = run.scheduler._snapshot.step
+    held = run.scheduler._rooms.rollback.held
     run.advance(604)
     switch = run.scheduler.switch
     assert [kind for kind in run.kinds() if kind != "loss"] == ["explosion", "switch"]
@@ -405,14 +405,13 @@ def test_the_copy_is_given_back_once_the_cooldown_has_halved_the_lr():
     held = []
     while run.scheduler.last_epoch < 300:
         run.advance(run.scheduler.last_epoch + 1)
-        held.append(run.scheduler._snapshot.step)
+        held.append(run.scheduler._rooms.rollback.held)
     switch, interval = run.scheduler.switch, run.scheduler.config.test_interval
     assert run.kinds() == ["switch"]
     half = next(k for k in range(switch.step, 300) if run.scheduler.lr_at(k) < switch.lr / 2)
     assert held[half - 2] > switch.step
     over = half + max(interval, 10)
     assert held[over:] == [None] * (300 - over)
-    assert not run.scheduler._snapshot._copies
     assert run.scheduler.state_dict()["snapshot"] is None
 
 
@@ -519,7 +518,7 @@ def test_a_run_that_is_cut_goes_on_as_the_uncut_one(cut):
     assert len(again.weights) == len(whole.weights) - step
     torch.testing.assert_close(again.weights, whole.weights[step:], rtol=0, atol=0, equal_nan=True)
     assert again.scheduler.events == whole.scheduler.events
-    assert again.scheduler._snapshot.step is None
+    assert again.scheduler._rooms.rollback.held is None
 
 
 def test_a_state_without_its_copy_goes_on_without():
