@@ -86,7 +86,7 @@ def device(name: str, value: Any) -> torch.device:
 
 def loss(value: Any) -> float | Tensor:
     """One floating-point number, or a tensor of one."""
-    if isinstance(value, float):
+    if type(value) is float:  # as a rule
         return value
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -94,6 +94,6 @@ def loss(value: Any) -> float | Tensor:
         if not value.is_floating_point():
             raise TypeError(f"loss is a tensor of {value.dtype}: pass the training loss, a floating-point number")
         return value
-    if isinstance(value, np.floating):
+    if isinstance(value, (float, np.floating)):
         return float(value)
     raise TypeError(f"loss={value!r}: pass the training loss of the step, a float or a tensor of one element")

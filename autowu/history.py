@@ -39,32 +39,61 @@ class LossHistory:
         """Number of losses appended, the missing ones included."""
         self._width = 1
         self._folded = 0
-        self._staged = torch.empty(max(stage, _STAGE), dtype=torch.float64)
+        self._stage_in(torch.empty(max(stage, _STAGE), dtype=torch.float64))
         # Rows: sums, squares, counts.
         self._bins = torch.zeros(3, max_points or _STAGE, dtype=torch.float64)
         self._anchor = torch.tensor(torch.nan, dtype=torch.float64)
+
+    def _stage_in(self, room: Tensor) -> None:
+        self._staged, self._room = room, len(room)
+        # NumPy assigns a number several times faster than torch does.
+        self._array = room.numpy() if room.is_cpu else None
 
     @property
     def device(self) -> torch.device:
         return self._staged.device
 
-    def append(self, loss: float | Tensor) -> None:
-        """Append the loss of one optimizer step: a float or a tensor of one element; :data:`MISSING` where there was none."""
-        if self.steps - self._folded == len(self._staged):
-            self.fold()
-        if isinstance(loss, Tensor):
-            if loss.is_cpu:
-                loss = loss.item()
-            elif self._staged.is_cpu:
-                self._move(loss.device)
+    @property
+    def on_host(self) -> bool:
+        """Whether reading the losses waits for no device."""
+        return self._array is not None
+
+    def append(self, loss: float | Tensor) -> bool:
+        """Append the loss of one optimizer step; whether the next will fold what is staged.
+
+        Args:
+            loss: a float or a tensor of one element; :data:`MISSING` where there was none.
+        """
         slot = self.steps - self._folded
+        if slot == self._room:
+            self.fold()
+            slot = 0
+        if self._array is not None and not isinstance(loss, Tensor):
+            self._array[slot] = loss
+        else:
+            self._append_tensor(slot, loss)
+        self.steps += 1
+        return slot + 1 == self._room
+
+    def _append_tensor(self, slot: int, loss: float | Tensor) -> None:
+        """Put a loss that is a tensor, or that goes where one was, without a synchronisation."""
+        if isinstance(loss, Tensor) and not loss.is_cpu and self._array is not None:
+            self._move(loss.device)
         if isinstance(loss, Tensor):
             self._staged[slot].copy_(loss.detach().view(()))
-        elif self._staged.is_cpu:
-            self._staged.numpy()[slot] = loss  # several times faster than torch's own assignment
         else:
             self._staged[slot].fill_(loss)
-        self.steps += 1
+
+    def last(self, count: int) -> list[float]:
+        """The last `count` of the losses that are staged; waits for the device where they are not on the host."""
+        stop = self.steps - self._folded
+        room = self._staged if self._array is None else self._array
+        values: list[float] = room[stop - count : stop].tolist()
+        return values
+
+    def forget(self) -> None:
+        """Drop what is staged: it has been read, and no curve is wanted."""
+        self.steps = self._folded
 
     @property
     def staged(self) -> Tensor:
@@ -138,9 +167,17 @@ class LossHistory:
 
     def _move(self, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._staged, self._bins, self._anchor = (
+        staged, self._bins, self._anchor = (
             t.to(device, dtype, non_blocking=True) for t in (self._staged, self._bins, self._anchor)
         )
+        self._stage_in(staged)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_array", "_room")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._stage_in(self._staged)  # a copy's array must be its own
 
     def state_dict(self) -> dict[str, Any]:
         """The history as plain numbers and one tensor, on the CPU so that it can be loaded anywhere.

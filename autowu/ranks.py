@@ -37,9 +37,14 @@ class Ranks:
         self.group = group
 
     @property
+    def size(self) -> int:
+        """How many they are."""
+        return dist.get_world_size(self.group) if _started() else 1
+
+    @property
     def alone(self) -> bool:
         """Whether there is one rank."""
-        return not _started() or dist.get_world_size(self.group) == 1
+        return self.size == 1
 
     @property
     def number(self) -> int:
@@ -105,10 +110,6 @@ class Ranks:
         losses.copy_(sums / counts)  # 0 / 0 is NaN
         number, sane, given, *words = torch.cat([counts.sum()[None], packed[2 * n :]]).tolist()
         return self.size * n - int(number), words if given else [], _soundness(sane, self.size)
-
-    @property
-    def size(self) -> int:
-        return dist.get_world_size(self.group) if _started() else 1
 
 
 def _started() -> bool:

@@ -1,12 +1,14 @@
-"""State: losses on their way to the watch: followed at once where the host has them, else in blocks that are read late.
+"""State: losses on their way to the watch, in blocks.
 
-Losses on a device, or spread over ranks, are read in blocks of 10 steps, each when the next is full: by then it has arrived, and
-nothing waits. In a process group a block is averaged in a collective of its own, because a divergence must not wait for the next
-test, and there are no tests after the switch.
+Those on the host of a single rank are read in blocks of 10 steps too, but at once where one of them could matter: what the watch
+says is the same as if it had followed each at its step. Those on a device, or spread over ranks, are read when the next block is
+full: by then they have arrived, and nothing waits. In a process group a block is averaged in a collective of its own, because a
+divergence must not wait for the next test, and there are no tests after the switch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -20,7 +22,7 @@ from autowu.watch import LossWatch
 __all__ = ["BLOCK", "LateRead", "Reader"]
 
 BLOCK: Final = 10
-"""Steps after which losses that are on a device or spread over ranks are read."""
+"""Steps after which losses are read."""
 
 
 class LateRead:
@@ -61,32 +63,47 @@ class Reader:
         self._ranks = ranks
         self._looked_at = 0
         self._pending: LateRead | None = None
+        self._low = math.inf  # the lowest loss that was not read yet, or the best mean
+        self._quiet = -math.inf  # a loss at most this may wait
 
-    def follows_at_once(self, loss: float | Tensor, losses: LossHistory) -> bool:
-        """Whether a loss that goes with `losses` need not wait for a block: those of one process, on the host."""
-        return not isinstance(loss, Tensor) and losses.device.type == "cpu" and self._ranks.alone
-
-    def follow(self, step: int, loss: float) -> int:
-        """Follow the loss of `step` at once; the step of the look before."""
-        self.watch.push(loss)
-        since, self._looked_at = self._looked_at, step
-        return since
-
-    def read_block(self, step: int, losses: LossHistory, flag: bool, due: bool = False) -> int | None:
-        """Send the block that ends with `step` on its way, where it is full or `due`, and follow the one before.
+    def read(
+        self, step: int, loss: float | Tensor, losses: LossHistory, *, flag: bool, due: bool = False, look: bool = False
+    ) -> int | None:
+        """Have the watch follow the losses since the last look, where a block of them is full, or something may come of one.
 
         Args:
-            losses: the last of them staged.
+            step: optimizer steps taken.
+            loss: of the last of them.
+            losses: the last of them staged, `loss` among them.
             flag: what this rank tells the others, see :attr:`flagged`.
+            due: whether the block ends here, full or not.
+            look: the same, for a block that is on the host of a single rank.
 
         Returns:
-            The step of the look before; None where the block is not full.
+            The step of the look before; None where nothing was read.
         """
         if step - self._looked_at < BLOCK and not due:
+            if not losses.on_host:
+                return None
+            if not look and -math.inf < loss <= self._quiet:
+                if loss < self._low:
+                    self._low = float(loss)
+                    self._quiet = self.watch.quiet(self._low)
+                return None
+            if not self._ranks.alone:
+                return None
+        if step == self._looked_at:
             return None
-        block = self._ranks.average(losses.staged[self._looked_at - step :], flag)
-        before, self._pending = self._pending, LateRead(block)
-        self._follow(before)
+        unread = step - self._looked_at
+        before, self._pending = self._pending, None
+        if losses.on_host and self._ranks.alone:
+            self._follow(before)
+            self.watch.follow(losses.last(unread))
+            self._low = self.watch.best
+            self._quiet = self.watch.quiet(self._low)
+        else:
+            self._pending = LateRead(self._ranks.average(losses.staged[-unread:], flag))
+            self._follow(before)
         since, self._looked_at = self._looked_at, step
         return since
 
@@ -98,12 +115,12 @@ class Reader:
     def go_back(self, level: float | None) -> None:
         """The run was put back to where the loss was `level`; None where it goes on from here."""
         self.watch.go_back(level)
-        self._pending = None
+        self._pending, self._quiet = None, -math.inf
 
     def begin(self, step: int, level: float | None) -> None:
         """The run begins anew at `step`, after the switch, at a loss of `level`; None where it goes on from here."""
         self.watch.go_back(level, settling=0)
-        self._pending, self._looked_at = None, step
+        self._pending, self._quiet, self._looked_at = None, -math.inf, step
 
     def end(self) -> None:
         """Nothing is watched any longer."""
@@ -114,8 +131,7 @@ class Reader:
             return
         *values, raised = block.get()
         self.flagged = self.flagged or raised > 0
-        for value in values:
-            self.watch.push(value)
+        self.watch.follow(values)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -126,5 +142,5 @@ class Reader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.watch.load_state_dict(state["watch"])
-        self._looked_at, pending = state["looked_at"], state["pending"]
+        self._looked_at, self._quiet, pending = state["looked_at"], -math.inf, state["pending"]
         self._pending = None if pending is None else LateRead(torch.tensor(pending, dtype=torch.float64))

@@ -114,7 +114,8 @@ class Snapshot:
         self.free()
         if state is not None:
             self.step, self.lr, self.level = state["step"], state["lr"], state["level"]
-            self._copies, self._rest = dict(state["tensors"]), copy.deepcopy(state["rest"])
+            self._copies = {key: tensor.clone() for key, tensor in state["tensors"].items()}  # the next copy is made over them
+            self._rest = copy.deepcopy(state["rest"])
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

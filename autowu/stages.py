@@ -71,11 +71,14 @@ class WarmUp:
 
     def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
         """Take the loss of the `step`-th optimizer step."""
-        rooms, due = self.rooms, is_test_due(self.config, state, step)
-        history = rooms.judge.history
-        history.append(loss)
-        if self.config.watch and self._read(step, loss, due) and rooms.reader.watch.exploded:
-            return self._explode(step, state)
+        config, rooms = self.config, self.rooms
+        history, due = rooms.judge.history, is_test_due(config, state, step)
+        full = history.append(loss)
+        if config.watch and rooms.reader.read(step, loss, history, flag=rooms.rollback.failed, due=due or full) is not None:
+            if rooms.reader.flagged:
+                rooms.rollback.give_up()
+            if rooms.reader.watch.exploded:
+                return self._explode(step, state)
         return self._test(step, state) if due else (state, self)
 
     def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
@@ -85,20 +88,10 @@ class WarmUp:
         """
         if skipped % _SKIPPED or not self.config.watch or not self.rooms.ranks.alone:
             return state, self
+        self.rooms.reader.read(step, loss, self.rooms.judge.history, flag=False, look=True)
         watch = self.rooms.reader.watch
         watch.push(loss.item() if isinstance(loss, Tensor) else loss)
         return self._explode(step, state) if watch.exploded else (state, self)
-
-    def _read(self, step: int, loss: float | Tensor, due: bool) -> bool:
-        """Have the watch follow the loss; whether it has followed any."""
-        reader, history, rollback = self.rooms.reader, self.rooms.judge.history, self.rooms.rollback
-        if reader.follows_at_once(loss, history):
-            reader.follow(step, float(loss))
-            return True
-        read = reader.read_block(step, history, rollback.failed, due) is not None
-        if reader.flagged:
-            rollback.give_up()
-        return read
 
     def _test(self, step: int, state: State) -> tuple[State, Stage]:
         """The test that is due."""
@@ -233,13 +226,11 @@ class AfterSwitch:
 
     def _read(self, step: int, loss: float | Tensor) -> int | None:
         """Have the watch follow the loss; the step of the look before, None where it has not followed any."""
-        reader = self.rooms.reader
-        if reader.follows_at_once(loss, self._losses):
-            return reader.follow(step, float(loss))
+        reader, look = self.rooms.reader, step % BLOCK == 0 or step % self.config.test_interval == 0
         self._losses.append(loss)
-        since = reader.read_block(step, self._losses, self.rooms.rollback.failed)
+        since = reader.read(step, loss, self._losses, flag=self.rooms.rollback.failed, look=look)
         if since is not None:
-            self._losses.fold()  # they have been read
+            self._losses.forget()  # they have been read
             self._heed_flag()
         return since
 

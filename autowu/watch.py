@@ -7,6 +7,7 @@ many standard errors, so that noise alone is no divergence.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Final
 
 __all__ = ["LossWatch"]
@@ -21,6 +22,8 @@ _STANDARD_ERROR: Final = math.sqrt((1 - _DECAY) / (1 + _DECAY))
 """Of the exponential mean, in standard deviations of one loss."""
 _SETTLING: Final = 20
 """Losses after which the mean of a run that was not put back has caught up with it."""
+_FADED: Final = math.sqrt(_NOISE_DECAY**11)
+"""Share of the standard deviation that is left after 11 losses, at least."""
 IN_A_ROW: Final = 3
 """Losses that must be out of range, one after the other: a single bad batch is none."""
 LOST: Final = 0.3
@@ -57,36 +60,65 @@ class LossWatch:
 
     def push(self, loss: float) -> None:
         """Take the loss of one step; -inf stands for one that is missing and says nothing."""
-        if not math.isfinite(loss):
-            self.silent += loss != -math.inf
-            return
-        self.silent = 0
-        self.count += 1
-        if self.count <= _START:
-            self.start += (loss - self.start) / self.count
-            self.mean = self.level = self.start
-            if self.count > 1:
-                self.noise += ((loss - self.last) ** 2 / 2 - self.noise) / (self.count - 1)
-        else:
-            # Every step runs this: what the properties below would compute several times is computed once.
-            error = math.sqrt(self.noise)
-            progress = max(0.0, self.start - self.best)
-            allowed = max(LOST * progress, SURE * _STANDARD_ERROR * error)
-            self.high = self.high + 1 if loss > self.best + allowed else 0
-            far = loss > self.start + 2 * progress + SURE * error
-            self.above = self.above + 1 if far else 0
-            self.level += (1 - _QUICK_DECAY) * (loss - self.level)
-            # So that one loss, however large, is no divergence.
-            self.mean += (1 - _DECAY) * (min(loss, self.best + IN_A_ROW * allowed) - self.mean)
-            near = self.mean - self.best <= max(NEAR * progress, SURE * _STANDARD_ERROR * error)
-            if near and not far:  # what comes apart is no noise
-                self.noise += (1 - _NOISE_DECAY) * ((loss - self.last) ** 2 / 2 - self.noise)
-        self.last = loss
-        if self.settling:
-            self.settling -= 1
-            self.best = self.mean
-        elif self.count >= _START:
-            self.best = min(self.best, self.mean)
+        self.follow((loss,))
+
+    def follow(self, losses: Iterable[float]) -> None:
+        """Take the losses of some steps, one after the other."""
+        for loss in losses:
+            if not math.isfinite(loss):
+                self.silent += loss != -math.inf
+                continue
+            self.silent = 0
+            self.count += 1
+            if self.count <= _START:
+                self._begin(loss)
+            else:
+                self._go_on(loss)
+            self.last = loss
+            if self.settling:
+                self.settling -= 1
+                self.best = self.mean
+            elif self.count >= _START and self.mean < self.best:
+                self.best = self.mean
+
+    def _begin(self, loss: float) -> None:
+        """Take one of the losses that say where the run starts."""
+        self.start += (loss - self.start) / self.count
+        self.mean = self.level = self.start
+        if self.count > 1:
+            self.noise += ((loss - self.last) ** 2 / 2 - self.noise) / (self.count - 1)
+
+    def _go_on(self, loss: float) -> None:
+        # Every step runs this: what the properties below would compute several times is computed once.
+        best, mean = self.best, self.mean
+        error = math.sqrt(self.noise)
+        progress = self.start - best
+        if progress < 0.0:
+            progress = 0.0
+        sure = SURE * _STANDARD_ERROR * error
+        allowed = LOST * progress
+        if sure > allowed:
+            allowed = sure
+        self.high = self.high + 1 if loss > best + allowed else 0
+        far = loss > self.start + 2 * progress + SURE * error
+        self.above = self.above + 1 if far else 0
+        self.level += (1 - _QUICK_DECAY) * (loss - self.level)
+        # So that one loss, however large, is no divergence.
+        capped = best + IN_A_ROW * allowed
+        self.mean = mean = mean + (1 - _DECAY) * ((loss if loss < capped else capped) - mean)
+        near = NEAR * progress
+        if mean - best <= (sure if sure > near else near) and not far:  # what comes apart is no noise
+            self.noise += (1 - _NOISE_DECAY) * ((loss - self.last) ** 2 / 2 - self.noise)
+
+    def quiet(self, low: float) -> float:
+        """A bound for what may be taken later: a loss at most this lets the run neither explode nor diverge.
+
+        That holds for one that follows on up to 10 others of at least `low`, which have not been taken yet either.
+        """
+        if self.count < _START or self.settling:
+            return -math.inf
+        error = _FADED * math.sqrt(self.noise)
+        return low + max(LOST * (self.start - low), SURE * _STANDARD_ERROR * error)
 
     @property
     def progress(self) -> float:

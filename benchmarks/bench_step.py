@@ -47,10 +47,10 @@ def in_warmup(optimizer: torch.optim.Optimizer) -> AutoWU:
 
 def in_cooldown(optimizer: torch.optim.Optimizer) -> AutoWU:
     """AutoWU after its switch, which a warm-up of ten steps brings about at its limit."""
-    scheduler = AutoWU(optimizer, total_steps=TOTAL, max_warmup_fraction=10 / TOTAL)
-    for _ in range(10):
+    scheduler = AutoWU(optimizer, total_steps=TOTAL, max_warmup_fraction=10 / TOTAL, immediate_cooldown=True)
+    for step in range(10):
         optimizer.step()
-        scheduler.step(torch.rand(()))
+        scheduler.step(2.0 - step / 10)
     assert scheduler.phase == "cooldown"
     return scheduler
 

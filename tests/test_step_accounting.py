@@ -263,8 +263,7 @@ def test_observed_losses_do_not_leak_into_the_next_step_or_phase():
         scheduler.observe(loss)
         scheduler.optimizer.step()
         scheduler.step()
-        assert scheduler.state_dict()["num_observed"] == 0
-        assert scheduler.state_dict()["observed"] == 0.0
+        assert scheduler.state_dict()["micro_batches"] == {"sum": 0.0, "count": 0}
         assert scheduler.last_epoch == k + 1
 
 

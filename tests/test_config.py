@@ -1,0 +1,107 @@
+"""The list of the scheduler's arguments, and what is made of them."""
+
+import inspect
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autowu import AutoWU, checks
+from autowu.config import ARGUMENTS, Config, checked, configure
+
+PARAMETERS = inspect.signature(AutoWU).parameters
+DEFAULTS = {name: parameter.default for name, parameter in PARAMETERS.items()}
+
+
+def sgd(momentum=0.0):
+    return torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=momentum)
+
+
+def config_of(**arguments):
+    return configure(checked(DEFAULTS | {"optimizer": sgd(), "total_steps": 1000} | arguments))
+
+
+def test_signature_docstring_and_list_have_the_same_arguments_in_the_same_order():
+    documented = inspect.getdoc(AutoWU).split("\nArgs:\n")[1].split("\n\n")[0]
+    assert re.findall(r"^    (\w+): ", documented, re.MULTILINE) == list(ARGUMENTS) == list(PARAMETERS)
+
+
+def test_every_default_passes_its_check():
+    given_ones = {"optimizer": sgd(), "total_steps": 10}
+    assert checked(DEFAULTS | given_ones) == DEFAULTS | given_ones
+
+
+def test_every_field_of_a_configuration_comes_from_an_argument_or_is_resolved():
+    resolved = {"warmup_steps", "warmup_limit", "cooldown_start"}
+    fields = {field for field in inspect.signature(Config).parameters if field not in resolved}
+    assert fields <= set(ARGUMENTS)
+
+
+WRONG = {
+    "steps_per_epoch": [0, 2.5, True, "ten"],
+    "total_epochs": [0, -1, None],
+    "total_steps": [0, 1.0],
+    "immediate_cooldown": [1, "yes", None],
+    "cooldown_type": ["quadratic", None],
+    "cooldown_fraction": [0, 1, math.nan, "half"],
+    "min_lr": [0, -1e-3, math.inf, "low", True],
+    "max_lr": [0.0, math.nan],
+    "max_warmup_fraction": [0, 1.5, None],
+    "warmup_type": ["sqrt"],
+    "warmup_unit": ["batch"],
+    "decay_phase_stat": ["accuracy"],
+    "decay_phase_factor": [0, 2.0],
+    "test_interval": [0, "batch", 1.5],
+    "patience": [0, 1.0],
+    "confidence": [0.5, 1, 95],
+    "min_contrast": [-1, math.inf],
+    "peak_factor": [0, 1.1, "half"],
+    "gp": ["exact", 3, None],
+    "device": ["abacus"],
+    "seed": [1.0, None, True],
+    "model": ["resnet50"],
+    "snapshot_device": ["abacus"],
+    "watch": [0],
+    "process_group": ["nccl"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values], ids=str)
+def test_a_wrong_value_is_an_error_that_names_argument_and_value(name, value):
+    arguments = {"steps_per_epoch": 10, "total_epochs": 10} if name != "total_steps" else {}
+    with pytest.raises((TypeError, ValueError), match=re.escape(f"{name}={value!r}")):
+        AutoWU(sgd(), **(arguments | {name: value}))
+
+
+def test_every_argument_but_the_optimizer_has_wrong_values_above():
+    assert WRONG.keys() == ARGUMENTS.keys() - {"optimizer"}
+    with pytest.raises(TypeError, match="optimizer=3"):
+        AutoWU(3, total_steps=10)
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = config_of(total_steps=np.int64(1000), min_lr=np.float32(1e-3), patience=np.int32(2))
+    assert (config.total_steps, config.patience) == (1000, 2)
+    assert config.min_lr == pytest.approx(1e-3)
+    assert {type(config.total_steps), type(config.patience), type(config.min_lr)} == {int, float}
+
+
+@given(st.floats(0.0, 0.99), st.integers(100, 10**6))
+def test_a_default_peak_is_lower_by_what_the_lr_grows_within_the_memory_of_momentum(momentum, total):
+    config = config_of(optimizer=sgd(momentum), total_steps=total, warmup_type="exp")
+    decades = math.log10(config.max_lr / config.min_lr) * momentum / (1 - momentum) / config.warmup_steps
+    assert config.peak_factor == pytest.approx(0.8 * 10 ** -min(decades, 0.5))
+    assert config_of(optimizer=sgd(momentum), total_steps=total, peak_factor=0.8).peak_factor == 0.8
+
+
+def test_a_loss_is_one_floating_point_number():
+    assert checks.loss(1.5) == checks.loss(np.float32(1.5)) == 1.5
+    loss = torch.ones(1, 1, dtype=torch.bfloat16)
+    assert checks.loss(loss) is loss
+    for wrong in (1, True, None, "low", torch.ones(2), torch.ones(1, dtype=torch.int64)):
+        with pytest.raises((TypeError, ValueError), match="loss"):
+            checks.loss(wrong)

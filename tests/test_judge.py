@@ -1,0 +1,108 @@
+"""History to curve to posterior to decision to verdict, with no model and no optimizer."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from autowu.config import ARGUMENTS, checked, configure
+from autowu.events import EventLog
+from autowu.gp import ClosedFormGP
+from autowu.judge import Judge, engine
+from autowu.phases import State
+from autowu.ranks import Ranks
+from autowu.switching import decide
+
+OPTIMIZER = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+GIVEN = dict.fromkeys(ARGUMENTS) | {
+    "optimizer": OPTIMIZER,
+    "total_steps": 400,
+    "immediate_cooldown": True,
+    "cooldown_type": "linear",
+    "cooldown_fraction": 0.5,
+    "max_warmup_fraction": 0.5,
+    "warmup_type": "exp",
+    "warmup_unit": "step",
+    "decay_phase_factor": 1.0,
+    "patience": 2,
+    "confidence": 0.95,
+    "min_contrast": 6.0,
+    "peak_factor": 1.0,
+    "gp": "closed-form",
+    "seed": 0,
+    "watch": True,
+}
+
+
+def config_of(**arguments):
+    return configure(checked(GIVEN | arguments))
+
+
+def judge_of(losses, gp=None, **arguments):
+    config, ranks = config_of(**arguments), Ranks()
+    judge = Judge(config, gp or ClosedFormGP(0.1), None, ranks, EventLog(ranks))
+    for loss in losses:
+        judge.history.append(loss)
+    return config, judge
+
+
+def valley(steps, lowest=60, noise=0.01):
+    return (1 + np.abs(np.arange(steps) / lowest - 1) + noise * np.random.default_rng(0).normal(size=steps)).tolist()
+
+
+def test_a_verdict_is_what_the_pure_parts_make_of_the_losses():
+    losses = valley(120)
+    config, judge = judge_of(losses)
+    found, all_sound = judge.test(config, State(votes=1), 120, None)
+    expected = decide(ClosedFormGP(0.1).posterior(judge.history.curve(200)), 1, confidence=0.95, patience=2, min_contrast=6.0)
+    assert judge.decision == expected
+    assert (found.switch, found.votes, found.probability) == (True, 2, expected.probability)
+    assert found.minimum == pytest.approx(60, abs=3)
+    assert found.lr == pytest.approx(config.min_lr * (config.max_lr / config.min_lr) ** (found.minimum / 200))
+    assert (judge.last, all_sound) == (found, True)
+
+
+def test_a_fit_that_fails_is_no_verdict_and_the_last_one_stays():
+    config, judge = judge_of(valley(80))
+    last, _ = judge.test(config, State(), 80, None)
+    judge.gp = None  # raises in the fit, as any engine may
+    assert [judge.test(config, State(), 80, None)[0] for _ in range(3)] == [None] * 3
+    assert judge.last == last
+    assert [event.kind for event in judge._log.events] == ["fit"]
+
+
+def test_losses_that_are_not_finite_are_told_once():
+    config, judge = judge_of([*valley(60), math.nan, math.inf])
+    for _ in range(2):
+        judge.test(config, State(), 62, None)
+    assert [event.message for event in judge._log.events] == [
+        "2 of 62 losses were missing or not finite; they are left out of the fit"
+    ]
+
+
+def test_what_a_rank_says_of_its_weights_comes_back():
+    config, judge = judge_of(valley(60))
+    assert [judge.test(config, State(), 60, torch.tensor([sound]))[1] for sound in (1.0, 0.0)] == [True, False]
+
+
+def test_a_loaded_judge_comes_to_the_same_verdict():
+    config, judge = judge_of(valley(100))
+    judge.test(config, State(), 100, None)
+    _, other = judge_of([], gp=ClosedFormGP(0.3))
+    other.load_state_dict(judge.state_dict())
+    assert (other.last, other.decision, repr(other.gp)) == (judge.last, judge.decision, repr(judge.gp))
+    np.testing.assert_array_equal(other.posterior.mean, judge.posterior.mean)
+    for which in (judge, other):
+        which.history.append(1.7)
+    assert other.test(config, State(), 101, None) == judge.test(config, State(), 101, None)
+
+
+def test_the_length_scale_of_an_engine_that_is_named_is_half_a_decade_of_lr():
+    config = config_of(min_lr=1e-4, max_lr=1.0)
+    assert engine("closed-form", config, 0).lengthscale == pytest.approx(0.5 / 4)
+    assert engine("gpytorch", config, 0).lengthscale == pytest.approx(0.5 / 4)
+    assert engine("closed-form", config_of(warmup_type="linear"), 0).lengthscale == 0.2
+    assert engine("closed-form", config_of(min_lr=1e-30, max_lr=1e10), 0).lengthscale == 0.02
+    own = ClosedFormGP(0.07)
+    assert engine(own, config, 0) is own

@@ -1,0 +1,143 @@
+"""The stages alone, fed with losses: no scheduler, no torch LRs."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_judge import config_of
+from torch import nn
+
+from autowu.events import EventLog
+from autowu.gp import ClosedFormGP
+from autowu.judge import Judge
+from autowu.phases import State, Switch
+from autowu.ranks import Ranks
+from autowu.reader import Reader
+from autowu.rollback import NoRollback, Rollback
+from autowu.stages import AfterSwitch, Rooms, WarmUp, stage_of
+
+
+def rooms_of(config, model=None):
+    ranks = Ranks()
+    log = EventLog(ranks)
+    rollback = NoRollback(ranks)
+    if model is not None:
+        rollback = Rollback(model, torch.optim.SGD(model.parameters(), lr=0.1), None, ranks, log)
+    return Rooms(ranks, log, Judge(config, ClosedFormGP(0.1), None, ranks, log), Reader(ranks), rollback)
+
+
+def run(stage, losses, state=None, first=1):
+    """The state and the stage after each loss."""
+    state, passed = state or State(), []
+    for step, loss in enumerate(losses, first):
+        state, stage = stage.after_step(step, float(loss), state)
+        passed.append((state, stage))
+    return passed
+
+
+def kinds(rooms):
+    return [event.kind for event in rooms.log.events]
+
+
+def valley(steps, lowest=60):
+    return 1 + np.abs(np.arange(steps) / lowest - 1) + 0.01 * np.random.default_rng(0).normal(size=steps)
+
+
+def test_a_warm_up_stays_itself_until_the_minimum_is_past():
+    config = config_of()
+    rooms = rooms_of(config)
+    passed = run(WarmUp(config, rooms, 0.1), valley(120))
+    switched_at = next(k for k, (state, _) in enumerate(passed, 1) if state.switch is not None)
+    assert 60 < switched_at < 100
+    assert all(type(stage) is WarmUp for _, stage in passed[: switched_at - 1])
+    assert all(type(stage) is AfterSwitch for _, stage in passed[switched_at - 1 :])
+    assert passed[-1][0].switch.by_test
+    assert kinds(rooms)[0] == "switch"
+
+
+def test_a_warm_up_without_a_valley_ends_at_its_limit():
+    config = config_of()
+    passed = run(WarmUp(config, rooms_of(config), 0.1), np.linspace(2, 1, 200))
+    assert [state.switch is None for state, _ in passed] == [True] * 199 + [False]
+    assert passed[-1][0].switch.step == 200
+    assert not passed[-1][0].switch.by_test
+
+
+def test_a_warm_up_without_any_fit_goes_on_at_the_fallback():
+    config = config_of(watch=False)
+    passed = run(WarmUp(config, rooms_of(config), 0.025), [math.nan] * 200)
+    assert passed[-1][0].switch == Switch(200, 0.025, None, None, by_test=False)
+
+
+def test_an_explosion_ends_a_warm_up_at_its_third_loss():
+    config = config_of()
+    rooms = rooms_of(config)
+    passed = run(WarmUp(config, rooms, 0.1), [*np.linspace(2, 1, 50), math.nan, math.nan, math.nan])
+    assert [type(stage) for _, stage in passed[-2:]] == [WarmUp, AfterSwitch]
+    assert [kind for kind in kinds(rooms) if kind != "loss"] == ["explosion", "switch"]
+
+
+@pytest.mark.parametrize(("loss", "ends"), [(math.nan, True), (1.0, False)])
+def test_steps_skipped_for_good_end_a_warm_up_only_where_the_loss_is_gone(loss, ends):
+    config = config_of()
+    stage, state = WarmUp(config, rooms_of(config), 0.1), State()
+    for step, fallen in enumerate(np.linspace(2, 1, 40), 1):
+        state, stage = stage.after_step(step, float(fallen), state)
+    for skipped in range(1, 81):
+        state, stage = stage.after_skip(40, loss, state, skipped)
+    assert (type(stage) is AfterSwitch) == ends
+    assert (state.switch is not None) == ends
+
+
+def after_switch(watched=True, **arguments):
+    config = config_of(immediate_cooldown=False, cooldown_fraction=0.2, test_interval=5, **arguments)
+    model = nn.Linear(2, 1)
+    rooms = rooms_of(config, model)
+    rooms.reader.begin(60, None)
+    state = State(switch=Switch(60, 0.1, 0.99, 50.0, by_test=True), watched=watched)
+    return config, rooms, stage_of(config, state, rooms, 0.1), state
+
+
+def test_a_divergence_sets_a_run_back_and_a_third_ends_the_watch():
+    _, rooms, stage, state = after_switch()
+    good, bad = [1.0, 1.01, 0.99] * 10, [5.0] * 200
+    passed = run(stage, [*np.linspace(3, 1, 40), *good, *bad], state, first=61)
+    assert [state.setbacks for state, _ in passed][69] == 0
+    last = passed[-1][0]
+    assert last.setbacks == len([kind for kind in kinds(rooms) if kind == "divergence"])
+    assert last.setbacks >= 1
+    assert last.watched == (last.setbacks < 3)
+
+
+def test_the_watch_ends_in_the_cooldown_at_half_the_peak_and_gives_the_copies_back():
+    config, rooms, stage, state = after_switch()
+    passed = run(stage, np.full(330, 1.0) + np.resize([0.01, -0.01], 330), state, first=61)
+    watched = [state.watched for state, _ in passed]
+    half = config.cooldown_start + (config.total_steps - config.cooldown_start) // 2
+    ends = 61 + watched.index(False)
+    assert half < ends <= half + 11
+    assert rooms.rollback.held is None
+    assert not any(stage.wants_loss(state, step) for step, (state, stage) in enumerate(passed, 61) if step >= ends)
+
+
+def test_what_is_not_watched_wants_no_loss_but_for_the_plateau_rule():
+    _, _, stage, state = after_switch(watched=False)
+    assert not stage.wants_loss(state, 100)
+    more = {"total_steps": None, "steps_per_epoch": 10, "total_epochs": 40, "decay_phase_stat": "loss", "decay_phase_factor": 0.5}
+    config, _, stage, state = after_switch(watched=False, **more)
+    assert stage.wants_loss(state, 100)
+    assert not stage.wants_loss(state, config.cooldown_start)
+    last = run(stage, [1.0] * 200, state, first=61)[-1][0]
+    assert last.plateau_factor == 0.5**3  # 20 epochs: the best, then three times six without progress
+    assert replace(last, plateau_factor=1.0, best_epoch_loss=math.inf, bad_epochs=0) == state
+
+
+def test_a_stage_goes_on_from_its_state_in_the_middle_of_an_epoch():
+    more = {"total_steps": None, "steps_per_epoch": 10, "total_epochs": 40, "decay_phase_stat": "loss", "decay_phase_factor": 0.5}
+    _, _, stage, state = after_switch(**more)
+    state = run(stage, [2.0] * 5, state, first=61)[-1][0]
+    _, _, other, _ = after_switch(**more)
+    other.load_state_dict(stage.state_dict())
+    assert [run(which, [1.0] * 5, state, first=66)[-1][0].best_epoch_loss for which in (stage, other)] == [1.5, 1.5]

@@ -1,0 +1,129 @@
+"""States that version 0.1.0 saved (version 4): the runs go on with the LRs, the weights and the events that it went on with.
+
+``data/states_version_4.pt`` holds them, each with what 0.1.0 did from there on, fed the losses of :func:`losses`.
+"""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from autowu import AutoWU
+from autowu.gpytorch_engine import PublishedGP
+from autowu.states import VERSION
+
+FILE = Path(__file__).parent / "data" / "states_version_4.pt"
+STEPS = 200
+OTHER = {"total_steps": STEPS, "min_lr": 1e-2, "max_lr": 0.5, "test_interval": 9}  # none of it matters
+MAKE = {
+    "in the warm-up": lambda model, optimizer: AutoWU(optimizer, model=model, **OTHER),
+    "voting": lambda model, optimizer: AutoWU(optimizer, model=model, **OTHER),
+    "after the switch": lambda model, optimizer: AutoWU(optimizer, model=model, **OTHER),
+    "without a model": lambda model, optimizer: AutoWU(optimizer, steps_per_epoch=10, total_epochs=20),
+    "paper": lambda model, optimizer: AutoWU(optimizer, steps_per_epoch=10, total_epochs=20),
+}
+
+
+@pytest.fixture
+def saved():
+    return torch.load(FILE, weights_only=True)
+
+
+def losses():
+    noise = 0.02 * np.random.default_rng(0).normal(size=STEPS)
+    return (1 + np.abs(np.arange(STEPS) / 40 - 1) + noise).tolist()
+
+
+def loaded(case, make):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = make(model, optimizer)
+    model.load_state_dict(case["model"])
+    optimizer.load_state_dict(case["optimizer"])
+    scheduler.load_state_dict(case["scheduler"])
+    return model, optimizer, scheduler
+
+
+def go_on(model, optimizer, scheduler):
+    lrs, curve = [], losses()
+    for loss in curve[scheduler.last_epoch :]:
+        lrs.append(optimizer.param_groups[0]["lr"])
+        if scheduler.switch is not None:
+            loss = 1 + 0.02 * loss / 10
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.01)
+        optimizer.step()
+        scheduler.step(loss)
+    return [*lrs, optimizer.param_groups[0]["lr"]]
+
+
+def leaves(value):
+    """All numbers and words of a nested state, NaN as a word."""
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in (str(key), *leaves(inner))]
+    if isinstance(value, (list, tuple)):
+        return [leaf for inner in value for leaf in leaves(inner)]
+    return [str(number) for number in value.flatten().tolist()] if isinstance(value, torch.Tensor) else [str(value)]
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_run_goes_on_as_it_did(name, saved):
+    case = saved[name]
+    assert case["scheduler"]["version"] == 4
+    before = copy.deepcopy(case["scheduler"])
+    model, optimizer, scheduler = loaded(case, MAKE[name])
+    assert go_on(model, optimizer, scheduler) == pytest.approx(case["lrs"], rel=1e-9)
+    assert [event.kind for event in scheduler.events] == [kind for kind, _, _ in case["events"]]
+    assert scheduler.events[-1].message == case["events"][-1][2]
+    for key, weight in case["weights"].items():
+        torch.testing.assert_close(model.state_dict()[key], weight)
+    assert leaves(case["scheduler"]) == leaves(before)  # it is left as it was
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_it_is_saved_in_the_present_version_and_loads_again(name, saved):
+    model, optimizer, scheduler = loaded(saved[name], MAKE[name])
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    assert state["scheduler"]["version"] == VERSION == 5
+    again = loaded(copy.deepcopy(state), MAKE[name])
+    assert go_on(*again) == go_on(model, optimizer, scheduler)
+
+
+def test_the_states_bring_what_they_are_there_for(saved):
+    states = {name: case["scheduler"] for name, case in saved.items()}
+    assert all(copies["other"] for copies in (states["in the warm-up"]["snapshot"], states["voting"]["snapshot"]))
+    assert states["voting"]["state"]["votes"] > 0
+    assert states["after the switch"]["snapshot"]["other"] is None
+    assert states["without a model"]["epoch_losses"] is None or states["without a model"]["config"]["decay_phase_stat"] == "loss"
+    assert states["paper"]["gp"]["state"]["carried"] is not None
+
+
+def test_the_published_fit_is_an_engine_of_its_own(saved):
+    _, _, scheduler = loaded(saved["paper"], MAKE["paper"])
+    assert repr(scheduler.gp) == repr(PublishedGP())
+
+
+@pytest.mark.parametrize("key", ["verdict", "watch", "gp", "snapshot", "ratios", "history", "state"])
+def test_an_incomplete_state_is_refused_by_the_name_of_what_is_missing(key, saved):
+    case = saved["in the warm-up"]
+    del case["scheduler"][key]
+    with pytest.raises(ValueError, match=f"'{key}': the state is incomplete"):
+        loaded(case, MAKE["in the warm-up"])
+
+
+def test_a_version_that_is_not_read_is_refused(saved):
+    case = saved["voting"]
+    case["scheduler"]["version"] = 3
+    with pytest.raises(ValueError, match="version=3: this autowu reads versions 4 and 5"):
+        loaded(case, MAKE["voting"])
+
+
+def test_a_published_fit_with_a_kernel_of_its_own_is_refused(saved):
+    case = saved["paper"]
+    case["scheduler"]["gp"]["state"]["custom_kernel"] = True
+    with pytest.raises(ValueError, match="kernel"):
+        loaded(case, MAKE["paper"])
