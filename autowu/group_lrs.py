@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +28,7 @@ class GroupLRs:
         top = max(scaled, default=0.0)
         self._ratios = [lr / top if top > 0 else 1.0 for lr in scaled]
 
-    def of(self, lr: float) -> list[float]:
+    def of(self, lr: float) -> list[float | Tensor]:
         """The LR of each group where that of the group with the largest is `lr`."""
         return [lr * ratio for ratio in self._ratios]
 
@@ -48,13 +48,13 @@ class GroupLRs:
             group.setdefault("initial_lr", group["lr"])
         return [group["initial_lr"] for group in late]
 
-    def write(self, lr: float) -> list[float | Tensor]:
-        """Set the LRs of the groups where that of the group with the largest is `lr`; copies of them."""
-        for group, own in zip(self._optimizer.param_groups, self.of(lr), strict=True):
+    def write(self, lrs: Sequence[float | Tensor]) -> list[float | Tensor]:
+        """Set the LRs of the groups; copies of them."""
+        for group, lr in zip(self._optimizer.param_groups, lrs, strict=True):
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(own)
+                group["lr"].fill_(lr)
             else:
-                group["lr"] = own
+                group["lr"] = lr
         return [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in self._optimizer.param_groups]
 
     def _part(self) -> None:

@@ -37,27 +37,28 @@ class OptimizerCalls:
 
     def took_step(self, step: int) -> bool:
         """Whether `step` is one: the optimizer was called since the last time that this was asked."""
-        if self._was_skipped(step):
+        optimizer = self._optimizer
+        is_wrapped = hasattr(optimizer.step, "_wrapped_by_lr_sched")
+        if getattr(optimizer, "_opt_called", False) is True:
+            optimizer._opt_called = _READ  # type: ignore[attr-defined]
+            if not self._sees_calls:
+                self._sees_calls = bool(optimizer.state) or bool(self._gradients())
+            if not is_wrapped:
+                self._sees_past_wrapper = True
+        elif self._means_something(step, is_wrapped):
             self.skipped += 1
             return False
         self.skipped = 0
         return True
 
-    def _was_skipped(self, step: int) -> bool:
-        """Whether the flag is absent, and its absence means something.
+    def _means_something(self, step: int, is_wrapped: bool) -> bool:
+        """Whether the absence of the flag does: whether the optimizer skipped a step.
 
-        Nothing follows from its absence before a step was seen that trained something: the optimizer may have been called past the
-        flag, the two calls may stand in the order that torch warns about, or the losses are those of another run. What a GradScaler
-        skips in the first steps shows in the gradients; only there they are read.
+        Nothing follows from it before a step was seen that trained something: the optimizer may have been called past the flag, the
+        two calls may stand in the order that torch warns about, or the losses are those of another run. What a GradScaler skips in
+        the first steps shows in the gradients; only there they are read.
         """
-        optimizer = self._optimizer
-        wrapped = hasattr(optimizer.step, "_wrapped_by_lr_sched")
-        if getattr(optimizer, "_opt_called", False) is True:
-            optimizer._opt_called = _READ  # type: ignore[attr-defined]
-            self._sees_calls = self._sees_calls or bool(optimizer.state) or bool(self._gradients())
-            self._sees_past_wrapper |= not wrapped
-            return False
-        if not wrapped and not self._sees_past_wrapper:
+        if not is_wrapped and not self._sees_past_wrapper:
             if self._sees_calls:
                 message = "optimizer.step was replaced; from here on every call counts, skipped steps too"
                 self._log.once("optimizer", step, message)

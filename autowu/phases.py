@@ -152,7 +152,8 @@ def base_lr(config: Config, state: State, step: int) -> float:
 
     The first step after a switch runs at the peak, the last step of the run above 0, and every step after it at that same LR.
     """
-    step = min(step, config.total_steps - 1)
+    if step >= config.total_steps:
+        step = config.total_steps - 1
     if state.switch is None or step < state.switch.step:
         return warmup_lr_at(config, step)
     start = state.switch.step

@@ -262,8 +262,9 @@ class AutoWU(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """LR of the coming optimizer step for each parameter group, as torch's schedulers compute it inside `step`."""
-        self.base_lrs += self._groups.join()
-        return [*self._groups.of(self.lr_at(self.last_epoch))]
+        if late := self._groups.join():
+            self.base_lrs += late
+        return self._groups.of(base_lr(self.config, self._state, self.last_epoch))
 
     def observe(self, loss: float | Tensor) -> None:
         """Record the loss of one micro-batch; the loss of an optimizer step is the mean of those observed since the last one.
@@ -333,8 +334,7 @@ class AutoWU(LRScheduler):
 
     def _write_lrs(self) -> None:
         """Set the LRs of the coming step: a restored run must not depend on the order in which its parts were restored."""
-        self.base_lrs += self._groups.join()
-        self._last_lr = self._groups.write(self.lr_at(self.last_epoch))
+        self._last_lr = self._groups.write(self.get_lr())
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on, as plain types and tensors, loadable with ``torch.load(weights_only=True)``.

@@ -226,9 +226,10 @@ class AfterSwitch:
 
     def _read(self, step: int, loss: float | Tensor) -> int | None:
         """Have the watch follow the loss; the step of the look before, None where it has not followed any."""
-        reader, look = self.rooms.reader, step % BLOCK == 0 or step % self.config.test_interval == 0
+        reader, rollback = self.rooms.reader, self.rooms.rollback
         self._losses.append(loss)
-        since = reader.read(step, loss, self._losses, flag=self.rooms.rollback.failed, look=look)
+        look = step % BLOCK == 0 or (rollback.able and step % self.config.test_interval == 0)
+        since = reader.read(step, loss, self._losses, flag=rollback.failed, look=look)
         if since is not None:
             self._losses.forget()  # they have been read
             self._heed_flag()

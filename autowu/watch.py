@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from math import inf, isfinite, sqrt
 from typing import Any, Final
 
 __all__ = ["LossWatch"]
@@ -16,8 +17,10 @@ _START: Final = 10
 """Losses whose mean is where the run started."""
 _DECAY: Final = 0.9
 """Of the exponential mean that stands for the loss now."""
-_QUICK_DECAY: Final = 0.7
+_SLOW: Final = 1 - _DECAY
+_QUICK: Final = 1 - 0.7
 _NOISE_DECAY: Final = 0.95
+_NOISE: Final = 1 - _NOISE_DECAY
 _STANDARD_ERROR: Final = math.sqrt((1 - _DECAY) / (1 + _DECAY))
 """Of the exponential mean, in standard deviations of one loss."""
 _SETTLING: Final = 20
@@ -32,6 +35,7 @@ NEAR: Final = 0.1
 """Share of the progress that may be lost in a run that is worth copying."""
 SURE: Final = 10.0
 """Standard errors that the same must amount to."""
+_SURE_OF_MEAN: Final = SURE * _STANDARD_ERROR
 NEAR_SURE: Final = 4.0
 """Standard errors that may be lost in a run that is worth copying."""
 
@@ -64,51 +68,61 @@ class LossWatch:
 
     def follow(self, losses: Iterable[float]) -> None:
         """Take the losses of some steps, one after the other."""
-        for loss in losses:
-            if not math.isfinite(loss):
-                self.silent += loss != -math.inf
-                continue
-            self.silent = 0
-            self.count += 1
-            if self.count <= _START:
-                self._begin(loss)
-            else:
-                self._go_on(loss)
-            self.last = loss
-            if self.settling:
-                self.settling -= 1
-                self.best = self.mean
-            elif self.count >= _START and self.mean < self.best:
-                self.best = self.mean
+        rest = iter(losses)
+        while self.count < _START and (loss := next(rest, None)) is not None:
+            self._begin(loss)
+        self._go_on(rest)
 
     def _begin(self, loss: float) -> None:
         """Take one of the losses that say where the run starts."""
+        if not math.isfinite(loss):
+            self.silent += loss != -math.inf
+            return
+        self.silent = 0
+        self.count += 1
         self.start += (loss - self.start) / self.count
         self.mean = self.level = self.start
         if self.count > 1:
             self.noise += ((loss - self.last) ** 2 / 2 - self.noise) / (self.count - 1)
+        self.last = loss
+        if self.settling:
+            self.settling -= 1
+        if self.count == _START:
+            self.best = self.mean
 
-    def _go_on(self, loss: float) -> None:
-        # Every step runs this: what the properties below would compute several times is computed once.
-        best, mean = self.best, self.mean
-        error = math.sqrt(self.noise)
-        progress = self.start - best
-        if progress < 0.0:
-            progress = 0.0
-        sure = SURE * _STANDARD_ERROR * error
-        allowed = LOST * progress
-        if sure > allowed:
-            allowed = sure
-        self.high = self.high + 1 if loss > best + allowed else 0
-        far = loss > self.start + 2 * progress + SURE * error
-        self.above = self.above + 1 if far else 0
-        self.level += (1 - _QUICK_DECAY) * (loss - self.level)
-        # So that one loss, however large, is no divergence.
-        capped = best + IN_A_ROW * allowed
-        self.mean = mean = mean + (1 - _DECAY) * ((loss if loss < capped else capped) - mean)
-        near = NEAR * progress
-        if mean - best <= (sure if sure > near else near) and not far:  # what comes apart is no noise
-            self.noise += (1 - _NOISE_DECAY) * ((loss - self.last) ** 2 / 2 - self.noise)
+    def _go_on(self, losses: Iterable[float]) -> None:
+        """Take later losses; every step of a run comes through here, so all is at hand in local variables."""
+        start, best, mean, level, noise = self.start, self.best, self.mean, self.level, self.noise
+        above, high, silent, settling, last, count = self.above, self.high, self.silent, self.settling, self.last, self.count
+        for loss in losses:
+            if not isfinite(loss):
+                silent += loss != -inf
+                continue
+            silent = 0
+            count += 1
+            error = sqrt(noise)
+            progress = start - best if start > best else 0.0
+            sure = _SURE_OF_MEAN * error
+            allowed = LOST * progress
+            if sure > allowed:
+                allowed = sure
+            high = high + 1 if loss > best + allowed else 0
+            far = loss > start + 2 * progress + SURE * error
+            above = above + 1 if far else 0
+            level += _QUICK * (loss - level)
+            capped = best + IN_A_ROW * allowed  # so that one loss, however large, is no divergence
+            mean += _SLOW * ((loss if loss < capped else capped) - mean)
+            near = NEAR * progress
+            if mean - best <= (sure if sure > near else near) and not far:  # what comes apart is no noise
+                noise += _NOISE * ((loss - last) ** 2 / 2 - noise)
+            last = loss
+            if settling:
+                settling -= 1
+                best = mean
+            elif mean < best:
+                best = mean
+        self.best, self.mean, self.level, self.noise = best, mean, level, noise
+        self.above, self.high, self.silent, self.settling, self.last, self.count = above, high, silent, settling, last, count
 
     def quiet(self, low: float) -> float:
         """A bound for what may be taken later: a loss at most this lets the run neither explode nor diverge.
@@ -118,7 +132,7 @@ class LossWatch:
         if self.count < _START or self.settling:
             return -math.inf
         error = _FADED * math.sqrt(self.noise)
-        return low + max(LOST * (self.start - low), SURE * _STANDARD_ERROR * error)
+        return low + max(LOST * (self.start - low), _SURE_OF_MEAN * error)
 
     @property
     def progress(self) -> float:
