@@ -223,6 +223,17 @@ def test_the_loop_records_each_step_at_its_lr_and_each_epoch_before_its_checkpoi
     assert progress.last["test_accuracy"] > 0.3
 
 
+def test_every_epoch_has_an_order_of_the_images_of_its_own(tmp_path):
+    config = configured(tmp_path / "run")
+    loop = looped(config, *made(config))
+    orders = []
+    for epoch in (0, 1, 1):
+        loop.train_epoch(Progress(epoch))
+        orders.append(list(loop.loaders.sampler))
+    assert orders[0] != orders[1] == orders[2]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(1347))
+
+
 def test_a_run_begins_with_nothing_done_or_with_its_checkpoint(tmp_path):
     config = configured(tmp_path / "run")
     whole, loaders = made(config)
@@ -283,6 +294,16 @@ def test_a_branch_is_saved_before_its_first_step_and_goes_on_there(tmp_path):
         assert progress.steps(STEPS_PER_EPOCH) == branches[fraction]
         loop.train(progress)
         assert_same_weights(branch.model, whole.model)
+
+
+def test_a_branch_that_leaves_between_two_epochs_waits_for_the_test(tmp_path):
+    config = configured(tmp_path / "run", "--cooldown-fraction", "0.1", "--epochs", "4")
+    loop = looped(config, *made(config), branches={0.5: 20})
+    steps = loop.train_epoch(Progress(1))
+    assert (steps.step, steps.is_complete) == (20, True)
+    assert not list((tmp_path / "run").iterdir())
+    loop.checkpoints.save_due(Progress(2), EpochSteps(ALONE, 2, STEPS_PER_EPOCH))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["branch-0.5.pt"]
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -372,6 +393,11 @@ def test_layers_are_logged_every_so_many_steps(tmp_path):
 
     (part,) = (tmp_path / "run" / "layers").iterdir()
     assert sorted(set(ParquetFile(part).read()["step"].to_pylist())) == [0, 4, 8]
+    recorder.finish({}, parts.autowu)
+    branch = configured(tmp_path / "run" / "branch", "--log-layers", "4")
+    Recorder(RunFolder(branch, 1), Progress(0, begun=Begun([0.5] * 6, [1.0] * 6, {})), STEPS_PER_EPOCH, 4, RunFolder(config, 1))
+    (part,) = (tmp_path / "run" / "branch" / "layers").iterdir()
+    assert sorted(set(ParquetFile(part).read()["step"].to_pylist())) == [0, 4]
 
 
 # Console
