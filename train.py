@@ -2,7 +2,7 @@
 
 import sys
 
-from autowu.training.loop import main
+from autowu.training.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

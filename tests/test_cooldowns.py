@@ -12,7 +12,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from autowu import AutoWU
-from autowu.training import loop
+from autowu.training import build, cooldowns, loop
+from autowu.training.main import main
 
 FRACTIONS = [0.13, 0.25, 0.4, 0.5]
 EPOCHS, STEPS_PER_EPOCH = 8, 14  # 112 steps: cooldowns from steps 97, 84 (the end of an epoch), 67 and 56 (as well)
@@ -153,26 +154,41 @@ FOLDERS = {0.1: ".", 0.25: "cooldown-0.25", 0.5: "cooldown-0.5"}
 @pytest.fixture(autouse=True)
 def _dropout(monkeypatch):
     """A model that draws in every step, so that the random states count."""
-    build = loop.build_model
+    build_model = build.build_model
 
     def with_dropout(*arguments):
-        built = build(*arguments)
+        built = build_model(*arguments)
         built.module.drop_rate = 0.3
         return built
 
-    monkeypatch.setattr(loop, "build_model", with_dropout)
+    for module in (build, cooldowns):
+        monkeypatch.setattr(module, "build_model", with_dropout)
+
+
+class Steps:
+    """The cooldown_fraction of every step that is trained, up to one step that is interrupted."""
+
+    def __init__(self, monkeypatch):
+        self.trained, self.stop_at = [], None
+        train_step, train = loop.train_step, loop.Loop.train
+
+        def counted(*arguments):
+            if self.stop_at == (self.fraction, self.trained.count(self.fraction)):
+                raise KeyboardInterrupt
+            self.trained.append(self.fraction)
+            return train_step(*arguments)
+
+        def noted(run, progress):
+            self.fraction = run.config.cooldown_fraction
+            return train(run, progress)
+
+        monkeypatch.setattr(loop, "train_step", counted)
+        monkeypatch.setattr(loop.Loop, "train", noted)
 
 
 @pytest.fixture
-def steps_trained(monkeypatch):
-    steps, step = [], loop.Run._step
-
-    def counted(run, *batch):
-        steps.append(run.config.cooldown_fraction)
-        return step(run, *batch)
-
-    monkeypatch.setattr(loop.Run, "_step", counted)
-    return steps
+def steps(monkeypatch):
+    return Steps(monkeypatch)
 
 
 def records(folder):
@@ -185,14 +201,14 @@ def weights(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
 
 
-def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_path, capsys, monkeypatch, steps_trained):
+def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_path, capsys, steps):
     command = [*OPTIONS, *SEVERAL, "--run-dir", str(tmp_path / "all")]
-    assert loop.main(command) == 0
-    assert [steps_trained.count(f) for f in FOLDERS] == [60, 15, 30]
+    assert main(command) == 0
+    assert [steps.trained.count(f) for f in FOLDERS] == [60, 15, 30]
     said = capsys.readouterr().out
     for fraction, name in FOLDERS.items():
         folder, single = tmp_path / "all" / name, tmp_path / str(fraction)
-        assert loop.main([*OPTIONS, "--cooldown-fraction", str(fraction), "--run-dir", str(single)]) == 0
+        assert main([*OPTIONS, "--cooldown-fraction", str(fraction), "--run-dir", str(single)]) == 0
         assert records(folder) == records(single)
         assert_same(weights(folder), weights(single))
         assert (folder / "figure.png").exists()
@@ -211,33 +227,23 @@ def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_p
 
     # Interrupted in the trunk after branch-0.5.pt, in a branch without a checkpoint, in one with a checkpoint.
     command[-1] = str(tmp_path / "cut")
-    counted, resume = loop.Run._step, []
-    for stop_at in (0.1, 36), (0.25, 3), (0.5, 12):
-        with monkeypatch.context() as patch:
-            patch.setattr(loop.Run, "_step", interrupted_at(*stop_at, counted, steps_trained))
-            steps_trained.clear()
-            assert loop.main([*command, *resume]) == 130
+    resume = []
+    for steps.stop_at in (0.1, 36), (0.25, 3), (0.5, 12):
+        steps.trained.clear()
+        assert main([*command, *resume]) == 130
         resume = ["--resume"]
-    assert set(steps_trained) == {0.25, 0.5}
-    steps_trained.clear()
-    assert loop.main([*command, "--resume"]) == 0
-    assert steps_trained == [0.5] * 20  # of its 30 steps one epoch of 10 was done
+    assert set(steps.trained) == {0.25, 0.5}
+    steps.trained.clear()
+    steps.stop_at = None
+    assert main([*command, "--resume"]) == 0
+    assert steps.trained == [0.5] * 20  # of its 30 steps one epoch of 10 was done
     for name in FOLDERS.values():
         assert records(tmp_path / "cut" / name) == records(tmp_path / "all" / name)
         assert_same(weights(tmp_path / "cut" / name), weights(tmp_path / "all" / name))
     assert json.loads((tmp_path / "cut" / "cooldowns.json").read_text()) == found
-    steps_trained.clear()
-    assert loop.main([*command, "--resume"]) == 0
-    assert steps_trained == []
-
-
-def interrupted_at(fraction, step, train_step, steps_trained):
-    def train_or_interrupt(run, *batch):
-        if steps_trained.count(run.config.cooldown_fraction) == step and run.config.cooldown_fraction == fraction:
-            raise KeyboardInterrupt
-        return train_step(run, *batch)
-
-    return train_or_interrupt
+    steps.trained.clear()
+    assert main([*command, "--resume"]) == 0
+    assert steps.trained == []
 
 
 def test_two_processes_branch_as_one_run(tmp_path):
@@ -262,7 +268,7 @@ def test_two_processes_branch_as_one_run(tmp_path):
     ],
 )
 def test_values_that_cannot_be_are_said_in_one_line(tmp_path, capsys, options, said):
-    assert loop.main([*OPTIONS, "--run-dir", str(tmp_path / "run"), "--cooldown-fraction", *options]) == 2
+    assert main([*OPTIONS, "--run-dir", str(tmp_path / "run"), "--cooldown-fraction", *options]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1

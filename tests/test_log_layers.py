@@ -19,13 +19,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from autowu.optim import LARS, param_groups
 from autowu.plotting import draw_layers
-from autowu.training.build import build_model
+from autowu.training.build import build, build_model
 from autowu.training.config import parse_args
-from autowu.training.data import find_data, make_loaders
+from autowu.training.data import find_data
+from autowu.training.folder import RunFolder
 from autowu.training.layers import LayerLog
-from autowu.training.loop import Run, main
+from autowu.training.main import main
 from autowu.training.process import join
-from autowu.training.records import RunFolder
+from autowu.training.run import train_run
 
 # A model without batch norm, so that two processes compute what one does; 10 steps an epoch, of which every third is logged.
 SHORT = ["--model", "test_convnext", "--batch-size", "128", "--epochs", "4", "--device", "cpu"]
@@ -107,10 +108,9 @@ def test_values_are_those_of_the_definition(tmp_path, opt):
     with join("cpu") as process:
         data = find_data(config, process)
         torch.manual_seed(config.seed)
-        built = build_model(config, data)
-        run = Run(config, process, built, make_loaders(config, process, data, built.size, built.data_config))
-        run.optimizer.register_step_pre_hook(before_the_step)
-        run.train(RunFolder(config, 1), time.perf_counter())
+        parts, loaders = build(config, process, data)
+        parts.optimizer.register_step_pre_hook(before_the_step)
+        train_run(config, process, parts, loaders, RunFolder(config, 1), time.perf_counter())
     rows = table(tmp_path / "run").to_pylist()
     assert len(expected) // 20 * 7 == len(rows)
     layers = len(expected) // 20
@@ -257,7 +257,7 @@ def test_packages_that_are_not_there_are_named_and_not_needed_otherwise(tmp_path
     code = f"""
 import sys
 sys.modules["tensorboard"] = sys.modules["pyarrow.parquet"] = None
-from autowu.training.loop import main
+from autowu.training.main import main
 options = {[*SHORT[:4], "--epochs", "1", "--device", "cpu", "--run-dir"]}
 assert main([*options, {str(tmp_path / "plain")!r}]) == 0
 assert main([*options, {str(tmp_path / "logged")!r}, "--log-layers", "3"]) == 2

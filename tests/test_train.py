@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from autowu.training.loop import main
+from autowu.training.main import main
 
 ROOT = Path(__file__).parent.parent
 # A model without batch norm, so that two processes compute what one does.

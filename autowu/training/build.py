@@ -1,4 +1,4 @@
-"""Model, optimizer and scheduler by name."""
+"""Model, optimizer and scheduler by name, and what a step needs of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -16,9 +16,11 @@ from autowu.optim import LAMB, LARS, TVLARS, param_groups
 from autowu.scheduler import AutoWU
 from autowu.schedules import cooldown_factor
 from autowu.training.config import TrainConfig, UsageError, unknown_name
-from autowu.training.data import Data
+from autowu.training.data import Data, Loaders, make_loaders
+from autowu.training.layers import check_layer_log
+from autowu.training.process import Process
 
-__all__ = ["HAND_SET_LR", "Model", "build_model", "build_optimizer", "build_scheduler"]
+__all__ = ["HAND_SET_LR", "Model", "Parts", "build", "build_model", "build_optimizer", "build_parts", "build_scheduler"]
 
 HAND_SET_LR = {"sgd": 0.1, "adam": 1e-3, "lars": 3.0, "lamb": 1e-2, "unknown": 1e-3}
 """Peak LR of ``--sched cosine`` where none is given, by the optimizer's family."""
@@ -35,6 +37,90 @@ class Model:
     module: nn.Module
     size: int
     data_config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a training step uses and changes, on the device of this process.
+
+    Attributes:
+        model: what is tested and saved.
+        forward: what is trained: the model, in a group in the wrapper that averages its gradients over the processes.
+        optimizer: of the model's parameters.
+        scheduler: of the optimizer.
+        criterion: (logits, labels) to the loss.
+        device: of this process.
+        amp: whether the forward pass runs in bfloat16.
+    """
+
+    model: nn.Module
+    forward: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    criterion: nn.Module
+    device: torch.device
+    amp: bool
+
+    @property
+    def autowu(self) -> AutoWU | None:
+        """The scheduler, where it is one that follows the losses."""
+        return self.scheduler if isinstance(self.scheduler, AutoWU) else None
+
+    @property
+    def lr(self) -> float:
+        """LR of the first parameter group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def phase(self) -> str:
+        """AutoWU's phase; empty for another scheduler."""
+        return "" if self.autowu is None else self.autowu.phase
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    def step_scheduler(self, loss: Tensor) -> None:
+        """Tell the scheduler of an optimizer step and this process's loss, a 0-d tensor."""
+        if self.autowu is None:
+            self.scheduler.step()
+        else:
+            self.autowu.step(loss)  # it takes the mean over the processes
+
+
+def build(config: TrainConfig, process: Process, data: Data) -> tuple[Parts, Loaders]:
+    """What `config` asks for, and loaders of images as its model takes them.
+
+    Raises:
+        UsageError: if something of it cannot be.
+    """
+    built = build_model(config, data)
+    loaders = make_loaders(config, process, data, built.size, built.data_config)
+    return build_parts(config, process, built.module, len(loaders.train)), loaders
+
+
+def build_parts(config: TrainConfig, process: Process, model: nn.Module, steps_per_epoch: int) -> Parts:
+    """The parts of a run that trains `model`, which moves to the device of `process`.
+
+    Raises:
+        UsageError: if there is no such optimizer, or it or the scheduler does not take what `config` says.
+    """
+    model = model.to(process.device)
+    if config.sync_bn and process.world_size > 1:
+        from timm.layers import convert_sync_batchnorm  # torch's own drops the activations of timm's layers
+
+        model = convert_sync_batchnorm(model)
+    if process.device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(config, model)
+    if config.log_layers is not None:
+        check_layer_log(config, optimizer)
+    scheduler = build_scheduler(config, model, optimizer, steps_per_epoch)
+    forward: nn.Module = model
+    if process.world_size > 1:
+        ids = [process.device.index] if process.device.type == "cuda" else None
+        forward = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    return Parts(model, forward, optimizer, scheduler, criterion, process.device, config.amp)
 
 
 def build_model(config: TrainConfig, data: Data) -> Model:

@@ -56,6 +56,24 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     Raises:
         UsageError: for a number out of its range.
     """
+    args = vars(_parser().parse_args(argv))
+    del args["local_rank"]
+    if (fractions := args["cooldown_fraction"]) is not None:
+        args["cooldown_fraction"] = fractions[0] if len(fractions) == 1 else sorted(fractions)
+    if args["dataset"] is None:
+        args["dataset"] = "digits" if args["data_dir"] is None else "folder"
+    if args["run_dir"] is None:
+        if args["resume"]:
+            raise UsageError("--resume: needs --run-dir, the folder of the run to go on with")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        args["run_dir"] = Path("runs", f"{stamp}-{args['model'].replace('/', '_')}-{args['opt']}-{args['sched']}")
+    config = TrainConfig(**args)
+    _check(config)
+    return config
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The table of the options."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a timm model with a layer-wise adaptive optimizer and a learning rate that finds itself. "
@@ -113,20 +131,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run-dir, under the same options")
     # torch.distributed.launch passes it; the environment has it too.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    args = vars(parser.parse_args(argv))
-    del args["local_rank"]
-    if (fractions := args["cooldown_fraction"]) is not None:
-        args["cooldown_fraction"] = fractions[0] if len(fractions) == 1 else sorted(fractions)
-    if args["dataset"] is None:
-        args["dataset"] = "digits" if args["data_dir"] is None else "folder"
-    if args["run_dir"] is None:
-        if args["resume"]:
-            raise UsageError("--resume: needs --run-dir, the folder of the run to go on with")
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        args["run_dir"] = Path("runs", f"{stamp}-{args['model'].replace('/', '_')}-{args['opt']}-{args['sched']}")
-    config = TrainConfig(**args)
-    _check(config)
-    return config
+    return parser
 
 
 def _check(config: TrainConfig) -> None:

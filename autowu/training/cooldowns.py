@@ -1,14 +1,89 @@
-"""What came of several cooldowns that branched off one run."""
+"""Several cooldowns that branch off one run, and what came of them."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from autowu.training.records import RunFolder
+from autowu.scheduler import AutoWU
+from autowu.training.build import build, build_model, build_parts
+from autowu.training.config import TrainConfig, UsageError
+from autowu.training.data import Data, Loaders
+from autowu.training.folder import RunFolder
+from autowu.training.process import Process
+from autowu.training.run import train_run
 
-__all__ = ["report"]
+__all__ = ["first_steps", "report", "train_cooldowns"]
+
+
+def train_cooldowns(config: TrainConfig, process: Process, data: Data, trunk: RunFolder, started: float) -> dict[str, Any]:
+    """Train the trunk, which has the smallest of several values of `cooldown_fraction`, then a branch for each other one.
+
+    Args:
+        config: of all of them; their values are in ascending order.
+        process: this process among those of the run.
+        data: that they train on.
+        trunk: folder of the trunk, in which each branch has its own.
+        started: time of the start by `time.perf_counter`.
+
+    Returns:
+        The trunk's summary.
+
+    Raises:
+        UsageError: if something in `config` cannot be, before anything was trained.
+    """
+    assert isinstance(config.cooldown_fraction, list)
+    smallest, *others = config.cooldown_fraction
+    branches = [replace(config, cooldown_fraction=f, run_dir=config.run_dir / f"cooldown-{f}", resume=False) for f in others]
+    # On the main process, that the ranks do not differ on what is done.
+    done = process.gather([(branch.run_dir / "summary.json").exists() for branch in branches])[0]
+    trunk_config = replace(config, cooldown_fraction=smallest)
+    summary, loaders, starts = _train_trunk(trunk_config, process, data, trunk, others, started)
+    for branch, is_done in zip(branches, done, strict=True):
+        if not is_done:
+            _train_branch(branch, process, data, loaders, trunk)
+    if process.is_main:
+        folders = [trunk, *(RunFolder(branch, process.world_size) for branch in branches)]
+        report(config.cooldown_fraction, [0, *starts.values()], folders)
+    return summary
+
+
+def first_steps(scheduler: AutoWU, fractions: Sequence[float]) -> dict[float, int]:
+    """The step that the branch with each `cooldown_fraction` begins with.
+
+    Raises:
+        UsageError: if one would begin in the warm-up.
+    """
+    for fraction in fractions:
+        try:
+            scheduler.fork_cooldown(fraction)
+        except ValueError as error:
+            raise UsageError(f"--cooldown-fraction {fraction}: {error}") from None
+    return {fraction: scheduler.cooldown_start(fraction) for fraction in fractions}
+
+
+def _train_trunk(
+    config: TrainConfig, process: Process, data: Data, folder: RunFolder, others: Sequence[float], started: float
+) -> tuple[dict[str, Any], Loaders, dict[float, int]]:
+    """Its summary, what it shares with the branches, and where they begin; its model is let go of for theirs."""
+    parts, loaders = build(config, process, data)
+    assert parts.autowu is not None
+    starts = first_steps(parts.autowu, others)
+    return train_run(config, process, parts, loaders, folder, started, branches=starts), loaders, starts
+
+
+def _train_branch(config: TrainConfig, process: Process, data: Data, loaders: Loaders, trunk: RunFolder) -> None:
+    """Train a cooldown from its branch point, or from its own last checkpoint."""
+    started = time.perf_counter()
+    folder = RunFolder(config, process.world_size)
+    resume = process.gather(folder.checkpoint_path.is_file())[0]
+    if process.is_main:
+        print(f"\ncooldown_fraction {config.cooldown_fraction}", flush=True)
+    parts = build_parts(config, process, build_model(config, data).module, len(loaders.train))
+    train_run(replace(config, resume=resume), process, parts, loaders, folder, started, trunk=None if resume else trunk)
 
 
 def report(fractions: Sequence[float], first_steps: Sequence[int], folders: Sequence[RunFolder]) -> None:

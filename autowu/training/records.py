@@ -1,116 +1,138 @@
-"""What a run writes: configuration, metrics, checkpoint, summary and figure, in one folder."""
+"""What a run writes down: a row a step and an epoch, the layers, and at the end summary and figures."""
 
 from __future__ import annotations
 
-import csv
-import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import torch
+from torch.optim import Optimizer
 
-from autowu.training.config import TrainConfig, UsageError
+from autowu.scheduler import AutoWU
+from autowu.training.build import Parts
+from autowu.training.config import TrainConfig
+from autowu.training.folder import RunFolder
+from autowu.training.layers import LayerLog
+from autowu.training.process import Process
+from autowu.training.progress import Progress
 
-__all__ = ["RunFolder"]
+__all__ = ["NullRecorder", "Recorder", "epoch_row", "summarize"]
 
-_FREE_TO_CHANGE = {"resume", "run_dir", "workers", "device"}
-
-_STEP_FIELDS = ("step", "epoch", "lr", "loss")
-_EPOCH_FIELDS = ("epoch", "step", "phase", "lr", "train_loss", "test_loss", "test_accuracy", "seconds")
+Row = tuple[int, int, float, float]
 
 
-class RunFolder:
-    """The folder of one run, or of a branch of one, which is a folder in that of its trunk.
+def epoch_row(steps: Sequence[Row], phase: str, test: tuple[float, float], seconds: float) -> dict[str, Any]:
+    """The row of epochs.csv of an epoch.
 
-    ``config.json``, ``metrics.csv`` (a row an optimizer step), ``epochs.csv`` (a row an epoch), ``checkpoint.pt`` (renewed after
-    every epoch), and at the end ``summary.json`` and ``figure.png``. :class:`~autowu.training.layers.LayerLog` writes there too.
+    Args:
+        steps: its rows of metrics.csv. Losses that are not finite do not count in the mean.
+        phase: of the last step.
+        test: loss and accuracy after it.
+        seconds: that training and test took.
+    """
+    step, epoch, lr, _ = steps[-1]
+    finite = [loss for *_, loss in steps if math.isfinite(loss)]
+    return {
+        "epoch": epoch,
+        "step": step,
+        "phase": phase,
+        "lr": lr,
+        "train_loss": sum(finite) / len(finite) if finite else math.nan,
+        "test_loss": test[0],
+        "test_accuracy": test[1],
+        "seconds": round(seconds, 3),
+    }
+
+
+def summarize(
+    config: TrainConfig, process: Process, parts: Parts, steps_per_epoch: int, progress: Progress, wall_s: float
+) -> dict[str, Any]:
+    """The content of summary.json: how the run that `progress` is at the end of went, and what it was. `wall_s` is in seconds."""
+    switch = None if parts.autowu is None else parts.autowu.switch
+    return {
+        "test_accuracy": progress.last["test_accuracy"],
+        "test_loss": progress.last["test_loss"],
+        "train_loss": progress.last["train_loss"],
+        "switch_step": None if switch is None else switch.step,
+        "minimum_step": None if switch is None else switch.minimum,
+        "switch_by_test": None if switch is None else switch.by_test,
+        "peak_lr": switch.lr if switch else max(float(lr) for lr in parts.scheduler.base_lrs),
+        "total_steps": config.epochs * steps_per_epoch,
+        "wall_s": round(wall_s, 2),
+        "train_s": round(progress.elapsed, 2),
+        "model": config.model,
+        "opt": config.opt,
+        "sched": config.sched,
+        "batch_size": config.batch_size * process.world_size,
+        "world_size": process.world_size,
+    }
+
+
+class NullRecorder:
+    """Writes nothing: what the processes beside the main one have."""
+
+    def __enter__(self) -> None:
+        """Before the first step."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """After all, or when the run breaks off."""
+
+    def step(self, step: int, optimizer: Optimizer) -> None:
+        """`optimizer` has taken this step, numbered from 0, and still has its LRs."""
+
+    def epoch(self, steps: Sequence[Row], row: Mapping[str, Any]) -> None:
+        """An epoch is done: its rows of metrics.csv and its row of epochs.csv. A checkpoint follows."""
+
+    def finish(self, summary: Mapping[str, Any], scheduler: AutoWU | None) -> None:
+        """The run is done."""
+
+
+class Recorder(NullRecorder):
+    """Writes the records of a run into its folder.
+
+    Args:
+        folder: of the run.
+        progress: where the run goes on; what the folder holds of later steps is dropped.
+        steps_per_epoch: optimizer steps.
+        log_layers: steps from one logged step to the next; None for no log of the layers.
+        trunk: folder of the run that this one branches off and whose records it takes over.
 
     Raises:
-        UsageError: if the folder holds something already, or is to be resumed and holds no checkpoint, or one of other options.
+        UsageError: if the folder cannot be written.
     """
 
-    def __init__(self, config: TrainConfig, world_size: int, trunk: RunFolder | None = None) -> None:
-        self.path = config.run_dir
-        self.checkpoint_path = self.path / "checkpoint.pt"
-        self.config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()} | {"world_size": world_size}
-        self.trunk = trunk
-        if trunk is not None:
-            return  # it has been checked
-        if config.resume:
-            self._check_resumable()
-        elif self.path.is_dir() and any(self.path.iterdir()):
-            raise UsageError(f"--run-dir {self.path}: not empty; go on with it by --resume, or name another")
+    def __init__(
+        self, folder: RunFolder, progress: Progress, steps_per_epoch: int, log_layers: int | None, trunk: RunFolder | None = None
+    ) -> None:
+        self._folder = folder
+        self._log_layers = log_layers
+        folder.start(progress.epochs * steps_per_epoch, trunk)
+        self._layers: LayerLog | None = None
+        if log_layers is not None:
+            done = progress.steps(steps_per_epoch)
+            self._layers = LayerLog(folder.path, done, None if trunk is None else trunk.path)
 
-    def _check_resumable(self) -> None:
-        """A run goes on under the options that it was started with, or it would be another run."""
-        if not self.checkpoint_path.is_file():
-            raise UsageError(f"--resume: no checkpoint in {self.path}")
-        before = json.loads((self.path / "config.json").read_text())
-        for name in self.config.keys() - _FREE_TO_CHANGE:
-            if before.get(name) != self.config[name]:
-                option = "number of processes" if name == "world_size" else f"--{name.replace('_', '-')}"
-                raise UsageError(f"--resume: {option} is {self.config[name]}, but the run was started with {before.get(name)}")
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._layers is not None:
+            self._layers.close()
 
-    def start(self, step: int) -> None:
-        """Make the folder, write the configuration; keep the metrics of the `step` steps that are done.
+    def step(self, step: int, optimizer: Optimizer) -> None:
+        if self._layers is not None and self._log_layers is not None and step % self._log_layers == 0:
+            self._layers.add(step, optimizer)
 
-        They are in the folder itself, or, of a branch that has no checkpoint, in its trunk's.
+    def epoch(self, steps: Sequence[Row], row: Mapping[str, Any]) -> None:
+        self._folder.add_steps(steps)
+        self._folder.add_epoch(row)
+        if self._layers is not None:
+            self._layers.save()
 
-        Raises:
-            UsageError: if the folder cannot be written.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write_json("config.json", self.config)
-        except OSError as error:
-            raise UsageError(f"--run-dir {self.path}: cannot be written: {error.strerror or error}") from None
-        source = self if self.trunk is None or self.checkpoint_path.is_file() else self.trunk
-        for name, fields in (("metrics.csv", _STEP_FIELDS), ("epochs.csv", _EPOCH_FIELDS)):
-            kept = [row for row in source.rows(name) if int(row["step"]) < step] if step else []
-            with (self.path / name).open("w", newline="") as file:
-                writer = csv.DictWriter(file, fields)
-                writer.writeheader()
-                writer.writerows(kept)
+    def finish(self, summary: Mapping[str, Any], scheduler: AutoWU | None) -> None:
+        from autowu.plotting import draw_run
 
-    def rows(self, name: str) -> list[dict[str, str]]:
-        """The rows of a CSV file of this run."""
-        with (self.path / name).open(newline="") as file:
-            return list(csv.DictReader(file))
-
-    def add_steps(self, rows: Sequence[Sequence[float]]) -> None:
-        """Append rows of `step, epoch, lr, loss` to metrics.csv."""
-        with (self.path / "metrics.csv").open("a", newline="") as file:
-            csv.writer(file).writerows(rows)
-
-    def add_epoch(self, row: Mapping[str, Any]) -> None:
-        """Append a row to epochs.csv."""
-        with (self.path / "epochs.csv").open("a", newline="") as file:
-            csv.DictWriter(file, _EPOCH_FIELDS).writerow(row)
-
-    def branch_path(self, fraction: float) -> Path:
-        """The checkpoint that the branch with this cooldown_fraction begins with."""
-        return self.path / f"branch-{fraction}.pt"
-
-    def save_checkpoint(self, state: Mapping[str, Any], path: Path | None = None) -> None:
-        """Replace the checkpoint in one move, so that a cut never leaves half of one."""
-        path = path or self.checkpoint_path
-        partial = path.with_suffix(".partial")
-        torch.save(dict(state), partial)
-        partial.replace(path)
-
-    def load_checkpoint(self, path: Path | None = None) -> dict[str, Any]:
-        """The checkpoint, on the CPU."""
-        state: dict[str, Any] = torch.load(path or self.checkpoint_path, map_location="cpu", weights_only=True)
-        return state
-
-    def read_summary(self) -> dict[str, Any]:
-        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
-        return summary
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        self.write_json("summary.json", summary)
-
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+        if self._layers is not None:
+            self._layers.finish()  # before the summary, by which a branch counts as done
+        self._folder.write_summary(summary)
+        rows = self._folder.rows("metrics.csv")
+        figure = draw_run([float(row["loss"]) for row in rows], [float(row["lr"]) for row in rows], scheduler)
+        figure.savefig(self._folder.path / "figure.png", dpi=150)

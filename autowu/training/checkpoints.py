@@ -1,0 +1,105 @@
+"""The state of a run, on all processes, to a file and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autowu.training.build import Parts
+from autowu.training.folder import RunFolder
+from autowu.training.generators import random_state
+from autowu.training.process import Process
+from autowu.training.progress import Begun, EpochSteps, Progress
+
+__all__ = ["Checkpoints", "read_checkpoint", "write_checkpoint"]
+
+
+class Checkpoints:
+    """Saves and loads the state of a run. All processes save and load together; the main one writes.
+
+    Args:
+        parts: what is saved and loaded.
+        process: this process among those of the run.
+        folder: where the checkpoints lie.
+        branches: for each cooldown_fraction that branches off this run, the step that it begins with.
+    """
+
+    def __init__(self, parts: Parts, process: Process, folder: RunFolder, branches: Mapping[float, int] | None = None) -> None:
+        self._parts = parts
+        self._process = process
+        self._folder = folder
+        self._branches = branches or {}
+
+    def load(self, path: Path) -> Progress:
+        """Set the parts to the state in `path`; where the run stood."""
+        state = read_checkpoint(path)
+        self._parts.model.load_state_dict(state["model"])
+        self._parts.optimizer.load_state_dict(state["optimizer"])
+        self._parts.scheduler.load_state_dict(self._of_this_process(state["scheduler"]))
+        begun = state.get("begun")
+        if begun is not None:
+            begun = Begun(begun["lrs"], begun["losses"], begun["random"][self._process.rank])
+        return Progress(state["epoch"], state["elapsed"], state["last"], begun)
+
+    def save(self, progress: Progress) -> None:
+        """Renew the checkpoint of the run, between two epochs."""
+        self._write(self._state(progress, self._parts.scheduler.state_dict()), self._folder.checkpoint_path)
+
+    def save_due(self, progress: Progress, steps: EpochSteps) -> None:
+        """Save what is due within an epoch: the state of each branch that leaves before the step that comes next."""
+        if steps.is_complete:  # the test changes the batch-norm statistics: the branch leaves from the next epoch's begin
+            return
+        for fraction, first_step in self._branches.items():
+            if first_step == steps.step:
+                self._save_branch(fraction, progress, steps)
+
+    def _save_branch(self, fraction: float, progress: Progress, steps: EpochSteps) -> None:
+        assert self._parts.autowu is not None
+        state = self._state(progress, self._parts.autowu.fork_cooldown(fraction))
+        state["step_in_epoch"] = len(steps.lrs)
+        random = self._process.gather(random_state(self._process.device))
+        state["begun"] = {"lrs": list(steps.lrs), "losses": steps.losses(), "random": random}
+        self._write(state, self._folder.branch_path(fraction))
+
+    def _state(self, progress: Progress, scheduler_state: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "epoch": progress.epochs,
+            "elapsed": progress.elapsed,
+            "last": dict(progress.last),
+            "model": self._parts.model.state_dict(),
+            "optimizer": self._parts.optimizer.state_dict(),
+            "scheduler": self._of_all_processes(scheduler_state),
+        }
+
+    def _of_all_processes(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """The schedulers' states by rank. The copies of the model are alike: each keeps its own, none travels."""
+        if "snapshot" not in state:
+            return self._process.gather(state)
+        states = self._process.gather(state | {"snapshot": None})
+        states[self._process.rank] = state
+        return states
+
+    def _of_this_process(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """This process's of the states that the main one saved, which alone has the copy of the model."""
+        own = states[self._process.rank]
+        return own | {"snapshot": states[0]["snapshot"]} if "snapshot" in own else own
+
+    def _write(self, state: Mapping[str, Any], path: Path) -> None:
+        if self._process.is_main:
+            write_checkpoint(state, path)
+
+
+def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    """Replace the file in one move, so that a cut never leaves half of one."""
+    partial = path.with_suffix(".partial")
+    torch.save(dict(state), partial)
+    partial.replace(path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in a file, on the CPU."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state

@@ -1,0 +1,38 @@
+"""How good the model is: the test after every epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from autowu.training.build import Parts
+from autowu.training.process import Process
+
+__all__ = ["average_batch_norm", "evaluate"]
+
+
+@torch.no_grad()
+def average_batch_norm(model: nn.Module, process: Process) -> None:
+    """Give all processes the mean of their batch-norm statistics, which differ by what each saw in its last step."""
+    if process.world_size > 1:
+        from timm.utils import distribute_bn
+
+        distribute_bn(model, process.world_size, reduce=True)
+
+
+@torch.no_grad()
+def evaluate(parts: Parts, loader: DataLoader[Any], process: Process) -> tuple[float, float]:
+    """Mean cross entropy and accuracy (0 to 1) over the images of all processes' loaders. Leaves the model in eval mode."""
+    parts.model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=process.device)
+    for images, labels in loader:
+        images, labels = images.to(process.device), labels.to(process.device)
+        with parts.autocast():
+            logits = parts.model(images)
+        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        totals += torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double(), loss.new_tensor(len(labels)).double()])
+    loss_sum, correct, count = process.sum(totals).tolist()
+    return loss_sum / count, correct / count

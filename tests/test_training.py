@@ -1,0 +1,554 @@
+"""The rooms of train.py, each alone: a small model on the digits, real files, real processes."""
+
+import copy
+import fcntl
+import json
+import logging
+import math
+import os
+import random
+import struct
+import subprocess
+import sys
+import termios
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from processes import ROOT, torchrun
+from test_imports import MODULES, modules_used
+from torch import nn
+
+from autowu.training.build import build_parts
+from autowu.training.checkpoints import Checkpoints, read_checkpoint, write_checkpoint
+from autowu.training.config import UsageError, parse_args
+from autowu.training.console import Console, NullConsole
+from autowu.training.cooldowns import first_steps
+from autowu.training.data import find_data, make_loaders
+from autowu.training.evaluation import evaluate
+from autowu.training.folder import RunFolder
+from autowu.training.generators import random_state, seed_epoch, set_random_state
+from autowu.training.loop import Loop, train_step
+from autowu.training.process import Process
+from autowu.training.progress import Begun, EpochSteps, Progress
+from autowu.training.records import NullRecorder, Recorder, epoch_row, summarize
+from autowu.training.run import train_run
+
+ALONE = Process(0, 1, torch.device("cpu"))
+STEPS_PER_EPOCH = 10
+EPOCH = {
+    "epoch": 1,
+    "step": 9,
+    "phase": "warmup",
+    "lr": 0.25,
+    "train_loss": 2.0,
+    "test_loss": 1.5,
+    "test_accuracy": 0.5,
+    "seconds": 1,
+}
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
+
+
+def configured(path, *options):
+    return parse_args(["--batch-size", "128", "--epochs", "3", "--device", "cpu", "--run-dir", str(path), *options])
+
+
+def made(config, process=ALONE):
+    """Parts of a small model, and loaders of the digits in their own 8 by 8 pixels."""
+    loaders = make_loaders(config, process, find_data(config, process), 8, {})
+    assert len(loaders.train) == STEPS_PER_EPOCH
+    return build_parts(config, process, small_model(), STEPS_PER_EPOCH), loaders
+
+
+def looped(config, parts, loaders, *, recorder=None, console=None, branches=None):
+    folder = RunFolder(config, 1)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(parts, ALONE, folder, branches)
+    return Loop(config, ALONE, parts, loaders, checkpoints, recorder or NullRecorder(), console or NullConsole())
+
+
+def assert_same_weights(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# Generators
+
+
+def draws():
+    return torch.rand(3).tolist(), random.random()
+
+
+def test_every_epoch_and_process_draws_numbers_of_its_own_and_the_same_again():
+    def draws_of_all():
+        found = []
+        for epoch in range(3):
+            for rank in range(2):
+                seed_epoch(7, epoch, Process(rank, 2, ALONE.device))
+                found.append(draws())
+        return found
+
+    first = draws_of_all()
+    assert len({torch_draws[0] for torch_draws, _ in first}) == len({python_draw for _, python_draw in first}) == 6
+    assert draws_of_all() == first
+
+
+def test_a_random_state_that_is_put_back_draws_the_same_from_torch_and_python():
+    state = random_state(ALONE.device)
+    expected = draws()
+    assert draws() != expected
+    set_random_state(state, ALONE.device)
+    assert draws() == expected
+
+
+# Progress
+
+
+def test_the_steps_of_an_epoch_are_numbered_in_the_run_and_become_rows():
+    steps = EpochSteps(ALONE, 2, 3)
+    assert (steps.step, steps.losses(), steps.is_complete) == (6, [], False)
+    for k in range(3):
+        assert steps.step == 6 + k
+        steps.add(0.1 * k, "warmup", torch.tensor(float(k)))
+    assert steps.is_complete
+    assert steps.rows() == [(6, 3, 0.0, 0.0), (7, 3, 0.1, 1.0), (8, 3, 0.2, 2.0)]
+
+
+def test_an_epoch_that_was_begun_goes_on_behind_its_steps():
+    begun = Begun([0.5, 0.25], [3.0, math.inf], random_state(ALONE.device))
+    steps = EpochSteps(ALONE, 1, 4, begun)
+    assert (steps.step, steps.losses()) == (6, [3.0, math.inf])
+    steps.add(0.125, "cooldown", torch.tensor(2.0))
+    assert steps.rows() == [(4, 2, 0.5, 3.0), (5, 2, 0.25, math.inf), (6, 2, 0.125, 2.0)]
+    assert begun.lrs == [0.5, 0.25]
+    assert Progress(1, begun=begun).steps(4) == 6
+
+
+def test_progress_counts_epochs_and_seconds():
+    progress = Progress().after_epoch({"epoch": 1}, 2.5).after_epoch({"epoch": 2}, 1.5)
+    assert progress == Progress(2, 4.0, {"epoch": 2})
+    assert progress.steps(10) == 20
+
+
+# Build
+
+
+def test_parts_tell_lr_and_phase_of_any_scheduler(tmp_path):
+    parts, _ = made(configured(tmp_path))
+    assert (parts.lr, parts.phase) == (parts.optimizer.param_groups[0]["lr"], "warmup")
+    cosine, _ = made(configured(tmp_path, "--sched", "cosine", "--lr", "0.5"))
+    assert (cosine.lr, cosine.phase, cosine.autowu) == (0.25, "", None)  # the first of two steps of warm-up
+    cosine.optimizer.step()
+    cosine.step_scheduler(torch.tensor(1.0))
+    assert cosine.lr == 0.5
+
+
+# Evaluation
+
+
+def test_the_test_is_over_all_images_whatever_the_batches(tmp_path):
+    parts, loaders = made(configured(tmp_path))
+    images, labels = loaders.test.dataset.dataset.tensors
+    parts.model.train()(images)  # statistics of batch norm that a test must use and not change
+    before = copy.deepcopy(parts.model)
+    loss, accuracy = evaluate(parts, loaders.test, ALONE)
+    assert not parts.model.training
+    assert_same_weights(parts.model, before)
+    logits = before.eval()(images).double()
+    assert len(labels) == 450
+    assert loss == pytest.approx(-logits.log_softmax(1)[range(450), labels].mean().item(), rel=1e-6)
+    assert accuracy == (logits.argmax(1) == labels).sum().item() / 450
+    in_sevens = torch.utils.data.DataLoader(loaders.test.dataset, 7)
+    assert evaluate(parts, in_sevens, ALONE) == pytest.approx((loss, accuracy), rel=1e-6)
+
+
+def test_the_loss_of_the_test_is_not_smoothed(tmp_path):
+    plain, loaders = made(configured(tmp_path))
+    smoothed, _ = made(configured(tmp_path, "--label-smoothing", "0.5"))
+    assert evaluate(smoothed, loaders.test, ALONE) == evaluate(plain, loaders.test, ALONE)
+
+
+# Loop
+
+
+def test_a_step_is_that_of_the_definition(tmp_path):
+    parts, loaders = made(configured(tmp_path, "--opt", "momentum", "--lr", "0.1", "--momentum", "0", "--weight-decay", "0"))
+    lr = parts.lr
+    model = small_model()
+    for images, labels in list(loaders.train)[:2]:
+        expected = nn.functional.cross_entropy(model(images), labels)
+        grads = torch.autograd.grad(expected, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, grad in zip(model.parameters(), grads, strict=True):
+                parameter -= lr * grad
+        loss = train_step(parts, images, labels)
+        assert loss.item() == expected.item()
+        assert not loss.requires_grad
+        for parameter, trained in zip(model.parameters(), parts.model.parameters(), strict=True):
+            torch.testing.assert_close(trained, parameter)
+
+
+class Watcher(NullRecorder):
+    """What the loop tells of a run, beside what it has saved by then."""
+
+    def __init__(self, folder):
+        self.folder, self.steps, self.epochs, self.saved = folder, [], [], []
+
+    def step(self, step, optimizer):
+        self.steps.append((step, optimizer.param_groups[0]["lr"]))
+
+    def epoch(self, steps, row):
+        self.epochs.append((steps, row))
+        path = self.folder.checkpoint_path
+        self.saved.append(read_checkpoint(path)["epoch"] if path.exists() else 0)
+
+
+def test_the_loop_records_each_step_at_its_lr_and_each_epoch_before_its_checkpoint(tmp_path):
+    config = configured(tmp_path / "run")
+    watcher = Watcher(RunFolder(config, 1))
+    progress = looped(config, *made(config), recorder=watcher).train(Progress())
+    rows = [row for steps, _ in watcher.epochs for row in steps]
+    assert [(step, lr) for step, _, lr, _ in rows] == watcher.steps
+    assert [step for step, _ in watcher.steps] == list(range(30))
+    assert len({lr for _, lr in watcher.steps}) > 20
+    assert watcher.saved == [0, 1, 2]
+    assert read_checkpoint(watcher.folder.checkpoint_path)["epoch"] == 3
+    assert (progress.epochs, progress.last) == (3, watcher.epochs[-1][1])
+    assert progress.last["test_accuracy"] > 0.3
+
+
+def test_every_epoch_has_an_order_of_the_images_of_its_own(tmp_path):
+    config = configured(tmp_path / "run")
+    loop = looped(config, *made(config))
+    orders = []
+    for epoch in (0, 1, 1):
+        loop.train_epoch(Progress(epoch))
+        orders.append(list(loop.loaders.sampler))
+    assert orders[0] != orders[1] == orders[2]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(1347))
+
+
+def test_a_run_begins_with_nothing_done_or_with_its_checkpoint(tmp_path):
+    config = configured(tmp_path / "run")
+    whole, loaders = made(config)
+    summary = train_run(config, ALONE, whole, loaders, RunFolder(config, 1), 0.0)
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    again, loaders = made(config)
+    repeated = train_run(replace(config, resume=True), ALONE, again, loaders, RunFolder(config, 1), 0.0)
+    assert_same_weights(again.model, whole.model)  # nothing was left to train
+    assert repeated | {"wall_s": 0} == summary | {"wall_s": 0}
+
+
+# Checkpoints
+
+
+def test_a_loaded_run_goes_on_as_the_one_that_was_saved(tmp_path):
+    config = configured(tmp_path / "run")
+    parts, loaders = made(config)
+    loop = looped(replace(config, epochs=1), parts, loaders)
+    saved = loop.train(Progress())
+    other, loaders = made(config)
+    with torch.no_grad():
+        other.model[0].weight.zero_()
+    loaded = Checkpoints(other, ALONE, RunFolder(config, 1)).load(tmp_path / "run" / "checkpoint.pt")
+    assert loaded == saved
+    states = [p.autowu.state_dict() for p in (parts, other)]
+    assert states[0]["last_epoch"] == states[1]["last_epoch"] == 10
+    for one, data in ((parts, loop.loaders), (other, loaders)):
+        looped(config, one, data).train(saved)
+    assert_same_weights(parts.model, other.model)
+    assert parts.lr == other.lr
+
+
+def test_the_file_holds_what_it_always_held(tmp_path):
+    for sched in ("autowu", "cosine"):
+        config = configured(tmp_path / sched, "--sched", sched, "--epochs", "1")
+        looped(config, *made(config)).train(Progress())
+        state = read_checkpoint(tmp_path / sched / "checkpoint.pt")
+        assert list(state) == ["epoch", "elapsed", "last", "model", "optimizer", "scheduler"]
+        assert [of_rank["last_epoch"] for of_rank in state["scheduler"]] == [10]
+
+
+def test_a_branch_is_saved_before_its_first_step_and_goes_on_there(tmp_path):
+    options = ["--cooldown-fraction", "0.3", "--epochs", "4", "--max-warmup-fraction", "0.3"]
+    config = configured(tmp_path / "run", *options)
+    parts, loaders = made(config)
+    branches = {0.4: 24, 0.5: 20}  # within an epoch, and between two
+    assert first_steps(parts.autowu, list(branches)) == branches
+    looped(config, parts, loaders, branches=branches).train(Progress())
+    for fraction, (epochs, within) in {0.4: (2, 4), 0.5: (2, 0)}.items():
+        state = read_checkpoint(tmp_path / "run" / f"branch-{fraction}.pt")
+        assert (state["epoch"], state["step_in_epoch"]) == (epochs, within)
+        alone = configured(tmp_path / "alone", *options[2:], "--cooldown-fraction", str(fraction))
+        whole, loaders = made(alone)
+        looped(alone, whole, loaders).train(Progress())
+        branch, loaders = made(alone)
+        loop = looped(alone, branch, loaders)
+        progress = loop.checkpoints.load(tmp_path / "run" / f"branch-{fraction}.pt")
+        assert progress.steps(STEPS_PER_EPOCH) == branches[fraction]
+        loop.train(progress)
+        assert_same_weights(branch.model, whole.model)
+
+
+def test_a_branch_that_leaves_between_two_epochs_waits_for_the_test(tmp_path):
+    config = configured(tmp_path / "run", "--cooldown-fraction", "0.1", "--epochs", "4")
+    loop = looped(config, *made(config), branches={0.5: 20})
+    steps = loop.train_epoch(Progress(1))
+    assert (steps.step, steps.is_complete) == (20, True)
+    assert not list((tmp_path / "run").iterdir())
+    loop.checkpoints.save_due(Progress(2), EpochSteps(ALONE, 2, STEPS_PER_EPOCH))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["branch-0.5.pt"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    write_checkpoint({"epoch": 1}, path)
+    with pytest.raises(Exception, match="pickle"):
+        write_checkpoint({"weights": torch.zeros(1000), "epoch": lambda: 2}, path)
+    assert read_checkpoint(path) == {"epoch": 1}
+    write_checkpoint({"epoch": 3}, path)
+    assert read_checkpoint(path) == {"epoch": 3}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_branch_in_the_warm_up_is_refused_by_its_option(tmp_path):
+    parts, _ = made(configured(tmp_path, "--cooldown-fraction", "0.1"))
+    with pytest.raises(UsageError, match=r"^--cooldown-fraction 0.9: cooldown_fraction=0.9: the warm-up would end by step"):
+        first_steps(parts.autowu, [0.2, 0.9])
+
+
+# Records
+
+
+def test_the_row_of_an_epoch_averages_the_finite_losses():
+    steps = [(20, 3, 0.5, 1.0), (21, 3, 0.25, math.inf), (22, 3, 0.125, 2.0), (23, 3, 0.1, math.nan)]
+    row = epoch_row(steps, "stable", (1.25, 0.75), 1.23456)
+    assert row == {
+        "epoch": 3,
+        "step": 23,
+        "phase": "stable",
+        "lr": 0.1,
+        "train_loss": 1.5,
+        "test_loss": 1.25,
+        "test_accuracy": 0.75,
+        "seconds": 1.235,
+    }
+    assert math.isnan(epoch_row(steps[3:], "stable", (1.0, 0.5), 1)["train_loss"])
+
+
+def epoch_of(number):
+    """The rows of an epoch of two steps."""
+    steps = [(2 * number + k, number + 1, 0.5, float(number + k)) for k in range(2)]
+    return steps, EPOCH | {"epoch": number + 1, "step": 2 * number + 1}
+
+
+def test_records_of_steps_after_the_checkpoint_are_dropped_and_those_of_a_trunk_taken_over(tmp_path):
+    trunk = RunFolder(configured(tmp_path / "run"), 1)
+    recorder = Recorder(trunk, Progress(), 2, None)
+    for number in range(3):
+        recorder.epoch(*epoch_of(number))
+    resumed = Recorder(trunk, Progress(2, last=EPOCH), 2, None)
+    assert [row["step"] for row in trunk.rows("metrics.csv")] == ["0", "1", "2", "3"]
+    resumed.epoch(*epoch_of(2))
+    assert [row["loss"] for row in trunk.rows("metrics.csv")] == ["0.0", "1.0", "1.0", "2.0", "2.0", "3.0"]
+    branch = RunFolder(configured(tmp_path / "run" / "branch"), 1)
+    Recorder(branch, Progress(1, begun=Begun([0.5], [1.0], {})), 2, None, trunk)
+    assert branch.rows("metrics.csv") == trunk.rows("metrics.csv")[:2]
+    assert branch.rows("epochs.csv") == trunk.rows("epochs.csv")[:1]
+    assert len(trunk.rows("epochs.csv")) == 3
+
+
+@pytest.mark.parametrize("options", [[], ["--sched", "cosine", "--lr", "0.5"]], ids=["autowu", "cosine"])
+def test_a_finished_run_has_summary_and_figure(tmp_path, options):
+    config = configured(tmp_path / "run", *options)
+    parts, _ = made(config)
+    recorder = Recorder(RunFolder(config, 1), Progress(), 2, None)
+    recorder.epoch(*epoch_of(0))
+    summary = summarize(config, ALONE, parts, 2, Progress(3, 1.239, EPOCH), 4.567)
+    recorder.finish(summary, parts.autowu)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert (summary["total_steps"], summary["wall_s"], summary["train_s"]) == (6, 4.57, 1.24)
+    assert (summary["switch_step"], summary["switch_by_test"]) == (None, None)
+    assert summary["peak_lr"] == (0.5 if options else parts.scheduler.base_lrs[0])
+    with Image.open(tmp_path / "run" / "figure.png") as image:
+        assert image.width > 500
+
+
+def test_layers_are_logged_every_so_many_steps(tmp_path):
+    config = configured(tmp_path / "run", "--log-layers", "4")
+    parts, loaders = made(config)
+    train_step(parts, *next(iter(loaders.train)))
+    recorder = Recorder(RunFolder(config, 1), Progress(), STEPS_PER_EPOCH, config.log_layers)
+    with recorder:
+        for step in range(10):
+            recorder.step(step, parts.optimizer)
+        recorder.epoch(*epoch_of(0))
+    from pyarrow.parquet import ParquetFile
+
+    (part,) = (tmp_path / "run" / "layers").iterdir()
+    assert sorted(set(ParquetFile(part).read()["step"].to_pylist())) == [0, 4, 8]
+    recorder.finish({}, parts.autowu)
+    branch = configured(tmp_path / "run" / "branch", "--log-layers", "4")
+    Recorder(RunFolder(branch, 1), Progress(0, begun=Begun([0.5] * 6, [1.0] * 6, {})), STEPS_PER_EPOCH, 4, RunFolder(config, 1))
+    (part,) = (tmp_path / "run" / "branch" / "layers").iterdir()
+    assert sorted(set(ParquetFile(part).read()["step"].to_pylist())) == [0, 4]
+
+
+# Console
+
+SUMMARY = {
+    "test_accuracy": 0.9125,
+    "test_loss": 0.25,
+    "switch_step": 12,
+    "switch_by_test": True,
+    "peak_lr": 1.5,
+    "total_steps": 30,
+    "wall_s": 4.56,
+}
+
+
+def test_lines_are_said_in_the_order_of_the_run_with_autowus_log_among_them(tmp_path, capsys):
+    logger = logging.getLogger("autowu")
+    before = (logger.level, list(logger.handlers))
+    console = Console(configured(tmp_path), Process(0, 2, torch.device("cpu")), small_model(), 10, 0)
+    with console:
+        console.step(0, 0.5, "warmup")
+        logger.info("switched at %d", 12)
+        console.epoch(EPOCH)
+    console.finish(SUMMARY, tmp_path)
+    logger.warning("no longer said")
+    assert (logger.level, logger.handlers) == before
+    assert capsys.readouterr().out.splitlines() == [
+        "test_resnet (1,498 parameters) on digits, lars with autowu: 3 epochs of 10 steps of 256 images on 2 x cpu",
+        "switched at 12",
+        "epoch   1/3  LR      0.25 warmup    train loss  2.0000  test loss  1.5000  test accuracy  50.00%",
+        "",
+        "test accuracy 91.25%  test loss 0.2500  switch at step 12  peak LR 1.5  30 steps in 4.6 s",
+        f"results in {tmp_path}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("switch", "said"),
+    [((12, False), "  switch at step 12 (limit of the warm-up)  "), ((None, None), "test loss 0.2500  peak LR")],
+)
+def test_the_result_says_how_the_switch_came(tmp_path, capsys, switch, said):
+    summary = SUMMARY | dict(zip(("switch_step", "switch_by_test"), switch, strict=True))
+    Console(configured(tmp_path), ALONE, small_model(), 10, 0).finish(summary, tmp_path)
+    assert said in capsys.readouterr().out
+
+
+def test_a_run_that_breaks_off_leaves_the_log_as_it_was(tmp_path):
+    logger = logging.getLogger("autowu")
+    before = (logger.level, list(logger.handlers))
+    console = Console(configured(tmp_path), ALONE, small_model(), 10, 0)
+
+    def break_off():
+        with console:
+            assert logger.level == logging.INFO
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        break_off()
+    assert (logger.level, logger.handlers) == before
+
+
+def test_what_other_processes_have_says_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with NullRecorder(), NullConsole():
+        NullConsole().epoch(EPOCH)
+        NullConsole().finish(SUMMARY, tmp_path)
+        NullRecorder().epoch(*epoch_of(0))
+        NullRecorder().finish(SUMMARY, None)
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_has_a_progress_bar(tmp_path):
+    code = """
+import time
+from test_training import ALONE, EPOCH, Console, configured, small_model
+console = Console(configured("run"), ALONE, small_model(), 10, 5)
+with console:
+    for step in range(5):
+        time.sleep(0.15)  # the bar is drawn ten times a second at most
+        console.step(0, 0.5, "warmup")
+    console.epoch(EPOCH)
+"""
+    terminal, end = os.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 25, 120, 0, 0))
+    command, env = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=end, text=True, timeout=120)
+    os.set_blocking(terminal, False)
+    bar = os.read(terminal, 100_000).decode()
+    os.close(end)
+    os.close(terminal)
+    assert done.returncode == 0, bar
+    assert "| 8/30 [" in bar
+    assert "epoch 1, LR 0.5 warmup" in bar
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["test_resnet", "epoch"]
+
+
+# Folder
+
+
+def test_a_folder_is_begun_in_once_and_gone_on_with_under_its_options(tmp_path):
+    config = configured(tmp_path / "run")
+    folder = RunFolder(config, 1)
+    folder.check_empty()
+    assert not folder.path.exists()
+    folder.start(0)
+    with pytest.raises(UsageError, match="not empty"):
+        folder.check_empty()
+    with pytest.raises(UsageError, match="no checkpoint"):
+        folder.check_resumable()
+    folder.checkpoint_path.touch()
+    folder.check_resumable()
+    RunFolder(replace(config, workers=1, resume=True), 1).check_resumable()
+    with pytest.raises(UsageError, match="number of processes is 2, but the run was started with 1"):
+        RunFolder(config, 2).check_resumable()
+
+
+# Several processes
+
+
+def test_processes_share_losses_statistics_tests_and_checkpoints(tmp_path):
+    torchrun(2, ROOT / "tests" / "training_ranks.py", tmp_path)
+
+
+# Imports
+
+MAY_USE = {
+    "config": "",
+    "process": "config",
+    "layers": "config",
+    "folder": "config",
+    "data": "config process",
+    "generators": "process",
+    "progress": "process",
+    "console": "config process",
+    "build": "config data layers process",
+    "evaluation": "build process",
+    "checkpoints": "build folder generators process progress",
+    "records": "build config folder layers process progress",
+    "loop": "build checkpoints config console data evaluation generators process progress records",
+    "run": "build checkpoints config console data folder loop process progress records",
+    "cooldowns": "build config data folder process run",
+    "main": "build config cooldowns data folder process run",
+}
+
+
+def test_each_room_imports_rooms_below_it_only():
+    rooms = [name.removeprefix("autowu.training.") for name in MODULES if name.startswith("autowu.training.")]
+    assert sorted(rooms) == sorted(MAY_USE)
+    order = list(MAY_USE)
+    for room, names in MAY_USE.items():
+        assert set(names.split()) < set(order[: order.index(room)]) | {room}
+        used = {name for name in modules_used(f"autowu.training.{room}") if name.startswith("autowu.training.")}
+        assert used == {f"autowu.training.{name}" for name in names.split()}
