@@ -20,7 +20,7 @@ from autowu.gp import LossCurveGP
 from autowu.ranks import process_group
 from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, decades
 
-__all__ = ["ARGUMENTS", "Config", "checked", "configure", "cooldown_start", "extended", "forked"]
+__all__ = ["ARGUMENTS", "PUBLISHED", "Config", "checked", "configure", "cooldown_start", "extended", "forked"]
 
 TESTS_PER_WARMUP: Final = 60
 MAX_LAG: Final = 0.5
@@ -118,6 +118,23 @@ ARGUMENTS: Final[Mapping[str, Check]] = {
     "process_group": optional(process_group),
 }
 """The scheduler's arguments, in the order of its signature, and the check of each."""
+
+
+PUBLISHED: Final[Mapping[str, Any]] = {
+    "min_lr": 1e-5,
+    "max_lr": 1.0,
+    "max_warmup_fraction": 0.5,
+    "warmup_type": "exp",
+    "test_interval": "epoch",
+    "patience": 3,
+    "min_contrast": 0.0,
+    "peak_factor": 1.0,
+    "immediate_cooldown": True,
+    "cooldown_type": "cosine",
+    "cooldown_fraction": 0.2,
+    "watch": False,
+}
+"""The arguments of the paper's preset (Kim et al. 2021 and its code)."""
 
 
 def checked(given: Mapping[str, Any]) -> dict[str, Any]:

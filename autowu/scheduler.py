@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from autowu import checks
-from autowu.config import Config, checked, configure, cooldown_start, extended, forked
+from autowu.config import PUBLISHED, Config, checked, configure, cooldown_start, extended, forked
 from autowu.events import EventLog
 from autowu.gp import CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import PublishedGP
@@ -34,8 +34,8 @@ from autowu.switching import SwitchDecision
 
 __all__ = ["AutoWU"]
 
-_OWN = ("config", "state", "last_epoch", "step_count", "base_lrs")
-"""Of a saved state, what is of no room but of AutoWU itself."""
+_OWN = ("config", "state", "last_epoch", "step_count", "base_lrs", "stage")
+"""What AutoWU itself saves and loads."""
 
 
 class AutoWU(LRScheduler):
@@ -94,12 +94,6 @@ class AutoWU(LRScheduler):
 
     Attributes:
         config: the arguments as resolved, a :class:`~autowu.phases.Config`.
-        switch: None during the warm-up, then a :class:`~autowu.phases.Switch`: step, LR, probability, position of the minimum.
-        events: what befell the run so far, a list of :class:`~autowu.phases.Event`.
-        history: the losses of the warm-up, a :class:`~autowu.history.LossHistory`.
-        decision, posterior: of the last test, a :class:`~autowu.switching.SwitchDecision` and a :class:`~autowu.gp.CurvePosterior`;
-            None before it, and on all ranks but the first.
-        gp: the engine.
     """
 
     def __init__(
@@ -160,23 +154,9 @@ class AutoWU(LRScheduler):
         Raises:
             ImportError: if GPyTorch is not installed and no other engine is given.
         """
-        published: dict[str, Any] = {
-            "min_lr": 1e-5,
-            "max_lr": 1.0,
-            "max_warmup_fraction": 0.5,
-            "warmup_type": "exp",
-            "test_interval": "epoch",
-            "patience": 3,
-            "min_contrast": 0.0,
-            "peak_factor": 1.0,
-            "immediate_cooldown": True,
-            "cooldown_type": "cosine",
-            "cooldown_fraction": 0.2,
-            "watch": False,
-        }
         if "gp" not in overrides:
-            published["gp"] = PublishedGP(seed=checks.integer("seed", overrides.get("seed", 0)))
-        return cls(optimizer, steps_per_epoch, total_epochs, **(published | overrides))
+            overrides["gp"] = PublishedGP(seed=checks.integer("seed", overrides.get("seed", 0)))
+        return cls(optimizer, steps_per_epoch, total_epochs, **(dict(PUBLISHED) | overrides))
 
     @property
     def phase(self) -> Phase:
@@ -185,12 +165,12 @@ class AutoWU(LRScheduler):
 
     @property
     def switch(self) -> Switch | None:
-        """The end of the warm-up; None before it."""
+        """The end of the warm-up: step, LR, probability, position of the minimum; None before it."""
         return self._state.switch
 
     @property
     def events(self) -> list[Event]:
-        """What befell the run so far."""
+        """What befell the run so far: switch, explosion, divergences, troubles."""
         return self._rooms.log.events
 
     @property
@@ -200,12 +180,12 @@ class AutoWU(LRScheduler):
 
     @property
     def decision(self) -> SwitchDecision | None:
-        """Outcome of the last test."""
+        """Outcome of the last test; None before it, and on all ranks but the first."""
         return self._rooms.judge.decision
 
     @property
     def posterior(self) -> CurvePosterior | None:
-        """The curve as the last test saw it."""
+        """The curve as the last test saw it; None before it, and on all ranks but the first."""
         return self._rooms.judge.posterior
 
     @property
@@ -382,15 +362,11 @@ class AutoWU(LRScheduler):
             ValueError: if the state is of another scheduler, of a version that is not read, incomplete, of more parameter groups
                 than the optimizer has, or of an engine that this object was not given and that AutoWU cannot build.
         """
-        state = readable(state_dict, type(self).__name__, self._rooms.ranks.alone)
-        if missing := [key for key in (*_OWN, *self._named_rooms(), "stage") if key not in state]:
-            raise ValueError(f"state_dict without {', '.join(map(repr, missing))}: the state is incomplete")
-        saved, groups = len(state["base_lrs"]), len(self.optimizer.param_groups)
-        if saved > groups:
-            raise ValueError(
-                f"state_dict of {saved} parameter groups: the optimizer has {groups}; add the groups that were added "
-                "during the run before the state is loaded"
-            )
+        state = readable(state_dict, type(self).__name__, self._rooms.ranks.alone, (*_OWN, *self._named_rooms()))
+        saved = len(state["base_lrs"])
+        if saved > (groups := len(self.optimizer.param_groups)):
+            cure = "add the groups that were added during the run before the state is loaded"
+            raise ValueError(f"state_dict of {saved} parameter groups: the optimizer has {groups}; {cure}")
         for name, room in self._named_rooms().items():
             room.load_state_dict(state[name])
         config, self._state, self.last_epoch = Config(**state["config"]), state_of(state["state"]), state["last_epoch"]

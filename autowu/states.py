@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from autowu.config import Config
@@ -14,8 +14,8 @@ __all__ = ["VERSION", "readable"]
 VERSION: Final = 5
 
 
-def readable(state: Any, name: str, alone: bool) -> Mapping[str, Any]:
-    """A saved state of a scheduler of class `name`, as one of :data:`VERSION`; `alone`: for a run of one rank.
+def readable(state: Any, name: str, alone: bool, keys: Iterable[str]) -> Mapping[str, Any]:
+    """A saved state of a scheduler of class `name`, as one of :data:`VERSION` with `keys`; `alone`: for a run of one rank.
 
     Raises:
         TypeError: if it is no dictionary.
@@ -25,14 +25,16 @@ def readable(state: Any, name: str, alone: bool) -> Mapping[str, Any]:
         raise TypeError(f"state_dict={state!r}: must be a dictionary, as state_dict() gives it")
     if state.get("class") != name:
         raise ValueError(f"class={state.get('class')!r}: the state is not of {name}")
-    if (version := state.get("version")) == VERSION:
-        return state
-    if version != 4:
-        raise ValueError(f"version={version!r}: this autowu reads versions 4 and {VERSION}")
     try:
-        return _from_4(state, alone)
+        if (version := state.get("version")) == 4:
+            state = _from_4(state, alone)
+        elif version != VERSION:
+            raise ValueError(f"version={version!r}: this autowu reads versions 4 and {VERSION}")
+        for key in keys:
+            state[key]
     except KeyError as error:
         raise ValueError(f"state_dict without {error}: the state is incomplete") from None
+    return state
 
 
 def _from_4(state: Mapping[str, Any], alone: bool) -> Mapping[str, Any]:
