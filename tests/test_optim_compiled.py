@@ -6,8 +6,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
-from autowu.optim import LAMB, LARS, TVLARS, _host
-from autowu.optim._host import lamb_op, lars_sgd_op
+from autowu.optim import LAMB, LARS, TVLARS
+from autowu.optim.engines import cpu_loops
+from autowu.optim.rules import LambNumbers, LarsNumbers
 
 SHAPES = ((5, 4), (7,), (3, 3, 2), (1,))
 OPTIMIZERS = {
@@ -72,8 +73,8 @@ def test_compiled_it_takes_the_same_steps_in_one_graph(name):
 @pytest.mark.parametrize("name", ["lars_sgd", "tvlars", "lamb"])
 def test_compiled_it_is_an_operator_for_each_group(name, monkeypatch):
     calls = []
-    build = _host.build
-    monkeypatch.setattr(_host, "build", lambda: calls.append(name) or build())
+    build = cpu_loops.build
+    monkeypatch.setattr(cpu_loops, "build", lambda: calls.append(name) or build())
     parameters = make_parameters()
     optimizer = make(name, parameters)
     take_steps(optimizer, parameters, torch.compile(optimizer.step, fullgraph=True), 3)
@@ -102,9 +103,13 @@ def test_the_operators_are_what_their_schemas_say(adapt):
     def column():
         return [parameter.detach() for parameter in make_parameters()]
 
+    cpu_loops.register()
     lr, coef = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.01, dtype=torch.float64)
     fresh, steps = [False for _ in SHAPES], [torch.ones(()) for _ in SHAPES]
-    sgd = (column(), column(), column(), fresh, lr, coef, 1e-8, float("inf"), 0.1, 0.9, 0.0, adapt, False, adapt)
-    adam = (column(), column(), column(), [t.abs() for t in column()], steps, lr, 0.9, 0.99, 1e-6, 0.1, 10.0, True, adapt)
-    torch.library.opcheck(lars_sgd_op, sgd)
-    torch.library.opcheck(lamb_op, adam)
+    lars = LarsNumbers(
+        coef, 1e-8, max_norm=float("inf"), weight_decay=0.1, maximize=False, adapt=adapt, lr=lr, momentum=0.9, nesterov=adapt
+    )
+    lamb = LambNumbers(lr, 0.9, 0.99, 1e-6, weight_decay=0.1, max_trust_ratio=10.0, bias_correction=True, adapt=adapt)
+    moments = column(), [tensor.abs() for tensor in column()]
+    torch.library.opcheck(torch.ops.autowu.lars_.default, (column(), column(), column(), fresh, *lars))
+    torch.library.opcheck(torch.ops.autowu.lamb_.default, (column(), column(), *moments, steps, *lamb))

@@ -1,8 +1,8 @@
 """Layer-wise adaptive optimizers."""
 
-from autowu.optim._functional import LayerStats
 from autowu.optim.lamb import LAMB
 from autowu.optim.lars import LARS
+from autowu.optim.layerwise import LayerStats
 from autowu.optim.param_groups import linear_scaled_lr, param_groups, sqrt_scaled_lr
 from autowu.optim.tvlars import TVLARS
 

@@ -1,10 +1,12 @@
-"""Kernels over many tensors at once: what `_device.py` launches.
+"""Kernels over many tensors at once: what `gpu.py` launches.
 
 A program of theirs has a block of BLOCK elements of one of k tensors of one dtype; `owner` (blocks,) tells of which. `table`
 (3 + columns, k) has the size of each tensor, its first block, its number of blocks, and the addresses of it and of what goes with
 it; `like` is any tensor of the dtype. With EVEN, all addresses are divisible by 16 and all sizes by 8, so that loads may be wide;
 with ADDRESS, the LR is given by its address. Sums are made in an order that depends on nothing but sizes and EVEN.
 """
+# mypy: ignore-errors
+# A language of its own.
 
 import triton
 import triton.language as tl
