@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -51,6 +51,20 @@ class Batch(NamedTuple):
         mesh, placements = self.sharding
         whole: Tensor = DTensor.from_local(norms.square(), mesh, placements, run_check=False).full_tensor().sqrt()
         return whole
+
+    def wholly(self, function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What a function makes of k whole tensors; of shards every process makes the whole, and keeps its own."""
+        if self.sharding is None:
+            return [function(tensor) for tensor in tensors]
+        from torch.distributed.tensor import DTensor, Replicate
+
+        made: list[Tensor] = []
+        for like, tensor in zip(cast(Any, self.params), tensors, strict=True):
+            mesh, size = like.device_mesh, {"shape": like.shape, "stride": like.stride()}
+            whole = DTensor.from_local(tensor, mesh, like.placements, run_check=False, **size).full_tensor()
+            replicated = DTensor.from_local(function(whole), mesh, [Replicate()] * mesh.ndim, run_check=False)
+            made.append(replicated.redistribute(placements=like.placements).to_local())
+        return made
 
 
 class LayerNorms(NamedTuple):

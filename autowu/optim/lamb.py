@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from autowu.optim.layerwise import ADAM_RANGES, TrustScaled
+from autowu.optim.layerwise import TrustScaled
 from autowu.optim.rules import LAMB_RULE
 
 __all__ = ["LAMB"]
@@ -48,6 +48,7 @@ class LAMB(TrustScaled):
         RuntimeError: in `step`, for a sparse gradient.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = LAMB(model.parameters(), lr=0.01, weight_decay=0.01)
         >>> model(torch.randn(8, 4)).square().mean().backward()
@@ -55,7 +56,6 @@ class LAMB(TrustScaled):
     """
 
     rules = (LAMB_RULE,)
-    ranges = ADAM_RANGES
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from autowu.kin import scale_free
 from autowu.optim import checks
 from autowu.optim.batches import Batch, LayerNorms, batches
 from autowu.optim.engines import Engine, eager, gpu, pick
@@ -20,6 +22,8 @@ from autowu.optim.layerwise import Layerwise, check_dense, pick_foreach
 from autowu.optim.rules import LARS_RULE, LarsNumbers
 
 __all__ = ["LARS"]
+
+_logger = logging.getLogger("autowu")
 
 
 class LARS(Layerwise):
@@ -79,6 +83,13 @@ class LARS(Layerwise):
         checks.check(self.ranges, {"trust_coef": trust_coef})
         for group in optimizer.param_groups:
             self._complete(group)
+        if (instead := scale_free(type(optimizer))) is not None:
+            _logger.warning(
+                "LARS around %s: a scale of the gradient means nothing to it, so trust ratios do next to nothing; "
+                "autowu.optim.%s scales the update instead",
+                type(optimizer).__name__,
+                instead,
+            )
 
     # Groups, state and defaults have one home, the wrapped optimizer, which replaces them when it loads a state.
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Final, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -80,9 +80,17 @@ class TrustScaled(Layerwise):
     """A layer-wise optimizer that is rules with a state of their own: an update, scaled by the norm of the weights over its own."""
 
     rules: ClassVar[tuple[StepRule[Any], ...]]
-    """Each steps the parameters of a group that it takes."""
-    ranges: ClassVar[dict[str, checks.Range]]
-    """Of what a group has."""
+    """Each steps the parameters that it takes of those that the ones before it leave; the last all that are left."""
+    ranges: ClassVar[dict[str, checks.Range]] = {
+        "adapt": checks.FLAG,
+        "lr": checks.AT_LEAST_0,
+        "betas": checks.BETAS,
+        "eps": checks.ABOVE_0,
+        "weight_decay": checks.AT_LEAST_0,
+        "max_trust_ratio": checks.ABOVE_0_OR_INF,
+        "momentum": checks.BELOW_1,
+    }
+    """Of what a group may have."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._come_to_life()
@@ -120,7 +128,7 @@ class TrustScaled(Layerwise):
         Torch's compiler knows it by its name and arguments, and calls it in place of tracing it.
         """
         name, rule = type(self).__name__, self.rules[number]
-        params = [param for param in rule.params(group) if param.grad is not None]
+        params = [param for param in self._stepped_by(number, group) if param.grad is not None]
         for param in params:
             check_dense(name, param.grad)  # type: ignore[arg-type]
             if param.is_complex():
@@ -133,6 +141,14 @@ class TrustScaled(Layerwise):
         columns[1].extend([param.grad for param in params])
         for key, column in zip(rule.keys, columns[2:], strict=True):
             column.extend([state[key] for state in states])
+
+    def _stepped_by(self, number: int, group: dict[str, Any]) -> list[Tensor]:
+        """The parameters of a group that a rule steps."""
+        params: list[Tensor] = group["params"]
+        for other in self.rules[:number]:
+            params = [param for param in params if not other.takes(param, group)]
+        is_last = number == len(self.rules) - 1
+        return params if is_last else [param for param in params if self.rules[number].takes(param, group)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in super().__getstate__().items() if not key.startswith("_")}
@@ -166,17 +182,6 @@ def _layer_stats(groups: Iterable[dict[str, Any]], taken: Sequence[LayerNorms]) 
         for i, param in enumerate(group["params"])
         if param in values
     ]
-
-
-ADAM_RANGES: Final = {
-    "adapt": checks.FLAG,
-    "lr": checks.AT_LEAST_0,
-    "betas": checks.BETAS,
-    "eps": checks.ABOVE_0,
-    "weight_decay": checks.AT_LEAST_0,
-    "max_trust_ratio": checks.ABOVE_0_OR_INF,
-}
-"""Of what groups of LAMB and its kin have."""
 
 
 def check_dense(name: str, grad: Tensor) -> None:

@@ -90,21 +90,25 @@ class Lars(Rule[LarsNumbers]):
 class StepRule(Rule[N]):
     """A rule that takes the whole step, and keeps a state for each parameter. Numbers have `lr` and `adapt`."""
 
+    kind: ClassVar[type[Any]]
+    """Of the numbers."""
     keys: ClassVar[tuple[str, ...]]
     """Of the state, in the order of the columns that follow parameters and gradients."""
 
-    def params(self, group: dict[str, Any]) -> list[Tensor]:
-        """The parameters of a group that are stepped by this rule."""
-        params: list[Tensor] = group["params"]
-        return params
+    def takes(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether it steps a parameter of a group; the last rule of an optimizer is not asked, and takes what the others leave."""
+        return True
 
     def numbers(self, group: dict[str, Any]) -> N:
-        """What the rule takes of a group."""
-        raise NotImplementedError
+        """What the rule takes of a group: by default what has the names of the numbers."""
+        numbers: N = self.kind(**{name: group[name] for name in self.kind._fields})
+        return numbers
 
     def init(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The state of a parameter before its first step."""
-        raise NotImplementedError
+        """The state of a parameter before its first step: steps are counted from 0, and all else is zeros like the parameter."""
+        counted = {"step": torch.zeros((), dtype=torch.float32, device=step_device(group, param))} if "step" in self.keys else {}
+        zeros = {key: torch.zeros_like(param, memory_format=torch.preserve_format) for key in self.keys if key != "step"}
+        return counted | zeros
 
     def update(self, piece: Batch, numbers: N) -> list[Direction]:
         """Advance the state; the directions of the step, of which the ratios are taken."""
@@ -118,7 +122,9 @@ class Lamb(StepRule[LambNumbers]):
     """LAMB: Adam's update with its decay, scaled. Without ratios it is AdamW."""
 
     name = "lamb"
+    scales: ClassVar[bool] = True
     alike = 4
+    kind = LambNumbers
     keys = ("exp_avg", "exp_avg_sq", "step")
 
     def numbers(self, group: dict[str, Any]) -> LambNumbers:
@@ -130,24 +136,15 @@ class Lamb(StepRule[LambNumbers]):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             max_trust_ratio=group["max_trust_ratio"],
-            bias_correction=group["bias_correction"],
-            adapt=group["adapt"],
+            bias_correction=group.get("bias_correction", True),
+            adapt=group["adapt"] and self.scales,
         )
-
-    def init(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {
-            "step": torch.zeros((), dtype=torch.float32, device=step_device(group, param)),
-            "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
-        }
 
     def update(self, piece: Batch, numbers: LambNumbers) -> list[Direction]:
         weights, grads, firsts, seconds, steps = piece.columns
         torch._foreach_add_(steps, 1)
         updates = self.adam(grads, firsts, seconds, steps, numbers)
-        if (decay := numbers.weight_decay) != 0:
-            torch._foreach_add_(updates, weights, alpha=-decay)
-        return [Direction(updates)]
+        return [Direction(decayed_(updates, weights, numbers.weight_decay))]
 
     def adam(
         self, grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor], steps: list[Tensor], numbers: LambNumbers
@@ -157,6 +154,19 @@ class Lamb(StepRule[LambNumbers]):
         roots = adam_roots(grads, firsts, seconds, counts, numbers)
         correct_firsts_(roots, counts, numbers)
         return list(torch._foreach_neg(torch._foreach_div(firsts, roots)))
+
+
+class AdamW(Lamb):
+    """AdamW: LAMB without ratios, whatever the group says. Engines run it as such."""
+
+    scales = False
+
+
+def decayed_(updates: list[Tensor], weights: list[Tensor], decay: float) -> list[Tensor]:
+    """Updates that will be added to the weights, with the decay."""
+    if decay != 0:
+        torch._foreach_add_(updates, weights, alpha=-decay)
+    return updates
 
 
 def adam_roots(
@@ -199,3 +209,4 @@ def has_fused_adam(tensor: Tensor) -> bool:
 
 LARS_RULE: Final = Lars()
 LAMB_RULE: Final = Lamb()
+ADAMW_RULE: Final = AdamW()
