@@ -1,12 +1,16 @@
 """torch.compile(optimizer.step): one graph, the steps of the eager optimizer, no new graph for a new LR."""
 
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
-from autowu.optim import LAMB, LARS, TVLARS
+from autowu.optim import LAMB, LANS, LARS, TVLARS, Muon
 from autowu.optim.engines import cpu_loops
 from autowu.optim.rules import LambNumbers, LarsNumbers
 
@@ -20,6 +24,8 @@ OPTIMIZERS = {
     "tvlars": lambda groups, **kw: TVLARS(groups, lmbda=0.3, **kw),
     "lamb": LAMB,
     "lamb_foreach": lambda groups, **kw: LAMB(groups, foreach=True, **kw),
+    "lans": LANS,
+    "muon": lambda groups, **kw: Muon(groups, momentum=0.5, **kw),
 }
 
 
@@ -59,12 +65,13 @@ def test_compiled_it_takes_the_same_steps_in_one_graph(name):
     take_steps(compiled, twins, torch.compile(compiled.step, fullgraph=True))
     # Momentum buffers are made in the first step of SGD, so the second is another graph; six LRs are no reason for one.
     assert counters["stats"]["unique_graphs"] == (2 if "sgd" in name or name == "tvlars" else 1)
+    tolerance = 0.01 if name == "muon" else 1e-4  # it rounds to bfloat16, elsewhere where kernels are fused
     for parameter, twin in zip(parameters, twins, strict=True):
-        torch.testing.assert_close(twin, parameter, rtol=1e-4, atol=2e-5)
-    assert len(compiled.layer_stats()) == 2
+        torch.testing.assert_close(twin, parameter, rtol=tolerance, atol=0.2 * tolerance)
+    assert len(compiled.layer_stats()) == (1 if name == "muon" else 2)
     for layer, expected in zip(compiled.layer_stats(), optimizer.layer_stats(), strict=True):
         assert layer.name == expected.name
-        assert layer[1:] == pytest.approx(expected[1:], rel=1e-4)
+        assert layer[1:] == pytest.approx(expected[1:], rel=tolerance)
     if name == "tvlars":
         assert [int(group["step"]) for group in compiled.param_groups] == [6, 6]
 
@@ -96,6 +103,43 @@ def test_a_compiled_state_goes_on_eagerly():
         torch.testing.assert_close(state["exp_avg"], expected["exp_avg"], rtol=1e-5, atol=1e-6)
     for parameter, twin in zip(parameters, twins, strict=True):
         torch.testing.assert_close(twin, parameter, rtol=1e-4, atol=2e-5)
+
+
+NOTHING_YET = """
+import sys
+import torch
+from autowu.optim import LAMB, LANS, LARS, TVLARS, Muon
+
+print(hasattr(torch.ops.autowu, "lamb_"), hasattr(torch.ops.autowu, "lars_"), "torch._inductor" in sys.modules)
+"""
+
+
+def test_an_import_registers_and_compiles_nothing():
+    done = subprocess.run([sys.executable, "-c", NOTHING_YET], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False False\n"
+
+
+UNPICKLED = """
+import pickle, sys, warnings
+import torch
+
+warnings.simplefilter("ignore")
+optimizer = pickle.load(open(sys.argv[1], "rb"))
+assert hasattr(torch.ops.autowu, "lamb_") and hasattr(torch.ops.autowu, "lars_")
+for group in optimizer.param_groups:
+    for parameter in group["params"]:
+        parameter.grad = torch.ones_like(parameter)
+torch.compile(optimizer.step, fullgraph=True)()
+print(all(parameter.isfinite().all() for group in optimizer.param_groups for parameter in group["params"]))
+"""
+
+
+@pytest.mark.parametrize("name", ["lars_sgd", "lamb"])
+def test_an_unpickled_optimizer_compiles_in_a_process_of_its_own(name, tmp_path):
+    with open(tmp_path / "optimizer", "wb") as file:
+        pickle.dump(make(name, make_parameters()), file)
+    done = subprocess.run([sys.executable, "-c", UNPICKLED, tmp_path / "optimizer"], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 @pytest.mark.parametrize("adapt", [True, False])
