@@ -65,7 +65,7 @@ def test_compiled_it_takes_the_same_steps_in_one_graph(name):
     take_steps(compiled, twins, torch.compile(compiled.step, fullgraph=True))
     # Momentum buffers are made in the first step of SGD, so the second is another graph; six LRs are no reason for one.
     assert counters["stats"]["unique_graphs"] == (2 if "sgd" in name or name == "tvlars" else 1)
-    tolerance = 0.01 if name == "muon" else 1e-4  # it rounds to bfloat16, elsewhere where kernels are fused
+    tolerance = 0.03 if name == "muon" else 1e-4  # it rounds to bfloat16, elsewhere once compiled
     for parameter, twin in zip(parameters, twins, strict=True):
         torch.testing.assert_close(twin, parameter, rtol=tolerance, atol=0.2 * tolerance)
     assert len(compiled.layer_stats()) == (1 if name == "muon" else 2)

@@ -43,6 +43,9 @@ class LARS(Layerwise):
     as with it. A group may set its own ``"trust_coef"``, and with ``"adapt": False`` it leaves its gradients as they are but for
     the decay, as is usual for norms and biases (:func:`~autowu.optim.param_groups`).
 
+    Adam and its kin, Muon and Lion undo any scale of the gradient. Around one of them LARS logs a warning when it is made, which names
+    the optimizer to take instead.
+
     ``torch.compile(optimizer.step)``, of torch 2.6 or later, traces one graph with any of torch's own optimizers inside but the
     fused; around SGD on the CPU it is one operator for each group. Let the LR be a tensor, or every new LR compiles anew. Step
     hooks of the wrapped optimizer do not run in it, those of this one do.
