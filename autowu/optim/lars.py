@@ -43,7 +43,7 @@ class LARS(Layerwise):
     as with it. A group may set its own ``"trust_coef"``, and with ``"adapt": False`` it leaves its gradients as they are but for
     the decay, as is usual for norms and biases (:func:`~autowu.optim.param_groups`).
 
-    Adam and its kin, Muon and Lion undo any scale of the gradient. Around one of them LARS logs a warning when it is made, which names
+    Adam and its kin, Muon and Lion undo any scale of the gradient. Around one of them LARS logs a warning when made: it names
     the optimizer to take instead.
 
     ``torch.compile(optimizer.step)``, of torch 2.6 or later, traces one graph with any of torch's own optimizers inside but the
@@ -251,7 +251,7 @@ class LARS(Layerwise):
         self.eps: float = state["eps"]
         self.trust_coef: float = state["trust_coef"]
         self.foreach: bool | None = state["foreach"]
-        self._come_to_life()
+        self._set_up()
         self._inner_step: Callable[[Any], Any] = inspect.unwrap(type(self.optim).step)
         # Brings to life what Optimizer.__init__ would (hooks, the profiled step), without groups of its own.
         super().__setstate__({})

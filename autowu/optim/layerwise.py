@@ -70,7 +70,7 @@ class Layerwise(Optimizer):
     def _end_step(self) -> None:
         """Called once the parameters are stepped."""
 
-    def _come_to_life(self) -> None:
+    def _set_up(self) -> None:
         """Called where an optimizer is made, copied or unpickled: what is not saved is made."""
         cpu_loops.register()
         self._last: dict[str, list[LayerNorms]] = {"norms": []}  # in a dict: a compiled step sets no attributes
@@ -93,7 +93,7 @@ class TrustScaled(Layerwise):
     """Of what a group may have."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self._come_to_life()
+        self._set_up()
         checks.check(self.ranges, defaults)
         super().__init__(params, defaults)
 
@@ -129,6 +129,7 @@ class TrustScaled(Layerwise):
         """
         name, rule = type(self).__name__, self.rules[number]
         params = [param for param in self._stepped_by(number, group) if param.grad is not None]
+        states = []
         for param in params:
             check_dense(name, param.grad)  # type: ignore[arg-type]
             if param.is_complex():
@@ -136,7 +137,7 @@ class TrustScaled(Layerwise):
             state = self.state[param]
             if rule.keys[0] not in state:
                 state.update(rule.init(param, group))
-        states = [self.state[param] for param in params]
+            states.append(state)
         columns[0].extend(params)
         columns[1].extend([param.grad for param in params])
         for key, column in zip(rule.keys, columns[2:], strict=True):
@@ -155,7 +156,7 @@ class TrustScaled(Layerwise):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._come_to_life()
+        self._set_up()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
