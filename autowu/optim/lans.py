@@ -29,7 +29,7 @@ class Lans(Lamb):
         norms, units = piece.norms(grads), [grad.clone() for grad in grads]
         scale_(units, torch.where(norms > 0, 1 / norms, 1.0))
         torch._foreach_add_(steps, 1)
-        counts = torch.stack(steps).to(norms.dtype)
+        counts = torch.stack(steps).to(norms.dtype) if numbers.bias_correction else None
         roots = adam_roots(units, firsts, seconds, counts, numbers)
         of_gradient = list(torch._foreach_neg(torch._foreach_div(units, roots)))
         correct_firsts_(roots, counts, numbers)
