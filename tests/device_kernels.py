@@ -4,8 +4,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from autowu.optim import _triton
-from autowu.optim._device import _BLOCK, _WARPS, _WIDTH
+from autowu.optim.engines import triton as kernels
+from autowu.optim.engines.gpu import _BLOCK, _WARPS, _WIDTH
 
 FLOATS = ("coef", "decay", "eps", "max_norm", "cap", "lr", "momentum", "dampening", "new1", "beta2", "new2")
 FLAGS = {"MOMENTUM": True, "FRESH": False, "NESTEROV": True, "MAXIMIZE": True}
@@ -15,7 +15,7 @@ TRAFFIC = {"norms": (2, 0), "scale": (2, 1), "sgd": (3, 2), "moments": (4, 2), "
 
 def code(name, dtype, even, address, architecture):
     """What a kernel is for a device."""
-    kernel = getattr(_triton, name)
+    kernel = getattr(kernels, name)
     constants = {"BLOCK": _BLOCK, "WIDTH": _WIDTH, "EVEN": even, "ADDRESS": address, **FLAGS}
     types = {"table": "*i64", "owner": "*i32", "k": "i32", "blocks": "i32", "like": f"*{dtype}"}
     types |= {"sums": "*fp32", "stats": "*fp32", "corrections": "*fp64"} | dict.fromkeys(FLOATS, "fp32")

@@ -12,27 +12,30 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.errors import InterpreterError
 
-from autowu.optim import LAMB, LARS, TVLARS, _device, _triton
-from autowu.optim._functional import LayerNorms
+from autowu.optim import LAMB, LARS, TVLARS
+from autowu.optim.batches import Batch, LayerNorms
+from autowu.optim.engines import gpu
+from autowu.optim.engines import triton as kernels
+from autowu.optim.rules import LARS_RULE
 
-DEVICE = torch.device("cpu" if type(_triton.norms).__module__ == "triton.runtime.interpreter" else "cuda")
+DEVICE = torch.device("cpu" if type(kernels.norms).__module__ == "triton.runtime.interpreter" else "cuda")
 SHAPES = ((64, 80), (1,), (3, 5), (2, 8, 4, 4), (10_000,), (16,), (0,), (100,))
 FREE = ("empty", "select", "unbind", "view", "detach", "alias", "pin_memory", "_to_copy", "lift_fresh", "is_pinned")
 HALF = {torch.float16: 3e-3, torch.bfloat16: 3e-2}  # what a step may be off; the interpreter truncates to bfloat16
 
 OPTIMIZERS = {
-    "lars": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=0.5), trust_coef=0.1, **kw)),
-    "momentum": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, momentum=0.9), trust_coef=0.1, **kw)),
-    "nesterov": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, momentum=0.9, nesterov=True), trust_coef=0.1, **kw)),
-    "dampening": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, momentum=0.9, dampening=0.3), trust_coef=0.1, **kw)),
-    "maximize": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, maximize=True), trust_coef=0.1, **kw)),
-    "tvlars": ("lars_sgd_", lambda groups, **kw: TVLARS(groups, lr=0.5, eta=0.1, lmbda=0.5, delay=2, max_norm=5.0, **kw)),
-    "tensor lr": ("lars_sgd_", lambda groups, **kw: LARS(SGD(groups, lr=at(0.5), momentum=0.9), trust_coef=0.1, **kw)),
-    "around adamw": ("lars_scale_", lambda groups, **kw: LARS(AdamW(groups, lr=0.01, eps=1e-3), **kw)),
-    "around sgd": ("lars_scale_", lambda groups, **kw: LARS(SGD(groups, lr=0.5, maximize=True, foreach=False), **kw)),
-    "lamb": ("lamb_", lambda groups, **kw: LAMB(groups, lr=0.01, eps=1e-3, max_trust_ratio=1.0, **kw)),
-    "uncorrected lamb": ("lamb_", lambda groups, **kw: LAMB(groups, lr=0.01, eps=1e-3, bias_correction=False, **kw)),
-    "lamb, tensor lr": ("lamb_", lambda groups, **kw: LAMB(groups, lr=at(0.01), eps=1e-3, **kw)),
+    "lars": ("lars_sgd", lambda groups, **kw: LARS(SGD(groups, lr=0.5), trust_coef=0.1, **kw)),
+    "momentum": ("lars_sgd", lambda groups, **kw: LARS(SGD(groups, lr=0.5, momentum=0.9), trust_coef=0.1, **kw)),
+    "nesterov": ("lars_sgd", lambda groups, **kw: LARS(SGD(groups, lr=0.5, momentum=0.9, nesterov=True), trust_coef=0.1, **kw)),
+    "dampening": ("lars_sgd", lambda groups, **kw: LARS(SGD(groups, lr=0.5, momentum=0.9, dampening=0.3), trust_coef=0.1, **kw)),
+    "maximize": ("lars_sgd", lambda groups, **kw: LARS(SGD(groups, lr=0.5, maximize=True), trust_coef=0.1, **kw)),
+    "tvlars": ("lars_sgd", lambda groups, **kw: TVLARS(groups, lr=0.5, eta=0.1, lmbda=0.5, delay=2, max_norm=5.0, **kw)),
+    "tensor lr": ("lars_sgd", lambda groups, **kw: LARS(SGD(groups, lr=at(0.5), momentum=0.9), trust_coef=0.1, **kw)),
+    "around adamw": ("lars_scale", lambda groups, **kw: LARS(AdamW(groups, lr=0.01, eps=1e-3), **kw)),
+    "around sgd": ("lars_scale", lambda groups, **kw: LARS(SGD(groups, lr=0.5, maximize=True, foreach=False), **kw)),
+    "lamb": ("lamb", lambda groups, **kw: LAMB(groups, lr=0.01, eps=1e-3, max_trust_ratio=1.0, **kw)),
+    "uncorrected lamb": ("lamb", lambda groups, **kw: LAMB(groups, lr=0.01, eps=1e-3, bias_correction=False, **kw)),
+    "lamb, tensor lr": ("lamb", lambda groups, **kw: LAMB(groups, lr=at(0.01), eps=1e-3, **kw)),
 }
 
 
@@ -43,7 +46,7 @@ def at(lr):
 @pytest.fixture(autouse=True)
 def _numbers_of_the_device(monkeypatch):
     if DEVICE.type == "cpu":  # where a tensor would be read, as it is there to read
-        monkeypatch.setattr(_device._Launch, "number", lambda _, value: value if isinstance(value, torch.Tensor) else float(value))
+        monkeypatch.setattr(gpu._Launch, "number", lambda _, value: value if isinstance(value, torch.Tensor) else float(value))
 
 
 def parameters(dtype):
@@ -63,9 +66,10 @@ def take_steps(make, dtype, monkeypatch, kernels):
         return lambda *args: called.add(name) or step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_device, "_works", lambda *_: kernels)
-        for name in ("lars_sgd_", "lars_scale_", "lamb_"):
-            patch.setattr(_device, name, seen(name, getattr(_device, name)))
+        patch.setattr(gpu, "_works", lambda *_: kernels)
+        for rule, step in gpu.STEPS.items():
+            patch.setitem(gpu.STEPS, rule, seen(step.__name__, step))
+        patch.setattr(gpu, "lars_scale", seen("lars_scale", gpu.lars_scale))
         params = parameters(dtype)
         own = {"weight_decay": 0.05}, {"adapt": False, "weight_decay": 0.02}, {}
         optimizer = make(
@@ -113,7 +117,7 @@ def test_the_kernels_take_the_steps_of_torchs_operations(name, dtype, monkeypatc
 
 
 def test_mixed_dtypes_share_a_group(monkeypatch):
-    monkeypatch.setattr(_device, "_works", lambda *_: True)
+    monkeypatch.setattr(gpu, "_works", lambda *_: True)
     for make in (OPTIMIZERS["momentum"][1], OPTIMIZERS["lamb"][1]):
         weights = [nn.Parameter(torch.ones(40, device=DEVICE, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
         for weight in weights:
@@ -126,7 +130,7 @@ def test_mixed_dtypes_share_a_group(monkeypatch):
 
 
 def test_a_nan_gets_the_ratio_one(monkeypatch):
-    monkeypatch.setattr(_device, "_works", lambda *_: True)
+    monkeypatch.setattr(gpu, "_works", lambda *_: True)
     for name in ("momentum", "lamb", "around adamw"):
         weight = nn.Parameter(torch.ones(5000, device=DEVICE))
         weight.grad = torch.zeros_like(weight)
@@ -138,12 +142,16 @@ def test_a_nan_gets_the_ratio_one(monkeypatch):
         assert weight.isnan().sum() == 1
 
 
+def takes(*columns):
+    return gpu.takes(LARS_RULE, Batch(columns[0], list(columns), None))
+
+
 def test_what_the_kernels_do_not_take(monkeypatch):
-    monkeypatch.setattr(_device, "_works", lambda *_: True)
+    monkeypatch.setattr(gpu, "_works", lambda *_: True)
     weight = torch.ones(8, 4, 1, 1, device=DEVICE)
-    assert _device.have_kernels([weight], [torch.ones_like(weight)])
+    assert takes([weight], [torch.ones_like(weight)])
     # The stride of a dimension with one index is any.
-    assert _device.have_kernels([weight], [torch.ones(8 * 4, device=DEVICE).as_strided((8, 4, 1, 1), (4, 1, 7, 7))])
+    assert takes([weight], [torch.ones(8 * 4, device=DEVICE).as_strided((8, 4, 1, 1), (4, 1, 7, 7))])
     others = (
         torch.ones(4, 8, 1, 1, device=DEVICE).transpose(0, 1),
         torch.ones(8, 4, 1, 1, device=DEVICE, dtype=torch.float64),
@@ -151,14 +159,14 @@ def test_what_the_kernels_do_not_take(monkeypatch):
         *([torch.ones(8, 4, 1, 1)] if DEVICE.type == "cuda" else []),
     )
     for other in others:
-        assert not _device.have_kernels([weight], [other])
-    assert not _device.have_kernels([weight.double()], [weight.double()])
-    assert not _device.have_kernels([weight[:, ::2]], [weight[:, ::2]])
-    assert not _device.have_kernels([], [])
+        assert not takes([weight], [other])
+    assert not takes([weight.double()], [weight.double()])
+    assert not takes([weight[:, ::2]], [weight[:, ::2]])
+    assert not takes([], [])
 
 
 def test_a_sparse_gradient_is_refused(monkeypatch):
-    monkeypatch.setattr(_device, "_works", lambda *_: True)
+    monkeypatch.setattr(gpu, "_works", lambda *_: True)
     for name in ("momentum", "lamb", "around adamw"):
         weight = nn.Parameter(torch.ones(4, 3, device=DEVICE))
         weight.grad = torch.ones(4, 3, device=DEVICE).to_sparse()
@@ -169,16 +177,16 @@ def test_a_sparse_gradient_is_refused(monkeypatch):
 def test_wide_loads_are_for_what_lies_right():
     even = torch.zeros(64, device=DEVICE)
     sizes = {"params": [even, even[:60], even[4:12], even[1:9]], "grads": [even[:64], even[:60], even[8:16], even[8:16]]}
-    launches = {launch.even: launch.params for launch in _device._launches(tuple(sizes.values()))}
+    launches = {launch.even: launch.params for launch in gpu._launches(tuple(sizes.values()))}
     assert [param.data_ptr() - even.data_ptr() for param in launches[True]] == [0, 16]
     assert [param.numel() for param in launches[False]] == [60, 8]
-    (launch,) = _device._launches(([even], [even[1:]]))
+    (launch,) = gpu._launches(([even], [even[1:]]))
     assert not launch.even
 
 
 def test_a_step_that_may_be_captured_is_the_same_in_its_warm_up(monkeypatch):
-    monkeypatch.setattr(_device, "_launches", None)
-    monkeypatch.setattr(_device, "_works", lambda *_: True)
+    monkeypatch.setattr(gpu, "_launches", None)
+    monkeypatch.setattr(gpu, "_works", lambda *_: True)
     for make in (LAMB, TVLARS, lambda params, **kw: LARS(AdamW(params, lr=kw.pop("lr"), capturable=kw.pop("capturable")), **kw)):
         weight = nn.Parameter(torch.ones(5, device=DEVICE))
         weight.grad = torch.ones_like(weight)
@@ -202,9 +210,9 @@ def test_a_step_of_many_parameters_is_a_few_dozen_launches(name, monkeypatch):
     def count(self, *_, **__):
         launches[0] += 1
 
-    monkeypatch.setattr(_device, "_works", lambda *_: True)
-    monkeypatch.setattr(_device._Launch, "over_blocks", count)
-    monkeypatch.setattr(_device._Launch, "ratios", lambda self, *_: count(self) or LayerNorms(self.params, self.ones()))
+    monkeypatch.setattr(gpu, "_works", lambda *_: True)
+    monkeypatch.setattr(gpu._Launch, "over_blocks", count)
+    monkeypatch.setattr(gpu._Launch, "ratios", lambda self, *_, **__: count(self) or LayerNorms(self.params, self.ones()))
     sizes = [100 + 8 * i for i in range(54)]
     params = [nn.Parameter(torch.ones(size, device=DEVICE)) for size in sizes + sizes + sizes]
     optimizer = OPTIMIZERS[name][1]([{"params": params[:54]}, {"params": params[54:], "adapt": False}], foreach=True)
@@ -224,29 +232,29 @@ def test_they_try_themselves_first(monkeypatch):
         torch.set_default_dtype(default)
         try:
             for dtype in (torch.float32, *HALF):
-                _device._try(DEVICE, dtype)
+                gpu._try(DEVICE, dtype)
         finally:
             torch.set_default_dtype(torch.float32)
     for name in ("norms", "lars_ratios", "sgd", "scale", "moments", "lamb_ratios", "lamb"):
         with monkeypatch.context() as patch:
-            patch.setattr(_triton, name, type("Idle", (), {"__getitem__": lambda _, grid: lambda *args, **kw: None})())
+            patch.setattr(kernels, name, type("Idle", (), {"__getitem__": lambda _, grid: lambda *args, **kw: None})())
             with pytest.raises((AssertionError, InterpreterError)):  # the latter for numbers that nobody made
-                _device._try(DEVICE, torch.float32)
+                gpu._try(DEVICE, torch.float32)
 
 
 def test_interpreted_kernels_are_for_no_gpu(caplog):
-    _device._works.cache_clear()
-    assert not _device._works(torch.device("cpu"), torch.float32)
+    gpu._works.cache_clear()
+    assert not gpu._works(torch.device("cpu"), torch.float32)
     if DEVICE.type == "cpu":
-        assert not _device._works(torch.device("cuda"), torch.float32)
+        assert not gpu._works(torch.device("cuda"), torch.float32)
     assert not caplog.records
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU, on which they run")
 def test_that_they_fail_is_told_once(monkeypatch, caplog):
     monkeypatch.delenv("TRITON_INTERPRET")
-    _device._works.cache_clear()
+    gpu._works.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert not _device._works(torch.device("cuda"), torch.float32)
+            assert not gpu._works(torch.device("cuda"), torch.float32)
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["LARS and LAMB"]

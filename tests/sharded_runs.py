@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from autowu.optim import LAMB, LARS, TVLARS, param_groups
+from autowu.optim import LAMB, LANS, LARS, TVLARS, Muon, param_groups
 
 STEPS = 8
 OPTIMIZERS = {
@@ -21,6 +21,8 @@ OPTIMIZERS = {
     "tvlars": lambda groups: TVLARS(groups, lr=2.0, eta=0.02, lmbda=0.2),
     "lamb": lambda groups: LAMB(groups, lr=0.02),
     "lamb_one_by_one": lambda groups: LAMB(groups, lr=0.02, foreach=False),
+    "lans": lambda groups: LANS(groups, lr=0.02),
+    "muon": lambda groups: Muon(groups, lr=0.02),
 }
 
 
@@ -80,11 +82,11 @@ def main(folder):
     if size == 4:
         meshes["hsdp"] = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     results = {(name, kind): train(make, rank, size, mesh) for name, make in OPTIMIZERS.items() for kind, mesh in meshes.items()}
-    for name in ("lamb", "tvlars"):
+    for name in ("lamb", "tvlars", "muon"):
         results[name, "resumed"] = train(OPTIMIZERS[name], rank, size, meshes["fsdp"], resume_at=4)
     if size == 4:
         mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-        for name in ("lars", "lamb"):
+        for name in ("lars", "lamb", "lans", "muon"):
             results[name, "tensor parallel"] = {"layers": tensor_parallel(OPTIMIZERS[name], mesh)}
     torch.save(results, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()

@@ -9,7 +9,8 @@ import timm.optim
 import torch
 
 from autowu.optim import LAMB, LARS
-from autowu.optim._functional import buckets
+from autowu.optim.batches import batches
+from autowu.optim.engines import cpu
 
 INNER = {
     "sgd": lambda groups, **kw: torch.optim.SGD(groups, lr=0.5, momentum=0.9, **kw),
@@ -417,7 +418,7 @@ def test_every_path_takes_the_same_steps(arguments, dtype):
         optimizer = LARS(torch.optim.SGD(groups, lr=0.5, **arguments), trust_coef=0.1, foreach=path == "all at a time" or None)
         if path == "one by one":
             optimizer.optim.register_step_post_hook(lambda *_: None)
-        assert (optimizer._kernels() is not None) == (path == "kernel")
+        assert (optimizer._engine() is cpu) == (path == "kernel")
         take_steps(optimizer, parameters, range(2))
         for parameter, gradient in zip(parameters, make_gradients(2, dtype), strict=True):
             parameter.grad = gradient
@@ -444,15 +445,15 @@ def test_the_decay_shrinks_the_weights_of_an_optimizer_that_maximizes():
         torch.testing.assert_close(weight.detach(), torch.tensor([[3 - 0.25 * 0.6, 4 - 0.25 * (0.8 - 1.0)]]))
 
 
-def test_a_bucket_is_of_one_dtype():
+def test_a_batch_is_of_one_dtype():
     tensors = [torch.zeros(2), torch.zeros(3, dtype=torch.float64), torch.zeros(4)]
-    single, double = buckets(tensors, [tensor + 1 for tensor in tensors])
+    single, double = batches(tensors, [tensor + 1 for tensor in tensors])
     assert [tensor.numel() for tensor in single.params] == [2, 4]
     assert [tensor.numel() for tensor in double.params] == [3]
-    for bucket in (single, double):
-        assert all(torch.equal(own, tensor) for own, tensor in zip(bucket.columns[0], bucket.params, strict=True))
-        assert all(torch.equal(other, tensor + 1) for other, tensor in zip(bucket.columns[1], bucket.params, strict=True))
-    assert buckets([], []) == []
+    for batch in (single, double):
+        assert all(torch.equal(own, tensor) for own, tensor in zip(batch.columns[0], batch.params, strict=True))
+        assert all(torch.equal(other, tensor + 1) for other, tensor in zip(batch.columns[1], batch.params, strict=True))
+    assert batches([], []) == []
 
 
 def test_autograd_knows_of_the_step():

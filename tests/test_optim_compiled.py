@@ -1,13 +1,18 @@
 """torch.compile(optimizer.step): one graph, the steps of the eager optimizer, no new graph for a new LR."""
 
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
-from autowu.optim import LAMB, LARS, TVLARS, _host
-from autowu.optim._host import lamb_op, lars_sgd_op
+from autowu.optim import LAMB, LANS, LARS, TVLARS, Muon
+from autowu.optim.engines import cpu_loops
+from autowu.optim.rules import LambNumbers, LarsNumbers
 
 SHAPES = ((5, 4), (7,), (3, 3, 2), (1,))
 OPTIMIZERS = {
@@ -19,6 +24,8 @@ OPTIMIZERS = {
     "tvlars": lambda groups, **kw: TVLARS(groups, lmbda=0.3, **kw),
     "lamb": LAMB,
     "lamb_foreach": lambda groups, **kw: LAMB(groups, foreach=True, **kw),
+    "lans": LANS,
+    "muon": lambda groups, **kw: Muon(groups, momentum=0.5, **kw),
 }
 
 
@@ -58,12 +65,13 @@ def test_compiled_it_takes_the_same_steps_in_one_graph(name):
     take_steps(compiled, twins, torch.compile(compiled.step, fullgraph=True))
     # Momentum buffers are made in the first step of SGD, so the second is another graph; six LRs are no reason for one.
     assert counters["stats"]["unique_graphs"] == (2 if "sgd" in name or name == "tvlars" else 1)
+    tolerance = 0.03 if name == "muon" else 1e-4  # it rounds to bfloat16, elsewhere once compiled
     for parameter, twin in zip(parameters, twins, strict=True):
-        torch.testing.assert_close(twin, parameter, rtol=1e-4, atol=2e-5)
-    assert len(compiled.layer_stats()) == 2
+        torch.testing.assert_close(twin, parameter, rtol=tolerance, atol=0.2 * tolerance)
+    assert len(compiled.layer_stats()) == (1 if name == "muon" else 2)
     for layer, expected in zip(compiled.layer_stats(), optimizer.layer_stats(), strict=True):
         assert layer.name == expected.name
-        assert layer[1:] == pytest.approx(expected[1:], rel=1e-4)
+        assert layer[1:] == pytest.approx(expected[1:], rel=tolerance)
     if name == "tvlars":
         assert [int(group["step"]) for group in compiled.param_groups] == [6, 6]
 
@@ -72,8 +80,8 @@ def test_compiled_it_takes_the_same_steps_in_one_graph(name):
 @pytest.mark.parametrize("name", ["lars_sgd", "tvlars", "lamb"])
 def test_compiled_it_is_an_operator_for_each_group(name, monkeypatch):
     calls = []
-    build = _host.build
-    monkeypatch.setattr(_host, "build", lambda: calls.append(name) or build())
+    build = cpu_loops.build
+    monkeypatch.setattr(cpu_loops, "build", lambda: calls.append(name) or build())
     parameters = make_parameters()
     optimizer = make(name, parameters)
     take_steps(optimizer, parameters, torch.compile(optimizer.step, fullgraph=True), 3)
@@ -97,14 +105,55 @@ def test_a_compiled_state_goes_on_eagerly():
         torch.testing.assert_close(twin, parameter, rtol=1e-4, atol=2e-5)
 
 
+NOTHING_YET = """
+import sys
+import torch
+from autowu.optim import LAMB, LANS, LARS, TVLARS, Muon
+
+print(hasattr(torch.ops.autowu, "lamb_"), hasattr(torch.ops.autowu, "lars_"), "torch._inductor" in sys.modules)
+"""
+
+
+def test_an_import_registers_and_compiles_nothing():
+    done = subprocess.run([sys.executable, "-c", NOTHING_YET], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False False\n"
+
+
+UNPICKLED = """
+import pickle, sys, warnings
+import torch
+
+warnings.simplefilter("ignore")
+optimizer = pickle.load(open(sys.argv[1], "rb"))
+assert hasattr(torch.ops.autowu, "lamb_") and hasattr(torch.ops.autowu, "lars_")
+for group in optimizer.param_groups:
+    for parameter in group["params"]:
+        parameter.grad = torch.ones_like(parameter)
+torch.compile(optimizer.step, fullgraph=True)()
+print(all(parameter.isfinite().all() for group in optimizer.param_groups for parameter in group["params"]))
+"""
+
+
+@pytest.mark.parametrize("name", ["lars_sgd", "lamb"])
+def test_an_unpickled_optimizer_compiles_in_a_process_of_its_own(name, tmp_path):
+    with open(tmp_path / "optimizer", "wb") as file:
+        pickle.dump(make(name, make_parameters()), file)
+    done = subprocess.run([sys.executable, "-c", UNPICKLED, tmp_path / "optimizer"], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
 @pytest.mark.parametrize("adapt", [True, False])
 def test_the_operators_are_what_their_schemas_say(adapt):
     def column():
         return [parameter.detach() for parameter in make_parameters()]
 
+    cpu_loops.register()
     lr, coef = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.01, dtype=torch.float64)
     fresh, steps = [False for _ in SHAPES], [torch.ones(()) for _ in SHAPES]
-    sgd = (column(), column(), column(), fresh, lr, coef, 1e-8, float("inf"), 0.1, 0.9, 0.0, adapt, False, adapt)
-    adam = (column(), column(), column(), [t.abs() for t in column()], steps, lr, 0.9, 0.99, 1e-6, 0.1, 10.0, True, adapt)
-    torch.library.opcheck(lars_sgd_op, sgd)
-    torch.library.opcheck(lamb_op, adam)
+    lars = LarsNumbers(
+        coef, 1e-8, max_norm=float("inf"), weight_decay=0.1, maximize=False, adapt=adapt, lr=lr, momentum=0.9, nesterov=adapt
+    )
+    lamb = LambNumbers(lr, 0.9, 0.99, 1e-6, weight_decay=0.1, max_trust_ratio=10.0, bias_correction=True, adapt=adapt)
+    moments = column(), [tensor.abs() for tensor in column()]
+    torch.library.opcheck(torch.ops.autowu.lars_.default, (column(), column(), column(), fresh, *lars))
+    torch.library.opcheck(torch.ops.autowu.lamb_.default, (column(), column(), *moments, steps, *lamb))

@@ -28,14 +28,14 @@ def test_shards_are_stepped_as_the_whole(ranks, name):
                 assert layer[1:] == pytest.approx(expected[1:], rel=2e-3)
 
 
-@pytest.mark.parametrize("name", ["lamb", "tvlars"])
+@pytest.mark.parametrize("name", ["lamb", "tvlars", "muon"])
 def test_a_state_gathered_and_spread_again_goes_on_alike(ranks, name):
     for results in ranks:
         for key, weight in results[name, "fsdp"]["weights"].items():
             assert torch.equal(results[name, "resumed"]["weights"][key], weight)
 
 
-@pytest.mark.parametrize("name", ["lars", "lamb"])
+@pytest.mark.parametrize("name", ["lars", "lamb", "lans", "muon"])
 def test_norms_go_over_both_axes_of_tensor_parallelism_and_sharding(ranks, name):
     if len(ranks) == 2:
         pytest.skip("two axes take four processes")

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, overload
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from autowu.optim import _device, _host
-from autowu.optim._functional import (
-    LayerNorms,
-    LayerStats,
-    buckets,
-    check_adapt,
-    check_dense,
-    layer_stats,
-    note_writes,
-    pick_foreach,
-    scale_,
-    trust_ratios,
-)
+from autowu.kin import scale_free
+from autowu.optim import checks
+from autowu.optim.batches import Batch, LayerNorms, batches
+from autowu.optim.engines import Engine, eager, gpu, pick
+from autowu.optim.layerwise import Layerwise, check_dense, pick_foreach
+from autowu.optim.rules import LARS_RULE, LarsNumbers
 
 __all__ = ["LARS"]
 
+_logger = logging.getLogger("autowu")
 
-class LARS(Optimizer):
+
+class LARS(Layerwise):
     r"""Scales every parameter's gradient by its trust ratio, then lets another optimizer take the step.
 
     For a parameter w with gradient g and the weight decay :math:`\lambda` of its group, the wrapped optimizer is given
@@ -47,6 +42,9 @@ class LARS(Optimizer):
     Parameter groups, state and defaults are those of the wrapped optimizer, so schedulers, state dicts and groups added later work
     as with it. A group may set its own ``"trust_coef"``, and with ``"adapt": False`` it leaves its gradients as they are but for
     the decay, as is usual for norms and biases (:func:`~autowu.optim.param_groups`).
+
+    Adam and its kin, Muon and Lion undo any scale of the gradient. Around one of them LARS logs a warning when made: it names
+    the optimizer to take instead.
 
     ``torch.compile(optimizer.step)``, of torch 2.6 or later, traces one graph with any of torch's own optimizers inside but the
     fused; around SGD on the CPU it is one operator for each group. Let the LR be a tensor, or every new LR compiles anew. Step
@@ -75,17 +73,26 @@ class LARS(Optimizer):
         ['0.0', '0.1']
     """
 
+    ranges: ClassVar[dict[str, checks.Range]] = {"adapt": checks.FLAG, "trust_coef": checks.ABOVE_0}
+    """Of what a group has."""
+
     def __init__(self, optimizer: Optimizer, eps: float = 1e-8, trust_coef: float = 0.001, *, foreach: bool | None = None) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer={optimizer!r}: must be a torch.optim.Optimizer")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("optimizer: LBFGS evaluates the closure several times a step, which LARS cannot wrap")
         self.__setstate__({"optim": optimizer, "eps": eps, "trust_coef": trust_coef, "foreach": foreach})
-        if not 0 <= eps < math.inf:
-            raise ValueError(f"eps={eps!r}: must be at least 0 and finite")
-        self._check({"trust_coef": trust_coef})
+        checks.check({"eps": checks.AT_LEAST_0}, {"eps": eps})
+        checks.check(self.ranges, {"trust_coef": trust_coef})
         for group in optimizer.param_groups:
             self._complete(group)
+        if (instead := scale_free(type(optimizer))) is not None:
+            _logger.warning(
+                "LARS around %s: a scale of the gradient means nothing to it, so trust ratios do next to nothing; "
+                "autowu.optim.%s scales the update instead",
+                type(optimizer).__name__,
+                instead,
+            )
 
     # Groups, state and defaults have one home, the wrapped optimizer, which replaces them when it loads a state.
     @property
@@ -100,80 +107,46 @@ class LARS(Optimizer):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.optim.defaults
 
-    @overload
-    def step(self, closure: None = ...) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step.
-
-        Args:
-            closure: re-evaluates the model and returns the loss; called once, before the norms are taken.
-        """
-        self._begin_step()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> list[LayerNorms]:
         taken: list[LayerNorms] = []
-        if (kernels := self._kernels()) is not None:
+        if (engine := self._engine()) is not None:
             for group in self.param_groups:
-                self._sgd(kernels, group, taken)
+                taken += self._sgd(engine, group)
         elif torch.compiler.is_compiling() and type(self.optim).__module__.startswith("torch.optim."):
             # The step of the class: its wrappers break the graph.
             self._inner_step(_Adapting(self, taken))
         else:
             self._adapt_then_step(taken)
-        self._last["norms"] = taken
-        self._end_step()
-        return loss
-
-    def layer_stats(self) -> list[LayerStats]:
-        """Weight norm, gradient norm and trust ratio in the last step, for every adapted parameter that had a gradient.
-
-        Waits for the device, once. Empty before the first step.
-        """
-        return layer_stats(self.param_groups, self._last["norms"])
-
-    def _begin_step(self) -> None:
-        """Called first in a step."""
-
-    def _end_step(self) -> None:
-        """Called once the parameters are stepped."""
+        return taken
 
     def _trust_coef(self, group: dict[str, Any]) -> float | Tensor:
         """The trust coefficient in this step."""
         coef: float = group["trust_coef"]
         return coef
 
-    def _ratio(self, group: dict[str, Any], decay: float) -> Callable[[Any, Any], Any]:
-        """The trust ratio in this step, as a function of the norms of weight and gradient: floats or tensors."""
-        coef, eps, cap = self._trust_coef(group), self.eps, group.get("max_norm", math.inf)
-        return lambda weight, grad: _host.lars_ratio(weight, grad, coef, decay, eps, cap)
+    def _numbers(self, group: dict[str, Any], decay: float, **sgd: Any) -> LarsNumbers:
+        """What the rule takes of a group: its decay, which may be hidden, and what SGD takes where the step is SGD's."""
+        return LarsNumbers(
+            coef=self._trust_coef(group) if group["adapt"] else 1.0,
+            eps=self.eps,
+            max_norm=group.get("max_norm", math.inf),
+            weight_decay=decay,
+            maximize=group.get("maximize", False),
+            adapt=group["adapt"],
+            **sgd,
+        )
 
-    def _adapt(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], decay: float, taken: list[LayerNorms]
-    ) -> None:
+    def _adapt(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], decay: float) -> list[LayerNorms]:
         """Replace gradients by the scaled, decayed ones, in place."""
-        foreach = pick_foreach(self.foreach, params)
-        for bucket in buckets(params, grads):
-            kernels = group["adapt"] and foreach and not group.get("capturable")
-            if kernels and _device.have_kernels(bucket.params, bucket.columns[1]):
-                coef, max_norm = float(self._trust_coef(group)), group.get("max_norm", math.inf)
-                taken += _device.lars_scale_(
-                    bucket.params, bucket.columns[1], coef, self.eps, max_norm, decay, group.get("maximize", False)
-                )
+        taken: list[LayerNorms] = []
+        foreach, numbers = pick_foreach(self.foreach, params), self._numbers(group, decay)
+        for batch in batches(params, grads):
+            if numbers.adapt and foreach and not group.get("capturable") and gpu.takes(LARS_RULE, batch):
+                taken += gpu.lars_scale(batch.columns, numbers)
                 continue
-            for piece in bucket.pieces(foreach):
-                weights, shards = piece.columns
-                norms = trust_ratios(piece, shards, self._ratio(group, decay)) if group["adapt"] else None
-                if decay != 0:
-                    torch._foreach_add_(shards, weights, alpha=-decay if group.get("maximize") else decay)
-                if norms is None:
-                    continue
-                taken.append(norms)
-                scale_(shards, norms.values[2])
+            for piece in batch.pieces(foreach):
+                taken += eager.adapt_gradients(LARS_RULE, piece, numbers)
+        return taken
 
     def _adapt_then_step(self, taken: list[LayerNorms]) -> None:
         decays = [group.get("weight_decay", 0.0) for group in self.param_groups]
@@ -183,7 +156,7 @@ class LARS(Optimizer):
                 check_dense("LARS", param.grad)
                 if 0 in param.grad.stride() and param.grad.numel() > 1:  # expanded: its elements share their memory
                     param.grad = param.grad.clone(memory_format=torch.contiguous_format)
-            self._adapt(group, params, [param.grad for param in params], decay, taken)
+            taken += self._adapt(group, params, [param.grad for param in params], decay)
         try:
             for group, decay in zip(self.param_groups, decays, strict=True):
                 if decay != 0:
@@ -194,33 +167,30 @@ class LARS(Optimizer):
                 if decay != 0:
                     group["weight_decay"] = decay
 
-    def _kernels(self) -> ModuleType | None:
-        """Where there are kernels that scale, decay and step a parameter at once: the wrapped optimizer is torch's SGD."""
+    def _engine(self) -> Engine | None:
+        """What has kernels that scale, decay and step a parameter at once: where the wrapped optimizer is torch's SGD."""
         optim = self.optim
         if type(optim) is not SGD or any(group["differentiable"] for group in optim.param_groups):
             return None
         if not torch.compiler.is_compiling() and _is_observed(optim):
             return None
         params = [param for group in optim.param_groups for param in group["params"] if param.grad is not None]
-        grads = [param.grad for param in params]
         asked = [(group["fused"], group["foreach"]) for group in optim.param_groups]
         one_by_one = not self.foreach and all(fused or fused is foreach is None for fused, foreach in asked)
-        if one_by_one and all(_host.has_kernel(param, grad) for param, grad in zip(params, grads, strict=True)):
-            return _host
         at_once = self.foreach is not False and all(fused or foreach is not False for fused, foreach in asked)
-        at_once = at_once and not any(
-            group.get("capturable") for group in optim.param_groups
-        )  # so that the warm-up of a CUDA graph is what it captures
-        return _device if at_once and _device.have_kernels(params, grads) else None
+        # None for what may be captured, so that the warm-up of a CUDA graph is what it captures.
+        at_once = at_once and not any(group.get("capturable") for group in optim.param_groups)
+        batch = Batch(params, [params, [param.grad for param in params]], None)  # a mixed one: no engine for SGD minds
+        return pick(LARS_RULE, batch, one_by_one, at_once)
 
-    def _sgd(self, kernels: ModuleType, group: dict[str, Any], taken: list[LayerNorms]) -> None:
+    def _sgd(self, engine: Engine, group: dict[str, Any]) -> list[LayerNorms]:
         """A step of torch.optim.SGD on the adapted gradients of a group."""
         params: list[Tensor] = []
         grads: list[Tensor] = []
         found: list[Tensor | None] = []
         self.optim._init_group(group, params, grads, found)  # type: ignore[attr-defined]
         if not params:
-            return
+            return []
         fresh = [buffer is None for buffer in found]  # without momentum there are none
         buffers = [torch.zeros_like(param) if buffer is None else buffer for param, buffer in zip(params, found, strict=False)]
         if any(fresh) or not _go_together(params, buffers):
@@ -232,37 +202,20 @@ class LARS(Optimizer):
             for param, buffer in zip(params, laid, strict=False):
                 self.state[param]["momentum_buffer"] = buffer
             buffers = laid
-        tensors = (params, grads, buffers, fresh)
-        others = ("weight_decay", "momentum", "dampening", "nesterov", "maximize", "adapt")
-        numbers = (self.eps, group.get("max_norm", math.inf), *[group[name] for name in others])
-        rate, coef = group["lr"], self._trust_coef(group)
-        if not torch.compiler.is_compiling():
-            note_writes(params)
-        if kernels is _device:
-            taken += _device.lars_sgd_(*tensors, rate, float(coef), *numbers)
-            return
-        # As tensors, or a compiler would take them for fixed.
-        rate, coef = (torch.as_tensor(number, dtype=torch.float64, device="cpu") for number in (rate, coef))
-        norms = (_host.lars_sgd_op if torch.compiler.is_compiling() else _host.lars_sgd_)(*tensors, rate, coef, *numbers)
-        if group["adapt"]:
-            taken.append(LayerNorms(params, norms))
+        sgd = {name: group[name] for name in ("lr", "momentum", "dampening", "nesterov")}
+        numbers = self._numbers(group, group["weight_decay"], **sgd)
+        return engine.step(LARS_RULE, Batch(params, [params, grads, buffers, fresh], None), numbers)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
-        self._check(param_group)
+        checks.check(self.ranges, param_group)
         self.optim.add_param_group(param_group)
         self._complete(self.param_groups[-1])
 
     def _complete(self, group: dict[str, Any]) -> None:
         group.setdefault("trust_coef", self.trust_coef)
         group.setdefault("adapt", True)
-        self._check(group)
-
-    def _check(self, group: dict[str, Any]) -> None:
-        """Raise for a value of a group that is out of its range; what it does not have is not looked at."""
-        check_adapt(group)
-        if not 0 < (coef := group.get("trust_coef", 1.0)) < math.inf:
-            raise ValueError(f"trust_coef={coef!r}: must be above 0 and finite")
+        checks.check(self.ranges, group)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the wrapped optimizer, each group with its ``"trust_coef"`` and ``"adapt"``."""
@@ -298,7 +251,7 @@ class LARS(Optimizer):
         self.eps: float = state["eps"]
         self.trust_coef: float = state["trust_coef"]
         self.foreach: bool | None = state["foreach"]
-        self._last: dict[str, list[LayerNorms]] = {"norms": []}  # in a dict: a compiled step sets no attributes
+        self._set_up()
         self._inner_step: Callable[[Any], Any] = inspect.unwrap(type(self.optim).step)
         # Brings to life what Optimizer.__init__ would (hooks, the profiled step), without groups of its own.
         super().__setstate__({})
@@ -335,7 +288,7 @@ class _Adapting:
         own = self.lars.optim.param_groups[group["number"]]
         found = self.lars.optim._init_group(own, params, grads, *rest)  # type: ignore[attr-defined]
         grads[:] = [grad.clone() for grad in grads]
-        self.lars._adapt(own, params, grads, own.get("weight_decay", 0.0), self.taken)
+        self.taken += self.lars._adapt(own, params, grads, own.get("weight_decay", 0.0))
         return found
 
     def __getattr__(self, name: str) -> Any:

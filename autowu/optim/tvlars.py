@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
 
-from autowu.optim._functional import check_capture
+from autowu.optim import checks
 from autowu.optim.lars import LARS
+from autowu.optim.layerwise import check_capture
 
 __all__ = ["TVLARS"]
 
@@ -63,6 +64,14 @@ class TVLARS(LARS):
         1
     """
 
+    ranges = LARS.ranges | {
+        "lmbda": checks.AT_LEAST_0,
+        "alpha": checks.ABOVE_0,
+        "delay": checks.FINITE,
+        "gamma_min": checks.AT_LEAST_0,
+        "max_norm": checks.ABOVE_0_OR_INF,
+    }
+
     def __init__(
         self,
         params: ParamsT,
@@ -82,9 +91,8 @@ class TVLARS(LARS):
         foreach: bool | None = None,
     ) -> None:
         own = {"lmbda": lmbda, "alpha": alpha, "delay": delay, "gamma_min": gamma_min, "max_norm": max_norm}
-        self._check(own)
-        if not 0 < eta < math.inf:
-            raise ValueError(f"eta={eta!r}: must be above 0 and finite")
+        checks.check(self.ranges, own)
+        checks.check({"eta": checks.ABOVE_0}, {"eta": eta})
         sgd = SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, foreach=foreach)
         sgd.defaults.update(own, capturable=capturable)
         super().__init__(sgd, eps, eta, foreach=foreach)
@@ -100,15 +108,6 @@ class TVLARS(LARS):
             params, lr, others: as for the class; what is given replaces the value of the preset.
         """
         return cls(params, lr, **{"alpha": 0.1, "delay": -1.0, "max_norm": 10.0, **others})
-
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
-        for name, positive in (("lmbda", False), ("alpha", True), ("gamma_min", False), ("max_norm", True)):
-            value = group.get(name, 1.0)
-            if not (value > 0 if positive else value >= 0) or (value == math.inf and name != "max_norm"):
-                raise ValueError(f"{name}={value!r}: must be {'above 0' if positive else 'at least 0'} and finite")
-        if not math.isfinite(delay := group.get("delay", 0.0)):
-            raise ValueError(f"delay={delay!r}: must be finite")
 
     def _complete(self, group: dict[str, Any]) -> None:
         for name in ("lmbda", "alpha", "delay", "gamma_min", "max_norm", "capturable"):

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from autowu.optim import _host
-from autowu.optim._functional import LayerNorms, is_capturing
-from autowu.optim._host import is_dense
+from autowu.optim.batches import Batch, LayerNorms, is_dense, note_writes
+from autowu.optim.engines import cpu
+from autowu.optim.rules import LARS_RULE, LambNumbers, LarsNumbers, Rule
 
 _logger = logging.getLogger(__name__)
 
@@ -28,17 +28,18 @@ _TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5
 """What a step of the kernels may be off from one on the CPU, by the dtypes that they take."""
 
 
-def have_kernels(params: list[Tensor], *others: list[Tensor]) -> bool:
-    """Whether the kernels can step parameters, given what goes with each; they cannot in float64.
+def takes(rule: Rule[Any], batch: Batch) -> bool:
+    """Whether the kernels can step a batch; they cannot in float64.
 
     While a graph is traced or captured they do not: the first has no use for them, the second would keep stale addresses.
     """
-    if not params or torch.compiler.is_compiling() or is_capturing():
+    params, *others = batch.columns[: rule.alike]
+    if not params or rule.name not in STEPS or batch.sharding is not None or torch.compiler.is_compiling() or is_capturing():
         return False
     # Column by column, which the host does several times faster than row by row.
     devices, dtypes = [param.get_device() for param in params], [param.dtype for param in params]
     return (
-        {type(param) for param in params} <= {Parameter, Tensor}
+        {type(param) for param in batch.params} <= {Parameter, Tensor}
         and set(dtypes) <= _TOLERANCE.keys()
         and all([other.dtype for other in column] == dtypes for column in others)
         and all([other.get_device() for other in column] == devices for column in others)
@@ -49,6 +50,18 @@ def have_kernels(params: list[Tensor], *others: list[Tensor]) -> bool:
             for param in dict(zip(zip(devices, dtypes, strict=True), params, strict=True)).values()
         )
     )
+
+
+def step(rule: Rule[Any], batch: Batch, numbers: Any) -> list[LayerNorms]:
+    """Take a step of a rule; norms and ratios of what adapts."""
+    note_writes(batch.params)
+    return STEPS[rule.name](batch.columns, numbers)
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is captured."""
+    on_cuda = not torch.compiler.is_compiling() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(on_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _are_laid_out_alike(params: list[Tensor], others: list[Tensor]) -> bool:
@@ -78,39 +91,45 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
 def _try(device: torch.device, dtype: torch.dtype) -> None:
     """Raise if a step here and one on the CPU in float32 differ: of two tensors, of a block and of several, even and not."""
     host = torch.device("cpu")
-    lr, coef = (torch.tensor(number, dtype=torch.float64, device=host) for number in (0.1, 0.01))
+    lr = torch.tensor(0.1, dtype=torch.float64, device=host)
     for sizes, rate in (((16, 8200), lr), ((37, 5001), lr.to(device))):
-
-        def draw(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = sizes) -> list[list[Tensor]]:
-            lines = [
-                [torch.linspace(low, 1.0, size, dtype=torch.float32, device=host) for size in sizes] for low in (-1, -0.5, 0.1, 0.2)
-            ]
-            return [[line.to(device, dtype, copy=True) for line in column] for column in lines]
-
-        (params, grads, buffers, _), theirs = draw(device, dtype), draw(host, torch.float32)
-        numbers = (1e-8, math.inf, 0.1, 0.9, 0.3, False, False, True)
-        lars_sgd_(params, grads, buffers, [False, False], rate, 0.01, *numbers)
-        _host.lars_sgd_(theirs[0], theirs[1], theirs[2], [False, False], lr, coef, *numbers)
-        lars_scale_(params, grads, 0.01, 1e-8, math.inf, 0.1, False)
-        for param, grad in zip(theirs[0], theirs[1], strict=True):
-            norms = float(param.norm()), float(grad.norm())
-            grad.add_(param, alpha=0.1).mul_(_host.lars_ratio(*norms, 0.01, 0.1, 1e-8, math.inf))
-        torch.testing.assert_close(
-            [tensor.to(host, torch.float32) for tensor in params + grads + buffers],
-            theirs[0] + theirs[1] + theirs[2],
-            rtol=_TOLERANCE[dtype],
-            atol=_TOLERANCE[dtype],
+        own, theirs = _drawn(sizes, device, dtype), _drawn(sizes, host, torch.float32)
+        lars = LarsNumbers(
+            coef=0.01, eps=1e-8, max_norm=math.inf, weight_decay=0.1, maximize=False, adapt=True, momentum=0.9, dampening=0.3
         )
-        (params, grads, firsts, seconds), theirs = draw(device, dtype), draw(host, torch.float32)
+        lars_sgd([*own[:3], [False, False]], lars._replace(lr=rate))
+        cpu.lars_sgd([*theirs[:3], [False, False]], lars._replace(lr=lr), cpu.Passes())
+        lars_scale(own[:2], lars)
+        for param, grad in zip(*theirs[:2], strict=True):
+            ratio = LARS_RULE.trust_ratio(float(param.norm()), float(grad.norm()), lars)
+            grad.add_(param, alpha=lars.weight_decay).mul_(ratio)
+        _assert_near(own[:3], theirs[:3], _TOLERANCE[dtype])
+        own, theirs = _drawn(sizes, device, dtype), _drawn(sizes, host, torch.float32)
         steps, their_steps = ([torch.ones((), dtype=torch.float32, device=place) for _ in sizes] for place in (device, host))
-        lamb_(params, grads, firsts, seconds, steps, rate, 0.9, 0.99, 1e-3, 0.1, 10.0, True, True)
-        _host.lamb_(theirs[0], theirs[1], theirs[2], theirs[3], their_steps, lr, 0.9, 0.99, 1e-3, 0.1, 10.0, True, True)
-        torch.testing.assert_close(
-            [tensor.to(host, torch.float32) for tensor in params + firsts + seconds],
-            theirs[0] + theirs[2] + theirs[3],
-            rtol=_TOLERANCE[dtype],
-            atol=_TOLERANCE[dtype],
+        lamb_numbers = LambNumbers(
+            lr=lr, beta1=0.9, beta2=0.99, eps=1e-3, weight_decay=0.1, max_trust_ratio=10.0, bias_correction=True, adapt=True
         )
+        lamb([*own, steps], lamb_numbers._replace(lr=rate))
+        cpu.lamb([*theirs, their_steps], lamb_numbers, cpu.Passes())
+        del own[1], theirs[1]
+        _assert_near(own, theirs, _TOLERANCE[dtype])
+
+
+def _drawn(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[list[Tensor]]:
+    """Four columns of tensors: parameters, gradients, and moments, the latter above 0."""
+    host = torch.device("cpu")
+    lines = [[torch.linspace(low, 1.0, size, dtype=torch.float32, device=host) for size in sizes] for low in (-1, -0.5, 0.1, 0.2)]
+    return [[line.to(device, dtype, copy=True) for line in column] for column in lines]
+
+
+def _assert_near(own: list[list[Tensor]], theirs: list[list[Tensor]], tolerance: float) -> None:
+    flat, others = ([tensor for column in columns for tensor in column] for columns in (own, theirs))
+    torch.testing.assert_close(
+        [tensor.to(other.device, other.dtype) for tensor, other in zip(flat, others, strict=True)],
+        others,
+        rtol=tolerance,
+        atol=tolerance,
+    )
 
 
 class _Launch(NamedTuple):
@@ -123,23 +142,24 @@ class _Launch(NamedTuple):
     even: bool
     fresh: bool
 
-    def over_blocks(self, kernel: Any, *args: Any, **constants: bool) -> None:
-        """Launch a kernel with a program for every block."""
+    def over_blocks(self, kernel: Any, *args: Any, **named: Any) -> None:
+        """Launch a kernel with a program for every block; `named` are numbers and constants of the kernel."""
         if blocks := len(self.owner):
             tensors = (self.table, self.owner, len(self.params), self.params[0])
             with torch.cuda.device_of(self.table):  # type: ignore[no-untyped-call]
-                kernel[(blocks,)](*tensors, *args, BLOCK=_BLOCK, EVEN=self.even, num_warps=_WARPS, **constants)
+                kernel[(blocks,)](*tensors, *args, BLOCK=_BLOCK, EVEN=self.even, num_warps=_WARPS, **named)
 
     def sums(self) -> Tensor:
         """Room for two sums of squares of every block."""
         return torch.empty(2, len(self.owner), dtype=torch.float32, device=self.table.device)
 
-    def ratios(self, kernel: Any, sums: Tensor, *numbers: float) -> LayerNorms:
+    def ratios(self, kernel: Any, sums: Tensor, **numbers: float) -> LayerNorms:
         """Norms and ratios of sums of squares."""
         count = len(self.params)
         stats = torch.empty(3, count, dtype=torch.float32, device=self.table.device)
         with torch.cuda.device_of(self.table):  # type: ignore[no-untyped-call]
-            kernel[(count,)](self.table, count, sums, len(self.owner), stats, *map(float, numbers), WIDTH=_WIDTH)
+            named = {name: float(number) for name, number in numbers.items()}
+            kernel[(count,)](self.table, count, sums, len(self.owner), stats, **named, WIDTH=_WIDTH)
         return LayerNorms(self.params, stats)
 
     def ones(self) -> Tensor:
@@ -203,108 +223,82 @@ def _sent(array: Any, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def _lars_ratios(launch: _Launch, coef: float, eps: float, max_norm: float, decay: float) -> LayerNorms:
-    from autowu.optim import _triton
+def _lars_ratios(launch: _Launch, numbers: LarsNumbers) -> LayerNorms:
+    from autowu.optim.engines import triton
 
     sums = launch.sums()
-    launch.over_blocks(_triton.norms, sums, len(launch.owner))
-    return launch.ratios(_triton.lars_ratios, sums, coef, decay, eps, max_norm)
+    launch.over_blocks(triton.norms, sums, len(launch.owner))
+    return launch.ratios(
+        triton.lars_ratios,
+        sums,
+        coef=float(numbers.coef),
+        decay=numbers.weight_decay,
+        eps=numbers.eps,
+        max_norm=numbers.max_norm,
+    )
 
 
-def lars_scale_(
-    params: list[Tensor], grads: list[Tensor], coef: float, eps: float, max_norm: float, decay: float, maximize: bool
-) -> list[LayerNorms]:
-    """Replace gradients by those that LARS gives to an optimizer.
-
-    Args:
-        params, grads: k parameters of :func:`have_kernels`, and k gradients.
-        coef: the trust coefficient.
-        max_norm: the norms count as this at most.
-        decay: the weight decay.
-        maximize: whether the optimizer will go up the gradients.
-    """
-    from autowu.optim import _triton
+def lars_scale(columns: list[list[Any]], numbers: LarsNumbers) -> list[LayerNorms]:
+    """Replace gradients by those that LARS gives to an optimizer. Columns: parameters and gradients."""
+    from autowu.optim.engines import triton
 
     taken = []
-    for launch in _launches((params, grads)):
-        taken.append(_lars_ratios(launch, coef, eps, max_norm, decay))
-        launch.over_blocks(_triton.scale, taken[-1].values, float(-decay if maximize else decay))
+    decay = float(-numbers.weight_decay if numbers.maximize else numbers.weight_decay)
+    for launch in _launches(columns):
+        taken.append(_lars_ratios(launch, numbers))
+        launch.over_blocks(triton.scale, taken[-1].values, decay=decay)
     return taken
 
 
-def lars_sgd_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    fresh: list[bool],
-    lr: float | Tensor,
-    coef: float,
-    eps: float,
-    max_norm: float,
-    weight_decay: float,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    maximize: bool,
-    adapt: bool,
-) -> list[LayerNorms]:
-    """A step of torch.optim.SGD on the gradients that LARS gives it; arguments as of the function of the same name on the host."""
-    from autowu.optim import _triton
+def lars_sgd(columns: list[list[Any]], numbers: LarsNumbers) -> list[LayerNorms]:
+    """A step of torch.optim.SGD on the gradients that LARS gives it; arguments as of the function of the same name of the CPU."""
+    from autowu.optim.engines import triton
 
     taken = []
+    params, grads, buffers, fresh = columns
     for launch in _launches((params, grads, *([buffers] if buffers else [])), fresh):
-        if adapt:
-            taken.append(_lars_ratios(launch, coef, eps, max_norm, weight_decay))
-        rate = launch.number(lr)
+        if numbers.adapt:
+            taken.append(_lars_ratios(launch, numbers))
+        rate = launch.number(numbers.lr)
         launch.over_blocks(
-            _triton.sgd,
-            taken[-1].values if adapt else launch.ones(),
-            rate,
-            float(weight_decay),
-            float(momentum),
-            float(dampening),
+            triton.sgd,
+            taken[-1].values if numbers.adapt else launch.ones(),
+            lr=rate,
+            decay=float(numbers.weight_decay),
+            momentum=float(numbers.momentum),
+            dampening=float(numbers.dampening),
             ADDRESS=isinstance(rate, Tensor),
             MOMENTUM=bool(buffers),
             FRESH=launch.fresh,
-            NESTEROV=nesterov,
-            MAXIMIZE=maximize,
+            NESTEROV=numbers.nesterov,
+            MAXIMIZE=numbers.maximize,
         )
     return taken
 
 
-def lamb_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    firsts: list[Tensor],
-    seconds: list[Tensor],
-    steps: list[Tensor],
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    max_trust_ratio: float,
-    bias_correction: bool,
-    adapt: bool,
-) -> list[LayerNorms]:
-    """A step of LAMB; arguments as of the function of the same name on the host."""
-    from autowu.optim import _triton
+def lamb(columns: list[list[Any]], numbers: LambNumbers) -> list[LayerNorms]:
+    """A step of LAMB; arguments as of the function of the same name of the CPU."""
+    from autowu.optim.engines import triton
 
     taken = []
+    *moving, steps = columns
     torch._foreach_add_(steps, 1)
-    for launch in _launches((params, grads, firsts, seconds), steps=steps):
-        if bias_correction:
+    beta1, beta2, eps, decay = (float(number) for number in (numbers.beta1, numbers.beta2, numbers.eps, numbers.weight_decay))
+    for launch in _launches(moving, steps=steps):
+        if numbers.bias_correction:
             counts = torch.stack(launch.steps).double()
             corrections = torch.stack((1 - beta1**counts, 1 - beta2**counts))
         else:
             corrections = launch.ones().double()
-        sums, rate = launch.sums(), launch.number(lr)
-        numbers = (float(1 - beta1), float(beta2), float(1 - beta2), float(eps), float(weight_decay))
-        launch.over_blocks(_triton.moments, sums, len(launch.owner), corrections, *numbers)
-        if adapt:
-            taken.append(launch.ratios(_triton.lamb_ratios, sums, max_trust_ratio))
-        stats = taken[-1].values if adapt else launch.ones()
-        launch.over_blocks(
-            _triton.lamb, stats, corrections, rate, float(eps), float(weight_decay), ADDRESS=isinstance(rate, Tensor)
-        )
+        sums, rate = launch.sums(), launch.number(numbers.lr)
+        shares = {"new1": 1 - beta1, "beta2": beta2, "new2": 1 - beta2}
+        launch.over_blocks(triton.moments, sums, len(launch.owner), corrections, **shares, eps=eps, decay=decay)
+        if numbers.adapt:
+            taken.append(launch.ratios(triton.lamb_ratios, sums, cap=numbers.max_trust_ratio))
+        stats = taken[-1].values if numbers.adapt else launch.ones()
+        launch.over_blocks(triton.lamb, stats, corrections, lr=rate, eps=eps, decay=decay, ADDRESS=isinstance(rate, Tensor))
     return taken
+
+
+STEPS: Final[dict[str, Callable[..., list[LayerNorms]]]] = {"lars": lars_sgd, "lamb": lamb}
+"""A rule's step by its name. That of LARS is with torch's SGD; around another optimizer there is :func:`lars_scale`."""

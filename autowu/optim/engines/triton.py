@@ -1,10 +1,12 @@
-"""Kernels over many tensors at once: what `_device.py` launches.
+"""Kernels over many tensors at once: what `gpu.py` launches.
 
 A program of theirs has a block of BLOCK elements of one of k tensors of one dtype; `owner` (blocks,) tells of which. `table`
 (3 + columns, k) has the size of each tensor, its first block, its number of blocks, and the addresses of it and of what goes with
 it; `like` is any tensor of the dtype. With EVEN, all addresses are divisible by 16 and all sizes by 8, so that loads may be wide;
 with ADDRESS, the LR is given by its address. Sums are made in an order that depends on nothing but sizes and EVEN.
 """
+# mypy: ignore-errors
+# A language of its own.
 
 import triton
 import triton.language as tl
@@ -55,11 +57,17 @@ def _norms(table, k, sums, blocks, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _adapts(weight, other):
+    """Whether there is a ratio of two norms; without one it counts as 1."""
+    return (weight > 0) & (other > 0)
+
+
+@triton.jit
 def _store(stats, k, weight, other, ratio):
     tensor = tl.program_id(0)
     tl.store(stats + tensor, weight)
     tl.store(stats + k + tensor, other)
-    tl.store(stats + 2 * k + tensor, ratio)
+    tl.store(stats + 2 * k + tensor, tl.where(_adapts(weight, other), ratio, 1.0))
 
 
 @triton.jit(do_not_specialize=["k", "blocks"])
@@ -67,19 +75,15 @@ def lars_ratios(table, k, sums, blocks, stats, coef, decay, eps, max_norm, WIDTH
     """Weight norm, gradient norm and trust ratio of LARS (3, k), a tensor each program."""
     weight, grad = _norms(table, k, sums, blocks, WIDTH)
     w, g = tl.minimum(weight, max_norm), tl.minimum(grad, max_norm)
-    adapts = (weight > 0) & (grad > 0)
-    ratio = tl.where(adapts, coef * w / tl.where(adapts, g + decay * w + eps, 1.0), 1.0)
-    _store(stats, k, weight, grad, ratio)
+    _store(stats, k, weight, grad, coef * w / tl.where(_adapts(weight, grad), g + decay * w + eps, 1.0))
 
 
 @triton.jit(do_not_specialize=["k", "blocks"])
 def lamb_ratios(table, k, sums, blocks, stats, cap, WIDTH: tl.constexpr):
     """Weight norm, update norm and trust ratio of LAMB (3, k), a tensor each program."""
     weight, update = _norms(table, k, sums, blocks, WIDTH)
-    adapts = (weight > 0) & (update > 0)
-    ratio = weight / tl.where(adapts, update, 1.0)
-    ratio = tl.where(ratio > cap, cap, ratio)
-    _store(stats, k, weight, update, tl.where(adapts, ratio, 1.0))
+    ratio = weight / tl.where(_adapts(weight, update), update, 1.0)
+    _store(stats, k, weight, update, tl.where(ratio > cap, cap, ratio))
 
 
 @triton.jit(do_not_specialize=["k"])

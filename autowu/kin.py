@@ -1,0 +1,59 @@
+"""What an optimizer is, by the names of its class and of the classes that it derives from, written small and without "_".
+
+So optimizers of any package are known without importing it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["FAMILIES", "family_of", "scale_free"]
+
+FAMILIES: Final[dict[str, tuple[str, ...]]] = {
+    "lars": ("lars", "larc", "tvlars", "wars"),
+    # All of ours that scale an update by the trust ratio derive from TrustScaled: LAMB, LANS, and a Muon.
+    "lamb": ("lamb", "lambc", "nvlamb", "fusedlamb", "lans", "trustscaled"),
+    "adam": (
+        *("adam", "adamw", "adamax", "adamp", "nadam", "nadamw", "radam", "adabelief", "adafactor", "adan", "adopt"),
+        *("sparseadam", "fusedadam", "adam8bit", "adamw8bit", "nadamlegacy", "radamlegacy", "adamwlegacy"),
+        *("rmsprop", "rmsproptf", "yogi", "lion", "novograd", "nvnovograd"),
+    ),
+    "sgd": ("sgd", "sgdw", "sgdp", "asgd", "nesterov", "fusedsgd"),
+}
+"""Names of classes by what their optimizers have in common: what an LR means to them."""
+
+_FAMILY_OF: Final = {name: family for family, names in FAMILIES.items() for name in names}
+_MUONS: Final = ("muon", "muonwithauxadam", "singledevicemuon", "singledevicemuonwithauxadam", "adamuon", "distributedmuon")
+_OTHERS: Final = ("adadelta", "rprop", "signsgd", "lionw", "laprop", "mars", "ademamix", "soap")
+
+
+def names_of(cls: type) -> list[str]:
+    """Names of a class and of its bases, nearest first."""
+    return [base.__name__.lower().replace("_", "") for base in cls.__mro__]
+
+
+def family_of(cls: type) -> str | None:
+    """Key of :data:`FAMILIES` for a class of optimizers; None if no name is known.
+
+    Example:
+        >>> import torch
+        >>> family_of(torch.optim.NAdam)
+        'adam'
+    """
+    return next((_FAMILY_OF[name] for name in names_of(cls) if name in _FAMILY_OF), None)
+
+
+def scale_free(cls: type) -> str | None:
+    """For optimizers to which a scale of the gradient means nothing, the class of ours that scales their update instead, else None.
+
+    They divide by the gradient's own size, or take its sign, or make it orthogonal.
+
+    Example:
+        >>> import torch
+        >>> scale_free(torch.optim.AdamW), scale_free(torch.optim.SGD)
+        ('LAMB', None)
+    """
+    names = names_of(cls)
+    if any(name in _MUONS for name in names):
+        return "Muon"
+    return "LAMB" if family_of(cls) in ("adam", "lamb") or any(name in _OTHERS for name in names) else None
