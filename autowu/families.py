@@ -7,6 +7,8 @@ from typing import Final
 
 from torch.optim import Optimizer
 
+from autowu.kin import family_of
+
 __all__ = ["LR_RANGES", "family", "lr_range", "peak_factor", "peak_lag", "wrapped_optimizer"]
 
 LR_RANGES: Final[dict[str, tuple[float, float]]] = {
@@ -23,18 +25,7 @@ _PEAK_FACTORS: Final = {"lars": 0.5, "lamb": 1 / 6}
 _PEAK_FACTOR: Final = 0.8
 _LAYERWISE: Final = ("lars", "lamb")
 
-_FAMILIES: Final[dict[str, tuple[str, ...]]] = {
-    "lars": ("lars", "larc", "tvlars", "wars"),
-    "lamb": ("lamb", "lambc", "nvlamb", "fusedlamb"),
-    "adam": (
-        *("adam", "adamw", "adamax", "adamp", "nadam", "nadamw", "radam", "adabelief", "adafactor", "adan", "adopt"),
-        *("sparseadam", "fusedadam", "adam8bit", "adamw8bit", "nadamlegacy", "radamlegacy", "adamwlegacy"),
-        *("rmsprop", "rmsproptf", "yogi", "lion", "novograd", "nvnovograd"),
-    ),
-    "sgd": ("sgd", "sgdw", "sgdp", "asgd", "nesterov", "fusedsgd"),
-}
 _WRAPPED: Final = ("optim", "_base_optimizer", "optimizer")  # torchlars and ours, timm, Accelerate
-_FAMILY_OF: Final = {name: family for family, names in _FAMILIES.items() for name in names}
 
 
 def family(optimizer: Optimizer) -> str:
@@ -48,8 +39,7 @@ def family(optimizer: Optimizer) -> str:
         >>> family(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
         'adam'
     """
-    names = (cls.__name__.lower().replace("_", "") for cls in type(optimizer).__mro__)
-    found = next((_FAMILY_OF[name] for name in names if name in _FAMILY_OF), "unknown")
+    found = family_of(type(optimizer)) or "unknown"
     wrapped = wrapped_optimizer(optimizer)
     if wrapped is not None and (found == "unknown" or family(wrapped) == "adam"):
         return family(wrapped)

@@ -34,7 +34,8 @@ def readable(state: Any, name: str, alone: bool, keys: Iterable[str]) -> Mapping
             state[key]
     except KeyError as error:
         raise ValueError(f"state_dict without {error}: the state is incomplete") from None
-    return state
+    upgraded: Mapping[str, Any] = state
+    return upgraded
 
 
 def _from_4(state: Mapping[str, Any], alone: bool) -> Mapping[str, Any]:
