@@ -66,17 +66,7 @@ OPTIM = {
     "lamb": ("layerwise", "rules"),
     "lans": ("batches", "engines.eager", "layerwise", "rules"),
     "muon": ("batches", "layerwise", "rules"),
-    "lars": (
-        "batches",
-        "checks",
-        "engines",
-        "engines.cpu",
-        "engines.cpu_loops",
-        "engines.eager",
-        "engines.gpu",
-        "layerwise",
-        "rules",
-    ),
+    "lars": ("batches", "checks", "engines", "engines.eager", "engines.gpu", "layerwise", "rules"),
     "tvlars": ("checks", "lars", "layerwise"),
 }
 
