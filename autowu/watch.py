@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from math import inf, isfinite, sqrt
+from math import inf, sqrt
 from typing import Any, Final
 
 __all__ = ["LossWatch"]
@@ -23,6 +23,8 @@ _NOISE_DECAY: Final = 0.95
 _NOISE: Final = 1 - _NOISE_DECAY
 _STANDARD_ERROR: Final = math.sqrt((1 - _DECAY) / (1 + _DECAY))
 """Of the exponential mean, in standard deviations of one loss."""
+_HUGE: Final = 1e150
+"""A loss from here on counts as not finite: the square of a difference would not be."""
 _SETTLING: Final = 20
 """Losses after which the mean of a run that was not put back has caught up with it."""
 _FADED: Final = math.sqrt(_NOISE_DECAY**11)
@@ -75,7 +77,7 @@ class LossWatch:
 
     def _begin(self, loss: float) -> None:
         """Take one of the losses that say where the run starts."""
-        if not math.isfinite(loss):
+        if not -_HUGE < loss < _HUGE:
             self.silent += loss != -math.inf
             return
         self.silent = 0
@@ -95,7 +97,7 @@ class LossWatch:
         start, best, mean, level, noise = self.start, self.best, self.mean, self.level, self.noise
         above, high, silent, settling, last, count = self.above, self.high, self.silent, self.settling, self.last, self.count
         for loss in losses:
-            if not isfinite(loss):
+            if not -_HUGE < loss < _HUGE:
                 silent += loss != -inf
                 continue
             silent = 0

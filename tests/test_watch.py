@@ -48,6 +48,20 @@ def first(said, which):
 EXPLODED, DIVERGED = 0, 1
 
 
+@given(st.lists(st.floats() | st.sampled_from([1e154, -1e155, 1.7e308, -1.7e308, 1e-320, MISSING]), max_size=60))
+def test_no_number_is_too_much(losses):
+    watch = LossWatch()
+    followed(losses, watch)
+    assert math.isfinite(watch.noise)
+    assert all(math.isfinite(number) for number in (watch.start, watch.mean, watch.level, watch.last))
+
+
+@pytest.mark.parametrize("huge", [1e151, 1.7e308, -1.7e308])
+def test_a_loss_whose_square_is_not_finite_counts_as_one_that_is_not(huge):
+    said = followed([huge] * 3, trained())
+    assert [flags[DIVERGED] for flags in said] == [False, False, True]
+
+
 # ---------------------------------------------------------------- what it takes for what
 
 
