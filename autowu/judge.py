@@ -20,7 +20,7 @@ from autowu.gp import MIN_LENGTHSCALE, ClosedFormGP, CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import GPyTorchGP, PublishedGP
 from autowu.history import LossHistory
 from autowu.phases import State, Verdict, verdict
-from autowu.ranks import Ranks
+from autowu.ranks import Heard, Ranks
 from autowu.schedules import decades
 from autowu.switching import MIN_LOSSES, SwitchDecision, decide
 
@@ -50,25 +50,26 @@ class Judge:
         self._next: Verdict | None = None  # of the first rank of several, to travel with the next test
         self._ranks, self._log = ranks, log
 
-    def test(self, config: Config, state: State, step: int, sound: torch.Tensor | None) -> tuple[Verdict | None, bool | None]:
-        """The verdict of all ranks on the first `step` losses, None for none, and whether the weights of all are finite.
+    def test(
+        self, config: Config, state: State, step: int, *, sound: torch.Tensor | None, flag: bool
+    ) -> tuple[Verdict | None, Heard]:
+        """The verdict of all ranks on the first `step` losses, None for none, and what else the ranks had to say.
 
-        The second is None where a rank cannot copy its weights. `sound` is what this rank has to say of its own, as
-        :meth:`~autowu.rollback.Rollback.sound` gives it.
+        `sound` and `flag` are what this rank tells the others, see :meth:`~autowu.ranks.Ranks.exchange`.
         """
         if self._ranks.alone:
             self._next = self._verdict(config, state, step)
-        said = None if self._next is None else [float(value) for value in astuple(self._next)]
-        missing, words, all_sound = self._ranks.exchange(self.history.staged, said, _WIDTH, sound)
+        words = None if self._next is None else [float(value) for value in astuple(self._next)]
+        heard = self._ranks.exchange(self.history.staged, words, _WIDTH, sound, flag)
         self.history.fold()
-        if missing and self._ranks.is_first:
-            few = f"{missing} losses of the {self._ranks.size} ranks were missing or not finite"
+        if heard.missing and self._ranks.is_first:
+            few = f"{heard.missing} losses of the {self._ranks.size} ranks were missing or not finite"
             self._log.once("rank", step, f"{few}; the mean is over the others")
         self._next, found = None, None
-        if words:
-            switch, votes, probability, lr, minimum = words
+        if heard.words:
+            switch, votes, probability, lr, minimum = heard.words
             found = self.last = Verdict(bool(switch), int(votes), probability, lr, minimum)
-        return found, all_sound
+        return found, heard
 
     def prepare(self, config: Config, state: State, step: int) -> None:
         """Of several ranks, have the first come to its verdict on the losses that the last test has averaged."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from autowu.history import MISSING
 
-__all__ = ["Ranks", "process_group"]
+__all__ = ["Heard", "Ranks", "process_group"]
 
 
 def process_group(name: str, group: Any) -> ProcessGroup:
@@ -28,6 +28,19 @@ def process_group(name: str, group: Any) -> ProcessGroup:
     if Ranks(group).number < 0:
         raise ValueError(f"{name}={group!r}: this rank is not in it; pass the group that it trains with, or None")
     return group
+
+
+class Heard(NamedTuple):
+    """What an exchange told this rank."""
+
+    missing: int
+    """How many of the losses of all ranks were not finite; 0 where there is one rank."""
+    words: list[float]
+    """What the first rank said, empty for nothing."""
+    sound: bool
+    """Whether the weights of all ranks are finite."""
+    flagged: bool
+    """Whether a rank has raised its flag."""
 
 
 class Ranks:
@@ -83,41 +96,33 @@ class Ranks:
         silent = torch.where(blown_sums > 0, math.nan, MISSING)
         return torch.cat([torch.where(counts > 0, sums / counts, silent), packed[-1:]])
 
-    def exchange(
-        self, losses: Tensor, said: Sequence[float] | None, width: int, sound: Tensor | None
-    ) -> tuple[int, list[float], bool | None]:
-        """Average `losses`, in place, and learn what the first rank has to say; one collective.
+    def exchange(self, losses: Tensor, words: Sequence[float] | None, width: int, sound: Tensor | None, flag: bool) -> Heard:
+        """Average `losses`, in place, and learn what the others have to say; one collective.
 
         Args:
             losses: (n,) the last losses of this rank, n the same on all ranks; those not finite are left out of the mean, which is
                 NaN where no rank has a finite one.
-            said: what this rank has to say, `width` numbers, or None; only the first rank is heard.
+            words: what this rank has to say, `width` numbers, or None; only the first rank is heard.
             width: how many numbers are said.
-            sound: (1,) 1.0 where this rank's weights are finite, NaN where they could not be copied, None where it does not matter.
-
-        Returns:
-            How many of the n losses of all ranks were not finite (0 where there is one rank), what the first rank said, empty for
-            nothing, and whether all ranks are sound, None where one could not copy.
+            sound: (1,) 1.0 where this rank's weights are finite, else 0.0; None where it does not matter.
+            flag: whether this rank raises its flag.
         """
         if self.alone:
-            return 0, list(said or ()), sound is None or _soundness(sound.item(), 1)
+            return Heard(0, list(words or ()), sound is None or bool(sound), flag)
         own = losses.new_ones(1) if sound is None else sound.to(losses)
-        heard = [1.0, *said] if self.is_first and said is not None else [0.0] * (width + 1)
+        spoken = [1.0, *words] if self.is_first and words is not None else [0.0] * (width + 1)
         finite = losses.isfinite()
-        packed = self.sum(torch.cat([torch.where(finite, losses, 0.0), finite.to(losses), own, losses.new_tensor(heard)]))
+        packed = torch.cat([torch.where(finite, losses, 0.0), finite.to(losses), own, losses.new_tensor([float(flag), *spoken])])
+        packed = self.sum(packed)
         n = len(losses)
         sums, counts = packed[: 2 * n].view(2, n)
         losses.copy_(sums / counts)  # 0 / 0 is NaN
-        number, sane, given, *words = torch.cat([counts.sum()[None], packed[2 * n :]]).tolist()
-        return self.size * n - int(number), words if given else [], _soundness(sane, self.size)
+        number, are_sound, flags, given, *heard = torch.cat([counts.sum()[None], packed[2 * n :]]).tolist()
+        return Heard(self.size * n - int(number), heard if given else [], are_sound == self.size, flags > 0)
 
 
 def _started() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _soundness(total: float, size: int) -> bool | None:
-    return None if math.isnan(total) else total == size
 
 
 def _device(device: torch.device, group: ProcessGroup | None) -> torch.device:

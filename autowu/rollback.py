@@ -42,7 +42,7 @@ class NoRollback:
         self._ranks = ranks
 
     def sound(self, step: int) -> Tensor | None:
-        """Whether all that would be copied is finite: (1,) 1.0 or 0.0, NaN where it cannot be copied; None where nothing would."""
+        """Whether all that would be copied is finite, and can be: (1,) 1.0 or 0.0; None where nothing would be copied."""
         return None
 
     def take(self, step: int, lr: float, level: float, share: float) -> None:
@@ -91,7 +91,7 @@ class Rollback(NoRollback):
 
     def sound(self, step: int) -> Tensor | None:
         sound = self._survived(step, Snapshot.sound)
-        return torch.full((1,), math.nan, dtype=torch.float64) if self.failed else sound
+        return torch.zeros(1, dtype=torch.float64) if self.failed else sound
 
     def take(self, step: int, lr: float, level: float, share: float) -> None:
         if self._newer.step is None or lr * share >= self._newer.lr:

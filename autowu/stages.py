@@ -111,12 +111,14 @@ class WarmUp:
             self._copy(step)
         return after, self
 
-    def _verdict(self, step: int, state: State) -> tuple[Verdict | None, bool | None]:
+    def _verdict(self, step: int, state: State) -> tuple[Verdict | None, bool]:
+        """The verdict of a test, None for none, and whether all that would be copied is finite on all ranks."""
         rollback = self.rooms.rollback
-        found, all_sound = self.rooms.judge.test(self.config, state, step, rollback.sound(step))
-        if all_sound is None:
+        sound = rollback.sound(step)
+        found, heard = self.rooms.judge.test(self.config, state, step, sound=sound, flag=rollback.failed)
+        if heard.flagged:
             rollback.give_up()
-        return found, all_sound
+        return found, heard.sound
 
     def _copy_before_the_first_fit(self, step: int) -> None:
         """In a warm-up of a dozen steps the minimum may be past by the first fit. Ranks have nothing to agree by before it."""

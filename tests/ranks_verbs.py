@@ -23,9 +23,8 @@ def main(folder):
     losses = torch.tensor(LOSSES[rank], dtype=torch.float64)
     average = ranks.average(losses, FLAGS[rank]).tolist()
     exchanged = losses.clone()
-    missing, said, all_sound = ranks.exchange(exchanged, SAID[rank], 2, None)
-    _, silent, one_is_not = ranks.exchange(losses.clone(), None, 2, torch.tensor([float(rank)]))
-    _, _, one_cannot_copy = ranks.exchange(losses.clone(), None, 2, torch.tensor([1.0 if rank else math.nan]))
+    first = ranks.exchange(exchanged, SAID[rank], 2, None, False)
+    second = ranks.exchange(losses.clone(), None, 2, torch.tensor([float(rank)]), FLAGS[rank])
     result = {
         "alone": ranks.alone,
         "number": ranks.number,
@@ -34,10 +33,11 @@ def main(folder):
         "agree": [ranks.all_agree(torch.tensor([float(rank)])), ranks.all_agree(torch.ones(1))],
         "average": average,
         "exchanged": exchanged.tolist(),
-        "missing": missing,
-        "said": said,
-        "silent": silent,
-        "sound": [all_sound, one_is_not, one_cannot_copy],
+        "missing": first.missing,
+        "said": first.words,
+        "silent": second.words,
+        "sound": [first.sound, second.sound],
+        "flagged": [first.flagged, second.flagged],
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()

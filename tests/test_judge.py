@@ -47,6 +47,10 @@ def judge_of(losses, gp=None, **arguments):
     return config, judge
 
 
+def judged(judge, config, state, step, sound=None, flag=False):
+    return judge.test(config, state, step, sound=sound, flag=flag)
+
+
 def valley(steps, lowest=60, noise=0.01):
     return (1 + np.abs(np.arange(steps) / lowest - 1) + noise * np.random.default_rng(0).normal(size=steps)).tolist()
 
@@ -54,20 +58,20 @@ def valley(steps, lowest=60, noise=0.01):
 def test_a_verdict_is_what_the_pure_parts_make_of_the_losses():
     losses = valley(120)
     config, judge = judge_of(losses)
-    found, all_sound = judge.test(config, State(votes=1), 120, None)
+    found, heard = judged(judge, config, State(votes=1), 120)
     expected = decide(ClosedFormGP(0.1).posterior(judge.history.curve(200)), 1, confidence=0.95, patience=2, min_contrast=6.0)
     assert judge.decision == expected
     assert (found.switch, found.votes, found.probability) == (True, 2, expected.probability)
     assert found.minimum == pytest.approx(60, abs=3)
     assert found.lr == pytest.approx(config.min_lr * (config.max_lr / config.min_lr) ** (found.minimum / 200))
-    assert (judge.last, all_sound) == (found, True)
+    assert (judge.last, heard.sound, heard.flagged) == (found, True, False)
 
 
 def test_a_fit_that_fails_is_no_verdict_and_the_last_one_stays():
     config, judge = judge_of(valley(80))
-    last, _ = judge.test(config, State(), 80, None)
+    last, _ = judged(judge, config, State(), 80)
     judge.gp = None  # raises in the fit, as any engine may
-    assert [judge.test(config, State(), 80, None)[0] for _ in range(3)] == [None] * 3
+    assert [judged(judge, config, State(), 80)[0] for _ in range(3)] == [None] * 3
     assert judge.last == last
     assert [event.kind for event in judge._log.events] == ["fit"]
 
@@ -75,7 +79,7 @@ def test_a_fit_that_fails_is_no_verdict_and_the_last_one_stays():
 def test_losses_that_are_not_finite_are_told_once():
     config, judge = judge_of([*valley(60), math.nan, math.inf])
     for _ in range(2):
-        judge.test(config, State(), 62, None)
+        judged(judge, config, State(), 62)
     assert [event.message for event in judge._log.events] == [
         "2 of 62 losses were missing or not finite; they are left out of the fit"
     ]
@@ -83,19 +87,22 @@ def test_losses_that_are_not_finite_are_told_once():
 
 def test_what_a_rank_says_of_its_weights_comes_back():
     config, judge = judge_of(valley(60))
-    assert [judge.test(config, State(), 60, torch.tensor([sound]))[1] for sound in (1.0, 0.0)] == [True, False]
+    heard = [
+        judged(judge, config, State(), 60, sound=torch.tensor([sound]), flag=flag)[1] for sound, flag in ((1.0, True), (0.0, False))
+    ]
+    assert [(each.sound, each.flagged) for each in heard] == [(True, True), (False, False)]
 
 
 def test_a_loaded_judge_comes_to_the_same_verdict():
     config, judge = judge_of(valley(100))
-    judge.test(config, State(), 100, None)
+    judged(judge, config, State(), 100)
     _, other = judge_of([], gp=ClosedFormGP(0.3))
     other.load_state_dict(judge.state_dict())
     assert (other.last, other.decision, repr(other.gp)) == (judge.last, judge.decision, repr(judge.gp))
     np.testing.assert_array_equal(other.posterior.mean, judge.posterior.mean)
     for which in (judge, other):
         which.history.append(1.7)
-    assert other.test(config, State(), 101, None) == judge.test(config, State(), 101, None)
+    assert judged(other, config, State(), 101) == judged(judge, config, State(), 101)
 
 
 def test_the_length_scale_of_an_engine_that_is_named_is_half_a_decade_of_lr():

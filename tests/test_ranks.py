@@ -20,8 +20,8 @@ def test_of_one_rank_every_verb_is_the_identity():
     torch.testing.assert_close(ranks.average(losses, True)[:3], losses, equal_nan=True)
     assert [ranks.average(losses, flag)[3].item() for flag in (True, False)] == [1.0, 0.0]
     before = losses.clone()
-    assert ranks.exchange(losses, [1.0, 2.0], 2, None) == (0, [1.0, 2.0], True)
-    assert ranks.exchange(losses, None, 2, torch.zeros(1)) == (0, [], False)
+    assert ranks.exchange(losses, [1.0, 2.0], 2, None, False) == (0, [1.0, 2.0], True, False)
+    assert ranks.exchange(losses, None, 2, torch.zeros(1), True) == (0, [], False, True)
     torch.testing.assert_close(losses, before, equal_nan=True)
 
 
@@ -55,8 +55,9 @@ def test_of_two_ranks_losses_are_averaged_over_those_that_are_finite(of_two):
         assert heard["missing"] == sum(not math.isfinite(value) for values in LOSSES for value in values)
 
 
-def test_of_two_ranks_only_the_first_is_heard_and_one_that_is_not_sound_counts(of_two):
+def test_of_two_ranks_only_the_first_is_heard_and_one_that_is_not_sound_or_raises_its_flag_counts(of_two):
     for heard in of_two:
         assert heard["said"] == SAID[0]
         assert heard["silent"] == []
-        assert heard["sound"] == [True, False, None]
+        assert heard["sound"] == [True, False]
+        assert heard["flagged"] == [False, True]
