@@ -1,4 +1,4 @@
-"""Pure: checks of arguments. Each takes an argument's name and value and gives the value back, or says what is wrong with it.
+"""Pure: checks of arguments and losses, which give the value back or say what is wrong with it.
 
 The errors name the argument, its value and what it may be: a TypeError for a wrong type, a ValueError for a wrong value.
 """
@@ -12,9 +12,25 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-__all__ = ["Check", "between", "count", "device", "flag", "fraction", "integer", "loss", "one_of", "optional", "positive", "share"]
+__all__ = [
+    "Check",
+    "between",
+    "count",
+    "device",
+    "flag",
+    "fraction",
+    "integer",
+    "loss",
+    "one_of",
+    "optional",
+    "positive",
+    "process_group",
+    "share",
+]
 
 Check: TypeAlias = Callable[[str, Any], Any]
 
@@ -82,6 +98,15 @@ def device(name: str, value: Any) -> torch.device:
         return torch.device(value)
     except RuntimeError as error:
         raise ValueError(f"{name}={value!r}: must be a torch device or None ({error})") from None
+
+
+def process_group(name: str, value: Any) -> ProcessGroup:
+    """A process group that has this rank."""
+    if not isinstance(value, ProcessGroup):
+        raise TypeError(f"{name}={value!r}: must be a torch.distributed.ProcessGroup that has this rank, or None")
+    if dist.get_rank(value) < 0:
+        raise ValueError(f"{name}={value!r}: this rank is not in it; pass the group that it trains with, or None")
+    return value
 
 
 def loss(value: Any) -> float | Tensor:

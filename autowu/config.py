@@ -14,10 +14,9 @@ from typing import Any, Final
 from torch import nn
 from torch.optim import Optimizer
 
-from autowu.checks import Check, between, count, device, flag, fraction, integer, one_of, optional, positive, share
+from autowu.checks import Check, between, count, device, flag, fraction, integer, one_of, optional, positive, process_group, share
 from autowu.families import lr_range, peak_factor, peak_lag
 from autowu.gp import LossCurveGP
-from autowu.ranks import process_group
 from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, decades
 
 __all__ = ["ARGUMENTS", "PUBLISHED", "Config", "checked", "configure", "cooldown_start", "extended", "forked"]
@@ -179,7 +178,8 @@ def configure(arguments: Mapping[str, Any]) -> Config:
         "test_interval": interval or max(1, round(limit / TESTS_PER_WARMUP)),
         "peak_factor": factor,
     }
-    return Config(**{field.name: (arguments | resolved)[field.name] for field in fields(Config)})  # type: ignore[operator]
+    values = {**arguments, **resolved}
+    return Config(**{field.name: values[field.name] for field in fields(Config)})
 
 
 def _total_steps(steps_per_epoch: int | None, total_epochs: int | None, total_steps: int | None) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["GroupLRs"]
+__all__ = ["GroupLRs", "write_lrs"]
 
 
 class GroupLRs:
@@ -19,8 +19,7 @@ class GroupLRs:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._part()
+        _part(optimizer)
         groups = optimizer.param_groups
         initial = [float(group.get("initial_lr", group["lr"])) for group in groups]
         self.largest = max(initial, default=0.0)
@@ -32,14 +31,14 @@ class GroupLRs:
         """The LR of each group where that of the group with the largest is `lr`."""
         return [lr * ratio for ratio in self._ratios]
 
-    def join(self) -> list[float | Tensor]:
+    def join(self, optimizer: Optimizer) -> list[float | Tensor]:
         """Give the groups added since the last step their ratio: of their LR to the first group's now; their initial LRs."""
-        groups = self._optimizer.param_groups
+        groups = optimizer.param_groups
         if len(self._ratios) == len(groups):
             return []
-        self._part()
+        _part(optimizer)
         late = groups[len(self._ratios) :]
-        first, default = float(groups[0]["lr"]), self._optimizer.defaults.get("lr")
+        first, default = float(groups[0]["lr"]), optimizer.defaults.get("lr")
         for group in late:
             lr = float(group["lr"])
             plain = default is not None and lr == float(default)
@@ -47,24 +46,6 @@ class GroupLRs:
             self._ratios.append(ratio * self._ratios[0] * group.get("lr_scale", 1.0))
             group.setdefault("initial_lr", group["lr"])
         return [group["initial_lr"] for group in late]
-
-    def write(self, lrs: Sequence[float | Tensor]) -> list[float | Tensor]:
-        """Set the LRs of the groups; copies of them."""
-        for group, lr in zip(self._optimizer.param_groups, lrs, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-        return [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in self._optimizer.param_groups]
-
-    def _part(self) -> None:
-        """Give every parameter group a tensor LR of its own: groups that took the optimizer's default share one."""
-        seen: set[int] = set()
-        for group in self._optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                if id(group["lr"]) in seen:
-                    group["lr"] = group["lr"].clone()
-                seen.add(id(group["lr"]))
 
     def state_dict(self) -> dict[str, Any]:
         return {"ratios": list(self._ratios), "largest": self.largest}
@@ -75,3 +56,23 @@ class GroupLRs:
         scale = saved[0] / (self._ratios[0] or 1.0)
         self._ratios = [*saved, *(ratio * scale for ratio in self._ratios[len(saved) :])]
         self.largest = state["largest"]
+
+
+def write_lrs(optimizer: Optimizer, lrs: Sequence[float | Tensor]) -> list[float | Tensor]:
+    """Set the LRs of the groups; copies of them."""
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+    return [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in optimizer.param_groups]
+
+
+def _part(optimizer: Optimizer) -> None:
+    """Give every parameter group a tensor LR of its own: groups that took the optimizer's default share one."""
+    seen: set[int] = set()
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            if id(group["lr"]) in seen:
+                group["lr"] = group["lr"].clone()
+            seen.add(id(group["lr"]))

@@ -58,12 +58,8 @@ class LossHistory:
         """Whether reading the losses waits for no device."""
         return self._array is not None
 
-    def append(self, loss: float | Tensor) -> bool:
-        """Append the loss of one optimizer step; whether the next will fold what is staged.
-
-        Args:
-            loss: a float or a tensor of one element; :data:`MISSING` where there was none.
-        """
+    def append(self, loss: float | Tensor) -> None:
+        """Append the loss of one optimizer step: a float or a tensor of one element; :data:`MISSING` where there was none."""
         slot = self.steps - self._folded
         if slot == self._room:
             self.fold()
@@ -73,7 +69,6 @@ class LossHistory:
         else:
             self._append_tensor(slot, loss)
         self.steps += 1
-        return slot + 1 == self._room
 
     def _append_tensor(self, slot: int, loss: float | Tensor) -> None:
         """Put a loss that is a tensor, or that goes where one was, without a synchronisation."""
@@ -83,17 +78,6 @@ class LossHistory:
             self._staged[slot].copy_(loss.detach().view(()))
         else:
             self._staged[slot].fill_(loss)
-
-    def last(self, count: int) -> list[float]:
-        """The last `count` of the losses that are staged; waits for the device where they are not on the host."""
-        stop = self.steps - self._folded
-        room = self._staged if self._array is None else self._array
-        values: list[float] = room[stop - count : stop].tolist()
-        return values
-
-    def forget(self) -> None:
-        """Drop what is staged: it has been read, and no curve is wanted."""
-        self.steps = self._folded
 
     @property
     def staged(self) -> Tensor:

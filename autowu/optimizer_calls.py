@@ -30,28 +30,27 @@ class OptimizerCalls:
 
     def __init__(self, optimizer: Optimizer, log: EventLog) -> None:
         self.skipped = 0
-        self._optimizer, self._log = optimizer, log
+        self._hooked, self._log = optimizer, log
         self._sees_calls = False  # after a step that trained something
         self._sees_past_wrapper = False
         self._hook()
 
-    def took_step(self, step: int) -> bool:
+    def took_step(self, optimizer: Optimizer, step: int) -> bool:
         """Whether `step` is one: the optimizer was called since the last time that this was asked."""
-        optimizer = self._optimizer
         is_wrapped = hasattr(optimizer.step, "_wrapped_by_lr_sched")
         if getattr(optimizer, "_opt_called", False) is True:
             optimizer._opt_called = _READ  # type: ignore[attr-defined]
             if not self._sees_calls:
-                self._sees_calls = bool(optimizer.state) or bool(self._gradients())
+                self._sees_calls = bool(optimizer.state) or bool(_gradients(optimizer))
             if not is_wrapped:
                 self._sees_past_wrapper = True
-        elif self._means_something(step, is_wrapped):
+        elif self._means_something(optimizer, step, is_wrapped):
             self.skipped += 1
             return False
         self.skipped = 0
         return True
 
-    def _means_something(self, step: int, is_wrapped: bool) -> bool:
+    def _means_something(self, optimizer: Optimizer, step: int, is_wrapped: bool) -> bool:
         """Whether the absence of the flag does: whether the optimizer skipped a step.
 
         Nothing follows from it before a step was seen that trained something: the optimizer may have been called past the flag, the
@@ -65,14 +64,11 @@ class OptimizerCalls:
             return False
         if self._sees_calls:
             return True
-        return any(not (g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in self._gradients())
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return any(not (g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in _gradients(optimizer))
 
     def _hook(self) -> bool:
         with contextlib.suppress(AttributeError):  # some optimizers skip the constructor that makes room for hooks
-            self._optimizer.register_step_post_hook(_note_call)
+            self._hooked.register_step_post_hook(_note_call)
             return True
         return False
 
@@ -86,6 +82,10 @@ class OptimizerCalls:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.skipped = state["skipped"]
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _note_call(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

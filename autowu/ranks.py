@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,16 +18,7 @@ from torch.distributed import ProcessGroup
 
 from autowu.history import MISSING
 
-__all__ = ["Heard", "Ranks", "process_group"]
-
-
-def process_group(name: str, group: Any) -> ProcessGroup:
-    """The check of a process group that has this rank."""
-    if not isinstance(group, ProcessGroup):
-        raise TypeError(f"{name}={group!r}: must be a torch.distributed.ProcessGroup that has this rank, or None")
-    if Ranks(group).number < 0:
-        raise ValueError(f"{name}={group!r}: this rank is not in it; pass the group that it trains with, or None")
-    return group
+__all__ = ["Heard", "Ranks"]
 
 
 class Heard(NamedTuple):

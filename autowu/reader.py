@@ -1,8 +1,8 @@
 """State: losses on their way to the watch, in blocks.
 
-Those on the host of a single rank are read in blocks of 10 steps too, but at once where one of them could matter: what the watch
-says is the same as if it had followed each at its step. Those on a device, or spread over ranks, are read when the next block is
-full: by then they have arrived, and nothing waits. In a process group a block is averaged in a collective of its own, because a
+Those on the host of a single rank wait until there are 10, but for one that could matter: what the watch says is the same as if it
+had followed each at its step. Those on a device, or spread over ranks, are read in blocks of 10 steps, each when the next is full:
+by then they have arrived, and nothing waits. In a process group a block is averaged in a collective of its own, because a
 divergence must not wait for the next test, and there are no tests after the switch.
 """
 
@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autowu.history import LossHistory
 from autowu.ranks import Ranks
-from autowu.watch import LossWatch
+from autowu.watch import BLOCK, HUGE, LossWatch
 
-__all__ = ["BLOCK", "LateRead", "Reader"]
-
-BLOCK: Final = 10
-"""Steps after which losses are read."""
+__all__ = ["LateRead", "Reader"]
 
 
 class LateRead:
@@ -61,70 +58,82 @@ class Reader:
         self.watch = LossWatch()
         self.flagged = False
         self._ranks = ranks
-        self._looked_at = 0
+        self._looked_at = 0  # step
         self._pending: LateRead | None = None
-        self._low = math.inf  # the lowest loss that was not read yet, or the best mean
+        self._unread: list[float] = []  # losses on the host that may wait
+        self._low = math.inf  # the lowest of them, or the best mean
         self._quiet = -math.inf  # a loss at most this may wait
 
-    def read(
-        self, step: int, loss: float | Tensor, losses: LossHistory, *, flag: bool, due: bool = False, look: bool = False
-    ) -> int | None:
-        """Have the watch follow the losses since the last look, where a block of them is full, or something may come of one.
+    def follows_at_once(self, loss: float | Tensor, losses: LossHistory) -> bool:
+        """Whether a loss that goes with `losses` need not travel: it is on the host of a single rank."""
+        return losses.on_host and not isinstance(loss, Tensor) and self._ranks.alone
+
+    def follow(self, step: int, loss: float, *, look: bool = False) -> int | None:
+        """Follow a loss on the host. It may wait for others where nothing can come of it and nobody wants to `look` at the watch.
+
+        Returns:
+            The step of the look before, always that before `step`; None where the loss waits.
+        """
+        self._looked_at = step
+        self._unread.append(loss)
+        if not look and -HUGE < loss <= self._quiet and len(self._unread) < BLOCK:
+            if loss < self._low:
+                self._low, self._quiet = loss, self.watch.quiet(loss)
+            return None
+        self.catch_up()
+        self._low = self.watch.best
+        self._quiet = self.watch.quiet(self._low)
+        return step - 1
+
+    def read_block(self, step: int, losses: LossHistory, *, flag: bool, due: bool = False) -> int | None:
+        """Send the block that ends with `step` on its way, where it is full or `due`, and follow the one before.
 
         Args:
             step: optimizer steps taken.
-            loss: of the last of them.
-            losses: the last of them staged, `loss` among them.
+            losses: the last of them staged.
             flag: what this rank tells the others, see :attr:`flagged`.
             due: whether the block ends here, full or not.
-            look: the same, for a block that is on the host of a single rank.
 
         Returns:
-            The step of the look before; None where nothing was read.
+            The step of the look before; None where the block is not full.
         """
+        if self._unread:  # until now there was one rank, or the losses were on the host
+            self.catch_up()
         if step - self._looked_at < BLOCK and not due:
-            if not losses.on_host:
-                return None
-            if not look and -math.inf < loss <= self._quiet:
-                if loss < self._low:
-                    self._low = float(loss)
-                    self._quiet = self.watch.quiet(self._low)
-                return None
-            if not self._ranks.alone:
-                return None
-        if step == self._looked_at:
             return None
-        unread = step - self._looked_at
-        before, self._pending = self._pending, None
-        if losses.on_host and self._ranks.alone:
-            self._follow(before)
-            self.watch.follow(losses.last(unread))
-            self._low = self.watch.best
-            self._quiet = self.watch.quiet(self._low)
-        else:
-            self._pending = LateRead(self._ranks.average(losses.staged[-unread:], flag))
-            self._follow(before)
+        block = self._ranks.average(losses.staged[self._looked_at - step :], flag)
+        before, self._pending = self._pending, LateRead(block)
+        self._follow(before)
         since, self._looked_at = self._looked_at, step
         return since
 
     def catch_up(self) -> None:
-        """Follow what is on its way; waits for the device."""
+        """Follow all that waits or is on its way; waits for the device."""
         before, self._pending = self._pending, None
         self._follow(before)
+        self.watch.follow(self._unread)
+        self._unread.clear()
+
+    def follow_skipped(self, loss: float) -> None:
+        """Follow a loss that is of no step."""
+        self.watch.follow([*self._unread, loss])
+        self.forget()
 
     def go_back(self, level: float | None) -> None:
         """The run was put back to where the loss was `level`; None where it goes on from here."""
         self.watch.go_back(level)
-        self._pending, self._quiet = None, -math.inf
+        self.forget()
 
     def begin(self, step: int, level: float | None) -> None:
         """The run begins anew at `step`, after the switch, at a loss of `level`; None where it goes on from here."""
         self.watch.go_back(level, settling=0)
-        self._pending, self._quiet, self._looked_at = None, -math.inf, step
+        self.forget()
+        self._looked_at = step
 
-    def end(self) -> None:
-        """Nothing is watched any longer."""
-        self._pending = None
+    def forget(self) -> None:
+        """What was not followed yet is wanted no longer."""
+        self._pending, self._quiet = None, -math.inf
+        self._unread.clear()
 
     def _follow(self, block: LateRead | None) -> None:
         if block is None:
@@ -137,10 +146,12 @@ class Reader:
         return {
             "watch": self.watch.state_dict(),
             "looked_at": self._looked_at,
+            "unread": list(self._unread),
             "pending": None if self._pending is None else self._pending.get(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.watch.load_state_dict(state["watch"])
-        self._looked_at, self._quiet, pending = state["looked_at"], -math.inf, state["pending"]
+        self.forget()
+        self._looked_at, self._unread, pending = state["looked_at"], list(state["unread"]), state["pending"]
         self._pending = None if pending is None else LateRead(torch.tensor(pending, dtype=torch.float64))

@@ -48,7 +48,7 @@ class NoRollback:
     def take(self, step: int, lr: float, level: float, share: float) -> None:
         """In the warm-up: copy the run, over the older copy, if a `share` of the LR is no less than the LR of the newer."""
 
-    def renew(self, step: int, lr: float, level: float) -> None:
+    def renew(self, step: int, level: float) -> None:
         """After the switch: copy the run over the newer copy, if it is sound on all ranks."""
 
     def keep_one(self, lr: float = math.inf) -> None:
@@ -91,19 +91,19 @@ class Rollback(NoRollback):
 
     def sound(self, step: int) -> Tensor | None:
         sound = self._survived(step, Snapshot.sound)
-        return torch.zeros(1, dtype=torch.float64) if self.failed else sound
+        return torch.zeros(1, dtype=torch.float64, device=self._newer.place) if self.failed else sound
 
     def take(self, step: int, lr: float, level: float, share: float) -> None:
         if self._newer.step is None or lr * share >= self._newer.lr:
             self._newer, self._older = self._older, self._newer
             self._survived(step, lambda newer: newer.take(step, lr, level))
 
-    def renew(self, step: int, lr: float, level: float) -> None:
+    def renew(self, step: int, level: float) -> None:
         if not self.able:
             return
         sound = self.sound(step)
         if sound is not None and self._ranks.all_agree(sound):
-            self._survived(step, lambda newer: newer.take(step, lr, level))
+            self._survived(step, lambda newer: newer.take(step, level=level))
 
     def keep_one(self, lr: float = math.inf) -> None:
         if self._newer.step is not None and self._newer.lr > lr and self._older.step is not None:
@@ -135,7 +135,7 @@ class Rollback(NoRollback):
         return {"newer": self._newer.state_dict(), "older": self._older.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        newer, older = (None, None) if state is None else (state["newer"], state["older"])
+        newer, older = (None, None) if state is None or not self.able else (state["newer"], state["older"])
         self._newer.load_state_dict(newer)
         self._older.load_state_dict(older)
 

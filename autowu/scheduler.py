@@ -19,7 +19,7 @@ from autowu.config import PUBLISHED, Config, checked, configure, cooldown_start,
 from autowu.events import EventLog
 from autowu.gp import CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import PublishedGP
-from autowu.group_lrs import GroupLRs
+from autowu.group_lrs import GroupLRs, write_lrs
 from autowu.history import LossHistory
 from autowu.judge import Judge, engine
 from autowu.micro_batches import MicroBatches
@@ -193,6 +193,16 @@ class AutoWU(LRScheduler):
         """The engine."""
         return self._rooms.judge.gp
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the GP does its sums; None for the device of the losses."""
+        return self._rooms.judge.device
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that train together; None for the default group."""
+        return self._rooms.ranks.group
+
     def lr_at(self, step: int) -> float:
         """LR of optimizer step `step` by all that is known now, of the parameter group with the largest LR.
 
@@ -242,9 +252,9 @@ class AutoWU(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """LR of the coming optimizer step for each parameter group, as torch's schedulers compute it inside `step`."""
-        if late := self._groups.join():
+        if late := self._groups.join(self.optimizer):
             self.base_lrs += late
-        return self._groups.of(base_lr(self.config, self._state, self.last_epoch))
+        return self._groups.of(self.lr_at(self.last_epoch))
 
     def observe(self, loss: float | Tensor) -> None:
         """Record the loss of one micro-batch; the loss of an optimizer step is the mean of those observed since the last one.
@@ -299,7 +309,7 @@ class AutoWU(LRScheduler):
     def _step(self, loss: float | Tensor | None) -> None:
         loss = self._micro_batches.loss_of_step(loss)
         step, before = self.last_epoch + 1, self._state
-        if self._calls.took_step(step):
+        if self._calls.took_step(self.optimizer, step):
             self._state, self._stage = self._stage.after_step(step, loss, before)
             LRScheduler.step(self)
         else:
@@ -314,7 +324,7 @@ class AutoWU(LRScheduler):
 
     def _write_lrs(self) -> None:
         """Set the LRs of the coming step: a restored run must not depend on the order in which its parts were restored."""
-        self._last_lr = self._groups.write(self.get_lr())
+        self._last_lr = write_lrs(self.optimizer, self.get_lr())
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on, as plain types and tensors, loadable with ``torch.load(weights_only=True)``.

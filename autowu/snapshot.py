@@ -57,6 +57,11 @@ class Snapshot:
         self._rest = copy.deepcopy(rest)
         self.step, self.lr, self.level = step, lr, level
 
+    @property
+    def place(self) -> torch.device:
+        """Where what is copied lies, by the first parameter."""
+        return next((parameter.device for parameter in self._parameters()), torch.device("cpu"))
+
     @torch.no_grad()
     def sound(self) -> Tensor:
         """Whether all that :meth:`take` would copy is finite, buffers at least no NaN: 1.0 or 0.0 on its device, (1,).
@@ -65,7 +70,7 @@ class Snapshot:
         """
         tensors = {key: t for key, t in self._live()[0].items() if t.is_floating_point() and t.numel() > 0}
         if not tensors:  # a shard may be empty
-            return torch.ones(1, dtype=torch.float64)
+            return torch.ones(1, dtype=torch.float64, device=self.place)
         device = next(iter(tensors.values())).device
         norms = torch._foreach_norm(list(tensors.values()), math.inf)
         is_buffer = torch.tensor([key[0] == "buffer" for key in tensors]).to(device, non_blocking=True)

@@ -22,7 +22,6 @@ from autowu.phases import (
     Switch,
     Verdict,
     after_test,
-    base_lr,
     end_plateau_epoch,
     falls,
     is_test_due,
@@ -34,9 +33,10 @@ from autowu.phases import (
     watch_is_over,
 )
 from autowu.ranks import Ranks
-from autowu.reader import BLOCK, Reader
+from autowu.reader import Reader
 from autowu.rollback import NoRollback, Restored
 from autowu.switching import MIN_LOSSES
+from autowu.watch import BLOCK
 
 __all__ = ["AfterSwitch", "Rooms", "Stage", "WarmUp", "stage_of"]
 
@@ -71,15 +71,21 @@ class WarmUp:
 
     def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
         """Take the loss of the `step`-th optimizer step."""
-        config, rooms = self.config, self.rooms
-        history, due = rooms.judge.history, is_test_due(config, state, step)
-        full = history.append(loss)
-        if config.watch and rooms.reader.read(step, loss, history, flag=rooms.rollback.failed, due=due or full) is not None:
-            if rooms.reader.flagged:
-                rooms.rollback.give_up()
-            if rooms.reader.watch.exploded:
-                return self._explode(step, state)
+        rooms, due = self.rooms, is_test_due(self.config, state, step)
+        rooms.judge.history.append(loss)
+        if self.config.watch and self._read(step, loss, due) is not None and rooms.reader.watch.exploded:
+            return self._explode(step, state)
         return self._test(step, state) if due else (state, self)
+
+    def _read(self, step: int, loss: float | Tensor, due: bool) -> int | None:
+        """Have the watch follow the loss; None where it has not followed any."""
+        reader, history, rollback = self.rooms.reader, self.rooms.judge.history, self.rooms.rollback
+        if reader.follows_at_once(loss, history):
+            return reader.follow(step, float(loss), look=due)
+        since = reader.read_block(step, history, flag=rollback.failed, due=due)
+        if reader.flagged:
+            rollback.give_up()
+        return since
 
     def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
         """Take the loss of a step that the optimizer did not take, the `skipped`-th in a row, `step` having been taken.
@@ -88,10 +94,8 @@ class WarmUp:
         """
         if skipped % _SKIPPED or not self.config.watch or not self.rooms.ranks.alone:
             return state, self
-        self.rooms.reader.read(step, loss, self.rooms.judge.history, flag=False, look=True)
-        watch = self.rooms.reader.watch
-        watch.push(loss.item() if isinstance(loss, Tensor) else loss)
-        return self._explode(step, state) if watch.exploded else (state, self)
+        self.rooms.reader.follow_skipped(float(loss))
+        return self._explode(step, state) if self.rooms.reader.watch.exploded else (state, self)
 
     def _test(self, step: int, state: State) -> tuple[State, Stage]:
         """The test that is due."""
@@ -201,7 +205,7 @@ class AfterSwitch:
 
     def end_watch(self, state: State) -> State:
         """The state of a run that is not watched any longer."""
-        self.rooms.reader.end()
+        self.rooms.reader.forget()
         self.rooms.rollback.free()
         return replace(state, watched=False)
 
@@ -223,17 +227,19 @@ class AfterSwitch:
         if since // BLOCK < step // BLOCK and watch_is_over(self.config, state, step):
             return self.end_watch(state)
         if copy_is_due and reader.watch.near_best:
-            rollback.renew(step, base_lr(self.config, state, step), reader.watch.level)
+            rollback.renew(step, reader.watch.level)
         return state
 
     def _read(self, step: int, loss: float | Tensor) -> int | None:
         """Have the watch follow the loss; the step of the look before, None where it has not followed any."""
         reader, rollback = self.rooms.reader, self.rooms.rollback
+        if reader.follows_at_once(loss, self._losses):
+            look = step % BLOCK == 0 or (rollback.able and step % self.config.test_interval == 0)
+            return reader.follow(step, float(loss), look=look)
         self._losses.append(loss)
-        look = step % BLOCK == 0 or (rollback.able and step % self.config.test_interval == 0)
-        since = reader.read(step, loss, self._losses, flag=rollback.failed, look=look)
+        since = reader.read_block(step, self._losses, flag=rollback.failed)
         if since is not None:
-            self._losses.forget()  # they have been read
+            self._losses.fold()  # they have been read
             self._heed_flag()
         return since
 

@@ -15,7 +15,8 @@ VERSION: Final = 5
 
 
 def readable(state: Any, name: str, alone: bool, keys: Iterable[str]) -> Mapping[str, Any]:
-    """A saved state of a scheduler of class `name`, as one of :data:`VERSION` with `keys`; `alone`: for a run of one rank.
+    """A saved state of a scheduler of class `name`, as one of :data:`VERSION` with `keys`; `alone`: for a run of one rank,
+    as the run that saved it was.
 
     Raises:
         TypeError: if it is no dictionary.
@@ -30,10 +31,10 @@ def readable(state: Any, name: str, alone: bool, keys: Iterable[str]) -> Mapping
             state = _from_4(state, alone)
         elif version != VERSION:
             raise ValueError(f"version={version!r}: this autowu reads versions 4 and {VERSION}")
-        for key in keys:
-            state[key]
     except KeyError as error:
         raise ValueError(f"state_dict without {error}: the state is incomplete") from None
+    if missing := [key for key in keys if key not in state]:
+        raise ValueError(f"state_dict without {', '.join(map(repr, missing))}: the state is incomplete")
     upgraded: Mapping[str, Any] = state
     return upgraded
 
@@ -58,7 +59,7 @@ def _from_4(state: Mapping[str, Any], alone: bool) -> Mapping[str, Any]:
             "decision": state["decision"],
             "posterior": state["posterior"],
         },
-        "reader": {"watch": watch["state"], "looked_at": watch["looked_at"], "pending": pending},
+        "reader": {"watch": watch["state"], "looked_at": watch["looked_at"], "unread": [], "pending": pending},
         "stage": {} if state["state"]["switch"] is None else after_switch,
         "snapshot": _copies_from_4(Config(**state["config"]), state["snapshot"]),
     }

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from math import inf, sqrt
 from typing import Any, Final
 
-__all__ = ["LossWatch"]
+__all__ = ["BLOCK", "HUGE", "LossWatch"]
 
 _START: Final = 10
 """Losses whose mean is where the run started."""
@@ -23,12 +23,14 @@ _NOISE_DECAY: Final = 0.95
 _NOISE: Final = 1 - _NOISE_DECAY
 _STANDARD_ERROR: Final = math.sqrt((1 - _DECAY) / (1 + _DECAY))
 """Of the exponential mean, in standard deviations of one loss."""
-_HUGE: Final = 1e150
+HUGE: Final = 1e150
 """A loss from here on counts as not finite: the square of a difference would not be."""
 _SETTLING: Final = 20
 """Losses after which the mean of a run that was not put back has caught up with it."""
-_FADED: Final = math.sqrt(_NOISE_DECAY**11)
-"""Share of the standard deviation that is left after 11 losses, at least."""
+BLOCK: Final = 10
+"""Losses that are read together, at most."""
+_FADED: Final = math.sqrt(_NOISE_DECAY**BLOCK)
+"""Share of the standard deviation that is left after a block, at least."""
 IN_A_ROW: Final = 3
 """Losses that must be out of range, one after the other: a single bad batch is none."""
 LOST: Final = 0.3
@@ -77,7 +79,7 @@ class LossWatch:
 
     def _begin(self, loss: float) -> None:
         """Take one of the losses that say where the run starts."""
-        if not -_HUGE < loss < _HUGE:
+        if not -HUGE < loss < HUGE:
             self.silent += loss != -math.inf
             return
         self.silent = 0
@@ -97,7 +99,7 @@ class LossWatch:
         start, best, mean, level, noise = self.start, self.best, self.mean, self.level, self.noise
         above, high, silent, settling, last, count = self.above, self.high, self.silent, self.settling, self.last, self.count
         for loss in losses:
-            if not -_HUGE < loss < _HUGE:
+            if not -HUGE < loss < HUGE:
                 silent += loss != -inf
                 continue
             silent = 0
@@ -127,9 +129,9 @@ class LossWatch:
         self.above, self.high, self.silent, self.settling, self.last, self.count = above, high, silent, settling, last, count
 
     def quiet(self, low: float) -> float:
-        """A bound for what may be taken later: a loss at most this lets the run neither explode nor diverge.
+        """A loss at most this, and above -1e150, lets the run neither explode nor diverge, so that it may be taken later.
 
-        That holds for one that follows on up to 10 others of at least `low`, which have not been taken yet either.
+        That holds for any of a block that has not been taken yet, none of which is below `low`.
         """
         if self.count < _START or self.settling:
             return -math.inf
