@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from autowu.history import MISSING, LossHistory
 from autowu.ranks import Ranks
-from autowu.reader import BLOCK, Reader
+from autowu.reader import Reader
 from autowu.watch import LossWatch
 
 
@@ -24,7 +24,7 @@ def losses_of_a_run(draw):
     at, slope = draw(st.integers(5, 150)), draw(st.sampled_from([0.0, 0.01, 0.3, 5.0]))
     losses = losses + slope * np.maximum(0, steps - at)
     for step, value in draw(
-        st.dictionaries(st.integers(0, 149), st.sampled_from([math.nan, math.inf, MISSING]), max_size=12)
+        st.dictionaries(st.integers(0, 149), st.sampled_from([math.nan, math.inf, MISSING, 1e155, -1e155, -20.0]), max_size=12)
     ).items():
         losses[step % len(losses)] = value
     return losses.tolist()
@@ -34,57 +34,78 @@ def flags(watch):
     return watch.exploded, watch.diverged
 
 
-@given(losses_of_a_run(), st.sampled_from([3, 7, 10]), st.booleans())
+def assert_same(watch, other):
+    assert watch.state_dict() == pytest.approx(other.state_dict(), rel=0, abs=0, nan_ok=True)
+
+
+@given(losses_of_a_run(), st.sampled_from([3, 7, 10]), st.sampled_from([None, 0.1]), st.integers(1, 150))
 @settings(max_examples=300, deadline=None)
-def test_on_the_host_the_watch_says_what_it_would_at_every_step(losses, every, drops):
+def test_on_the_host_the_watch_says_what_it_would_at_every_step(losses, every, level, begins):
     """Where it has an explosion or a divergence to tell it tells it at the very step; what it knows is the same to the bit."""
-    reader, plain, history = Reader(Ranks()), LossWatch(), LossHistory()
-    looks = 0
+    reader, plain = Reader(Ranks()), LossWatch()
     for step, loss in enumerate(losses, 1):
-        history.append(loss)
         look = step % every == 0
-        since = reader.read(step, loss, history, flag=False, look=look)
+        since = reader.follow(step, loss, look=look)
         plain.push(loss)
         if since is None:
+            assert (plain.high, plain.above, plain.silent) == (0, 0, 0)
             assert flags(plain) == (False, False)
             assert not look
             continue
-        looks += 1
-        assert reader.watch.state_dict() == pytest.approx(plain.state_dict(), rel=0, abs=0, nan_ok=True)
+        assert since == step - 1
+        assert_same(reader.watch, plain)
         if any(flags(plain)):
-            for watch in (reader, plain):
-                watch.go_back(0.1 if drops else None)
-    assert looks >= len(losses) // BLOCK
+            reader.go_back(level)
+            plain.go_back(level)
+        elif step >= begins:
+            reader.begin(step, level)
+            plain.go_back(level, settling=0)
+            begins = math.inf
+
+
+def test_losses_that_wait_move_the_bound_for_those_after_them():
+    """The mean falls with them, and what was near the best before is not any longer."""
+    reader, plain = Reader(Ranks()), LossWatch()
+    losses = [2.0] * 10 + [1.0] * 100 + [0.0] * 6 + [1.25]
+    waits = []
+    for step, loss in enumerate(losses, 1):
+        plain.push(loss)
+        waits.append(reader.follow(step, loss) is None)
+    assert plain.high == reader.watch.high == 1
+    assert waits[-7:] == [True] * 6 + [False]
 
 
 def test_on_the_host_a_run_that_goes_well_is_read_ten_losses_at_a_time():
-    reader, history = Reader(Ranks()), LossHistory()
-    read = []
-    for step in range(1, 201):
-        loss = 2 * math.exp(-step / 50) + 0.01 * math.sin(7 * step)
-        history.append(loss)
-        if reader.read(step, loss, history, flag=False) is not None:
-            read.append(step)
+    reader = Reader(Ranks())
+    losses = [2 * math.exp(-step / 50) + 0.01 * math.sin(7 * step) for step in range(1, 201)]
+    read = [step for step, loss in enumerate(losses, 1) if reader.follow(step, loss) is not None]
     assert len([step for step in read if step > 50]) == 15
 
 
 def test_a_saved_reader_goes_on_in_the_middle_of_a_block():
-    reader, history = Reader(Ranks()), LossHistory()
+    reader, again = Reader(Ranks()), Reader(Ranks())
     losses = [2 - 0.01 * k for k in range(40)]
     for step, loss in enumerate(losses[:33], 1):
-        history.append(loss)
-        reader.read(step, loss, history, flag=False)
-    again = Reader(Ranks())
+        reader.follow(step, loss)
+    assert reader.watch.count < 33
     again.load_state_dict(copy.deepcopy(reader.state_dict()))
-    kept = LossHistory.from_state_dict(history.state_dict())
-    for step, loss in enumerate(losses[33:], 34):
-        for which, into in ((reader, history), (again, kept)):
-            into.append(loss)
-            which.read(step, loss, into, flag=False)
-    reader.read(40, losses[-1], history, flag=False, look=True)
-    again.read(40, losses[-1], kept, flag=False, look=True)
-    assert again.watch.state_dict() == reader.watch.state_dict()
+    for which in (reader, again):
+        for step, loss in enumerate(losses[33:], 34):
+            which.follow(step, loss)
+        which.catch_up()
+    assert_same(again.watch, reader.watch)
     assert reader.watch.count == 40
+
+
+def test_a_loss_of_no_step_comes_after_those_that_wait():
+    reader, plain = Reader(Ranks()), LossWatch()
+    for step in range(1, 34):
+        reader.follow(step, 2 - 0.01 * step)
+        plain.push(2 - 0.01 * step)
+    for loss in (math.nan, 1.7):
+        reader.follow_skipped(loss)
+        plain.push(loss)
+        assert_same(reader.watch, plain)
 
 
 class TwoRanks(Ranks):
@@ -102,7 +123,8 @@ def test_losses_of_several_ranks_are_followed_when_the_next_block_is_full():
     followed = []
     for step in range(1, 36):
         history.append(float(step))
-        reader.read(step, float(step), history, flag=step == 20, due=step == 23)
+        assert not reader.follows_at_once(float(step), history)
+        reader.read_block(step, history, flag=step == 20, due=step == 23)
         followed.append(reader.watch.count)
     # Blocks end at 10 and 20, at 23 where one is due, and at 33.
     assert [followed[step - 1] for step in (19, 20, 22, 23, 32, 33)] == [0, 10, 10, 20, 20, 23]
@@ -115,7 +137,7 @@ def test_a_block_in_flight_is_saved_with_the_flags_of_the_ranks():
     reader, again, history = Reader(TwoRanks()), Reader(TwoRanks()), LossHistory()
     for step in range(1, 11):
         history.append(float(step))
-        reader.read(step, float(step), history, flag=True)
+        reader.read_block(step, history, flag=True)
     again.load_state_dict(reader.state_dict())
     assert not again.flagged
     again.catch_up()
@@ -130,5 +152,21 @@ def test_a_copy_of_a_history_stages_in_memory_of_its_own():
     other.append(2.0)
     history.append(3.0)
     assert (history.staged.tolist(), other.staged.tolist()) == ([1.0, 3.0], [1.0, 2.0])
-    assert (history.last(1), other.last(2)) == ([3.0], [1.0, 2.0])
     assert torch.equal(history.staged, torch.tensor([1.0, 3.0], dtype=torch.float64))
+
+
+def test_a_group_that_starts_in_the_middle_of_a_block_finds_all_ranks_alike():
+    """What waited is followed at once, and the next block begins with the step that is not alone, whatever waited where."""
+    blocks = []
+    for waits in (0, 4):
+        reader, history = Reader(Ranks()), LossHistory()
+        for step in range(1, 38):
+            history.append(1.0)
+            reader.follow(step, 1.0, look=step == 37 - waits)
+        reader._ranks = TwoRanks()
+        for step in range(38, 60):
+            history.append(1.0)
+            if reader.read_block(step, history, flag=False) is not None:
+                blocks.append(step)
+        assert reader.watch.count == 47
+    assert blocks == [47, 57] * 2

@@ -66,9 +66,9 @@ def test_nothing_is_put_back_where_nothing_was_taken():
 
 def test_after_the_switch_the_copy_is_renewed_where_all_is_finite():
     run = Run().take(1, 1.0)
-    run.at(2).rollback.renew(2, 1.0, 0.0)
+    run.at(2).rollback.renew(2, 0.0)
     assert run.rollback.held == 2
-    run.at(float("nan")).rollback.renew(3, 1.0, 0.0)
+    run.at(float("nan")).rollback.renew(3, 0.0)
     assert run.rollback.held == 2
     assert run.rollback.sound(3).item() == 0.0
 
@@ -95,7 +95,7 @@ def test_copies_are_saved_and_loaded_both():
 
 def test_without_a_model_every_verb_is_there_and_does_nothing():
     nothing = NoRollback(Ranks())
-    for act in (lambda: nothing.take(1, 1.0, 0.0, 0.5), lambda: nothing.renew(1, 1.0, 0.0), nothing.keep_one, nothing.free):
+    for act in (lambda: nothing.take(1, 1.0, 0.0, 0.5), lambda: nothing.renew(1, 0.0), nothing.keep_one, nothing.free):
         act()
     nothing.load_state_dict({"newer": None, "older": None})
     assert (nothing.able, nothing.failed, nothing.held, nothing.sound(1), nothing.put_back(1), nothing.state_dict()) == (

@@ -278,7 +278,7 @@ def test_a_loaded_state_brings_its_copy(tmp_path):
     held = scheduler._rooms.rollback.held
     torch.save(scheduler.state_dict(), tmp_path / "state.pt")
     run.optimizer.step()
-    scheduler._rooms.rollback.renew(61, 1.0, 0.0)  # over the newer, which the saved state must not notice
+    scheduler._rooms.rollback.renew(61, 0.0)  # over the newer, which the saved state must not notice
     resumed = AutoWU(other.optimizer, total_steps=400, model=other.model)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     rollback = resumed._rooms.rollback
