@@ -7,10 +7,13 @@ import logging
 import math
 import os
 import random
+import resource
+import signal
 import struct
 import subprocess
 import sys
 import termios
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -70,6 +73,22 @@ def looped(config, parts, loaders, *, recorder=None, console=None, branches=None
     folder.path.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(parts, ALONE, folder, branches)
     return Loop(config, ALONE, parts, loaders, checkpoints, recorder or NullRecorder(), console or NullConsole())
+
+
+@pytest.fixture
+def file_limit():
+    """A disk that is full: files of more bytes than a limit cannot be written."""
+
+    @contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 def assert_same_weights(one, other):
@@ -515,6 +534,61 @@ def test_a_folder_is_begun_in_once_and_gone_on_with_under_its_options(tmp_path):
         RunFolder(config, 2).check_resumable()
 
 
+def test_metrics_are_whole_whenever_the_process_that_renews_them_is_killed(tmp_path):
+    folder = RunFolder(configured(tmp_path / "run"), 1)
+    recorder = Recorder(folder, Progress(), 2, None)
+    for number in range(3):
+        recorder.epoch(*epoch_of(number))
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    code = """
+import csv, json, os, signal, sys
+from test_training import RunFolder, configured
+where = sys.argv[2]
+def killed(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+if where == "json":
+    json.dumps = killed
+else:
+    csv.DictWriter.writerows = killed
+RunFolder(configured(sys.argv[1]), 1).start(4)
+"""
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
+    for where in ("json", "csv"):
+        done = subprocess.run([sys.executable, "-c", code, folder.path, where], env=env, timeout=120)
+        assert done.returncode == -signal.SIGKILL
+        assert {name: (folder.path / name).read_bytes() for name in before} == before
+    folder.start(4)
+    assert [row["step"] for row in folder.rows("metrics.csv")] == ["0", "1", "2", "3"]
+    assert {path.name for path in folder.path.iterdir()} == before.keys()
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "epochs.csv"])
+def test_a_row_cut_anywhere_is_no_row(tmp_path, name):
+    folder = RunFolder(configured(tmp_path / "run"), 1)
+    recorder = Recorder(folder, Progress(), 2, None)
+    for number in range(6):
+        recorder.epoch(*epoch_of(number))  # steps up to 11: cut after a digit, 11 is another step, 1
+    whole, rows = (folder.path / name).read_bytes(), folder.rows(name)
+    last = len(whole.rstrip().rpartition(b"\n")[0]) + 1
+    for length in range(last, len(whole)):
+        (folder.path / name).write_bytes(whole[:length])
+        assert folder.rows(name) == rows[:-1]
+    folder.start(12)
+    assert folder.rows(name) == rows[:-1]
+    (folder.path / name).unlink()
+    with pytest.raises(UsageError, match=f"{name}: cannot be read: No such file"):
+        folder.start(12)
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, file_limit):
+    path = tmp_path / "checkpoint.pt"
+    write_checkpoint({"epoch": 1}, path)
+    with file_limit(20_000), pytest.raises(OSError, match="File too large"):
+        write_checkpoint({"weights": torch.zeros(10_000)}, path)
+    assert read_checkpoint(path) == {"epoch": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
 # Several processes
 
 
@@ -527,19 +601,20 @@ def test_processes_share_losses_statistics_tests_and_checkpoints(tmp_path):
 MAY_USE = {
     "config": "",
     "process": "config",
-    "layers": "config",
-    "folder": "config",
+    "files": "",
+    "layers": "config files",
+    "folder": "config files",
     "data": "config process",
     "generators": "process",
     "progress": "process",
     "console": "config process",
     "build": "config data layers process",
     "evaluation": "build process",
-    "checkpoints": "build folder generators process progress",
-    "records": "build config folder layers process progress",
+    "checkpoints": "build files folder generators process progress",
+    "records": "build config files folder layers process progress",
     "loop": "build checkpoints config console data evaluation generators process progress records",
     "run": "build checkpoints config console data folder loop process progress records",
-    "cooldowns": "build config data folder process run",
+    "cooldowns": "build config data files folder process run",
     "main": "build config cooldowns data folder process run",
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from autowu.training.build import Parts
+from autowu.training.files import replacing
 from autowu.training.folder import RunFolder
 from autowu.training.generators import random_state
 from autowu.training.process import Process
@@ -93,10 +94,18 @@ class Checkpoints:
 
 
 def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
-    """Replace the file in one move, so that a cut never leaves half of one."""
-    partial = path.with_suffix(".partial")
-    torch.save(dict(state), partial)
-    partial.replace(path)
+    """Replace the file in one move, so that a cut never leaves half of one.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with replacing(path) as partial, partial.open("wb") as file:
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:  # torch's own, after that of a file that cannot be written
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autowu.training.config import TrainConfig, UsageError
+from autowu.training.files import read_rows, replacing
 
 __all__ = ["RunFolder"]
 
@@ -17,6 +18,7 @@ _FREE_TO_CHANGE = {"resume", "run_dir", "workers", "device"}
 
 _STEP_FIELDS = ("step", "epoch", "lr", "loss")
 _EPOCH_FIELDS = ("epoch", "step", "phase", "lr", "train_loss", "test_loss", "test_accuracy", "seconds")
+_FIELDS = {"metrics.csv": _STEP_FIELDS, "epochs.csv": _EPOCH_FIELDS}
 
 
 class RunFolder:
@@ -72,17 +74,23 @@ class RunFolder:
         except OSError as error:
             raise UsageError(f"--run-dir {self.path}: cannot be written: {error.strerror or error}") from None
         source = trunk or self
-        for name, fields in (("metrics.csv", _STEP_FIELDS), ("epochs.csv", _EPOCH_FIELDS)):
+        for name, fields in _FIELDS.items():
             kept = [row for row in source.rows(name) if int(row["step"]) < step] if step else []
-            with (self.path / name).open("w", newline="") as file:
+            with replacing(self.path / name) as partial, partial.open("w", newline="") as file:
                 writer = csv.DictWriter(file, fields)
                 writer.writeheader()
                 writer.writerows(kept)
 
     def rows(self, name: str) -> list[dict[str, str]]:
-        """The rows of a CSV file of this run."""
-        with (self.path / name).open(newline="") as file:
-            return list(csv.DictReader(file))
+        """The rows of a CSV file of this run, but for one that was cut while it was written.
+
+        Raises:
+            UsageError: if the file cannot be read.
+        """
+        try:
+            return read_rows(self.path / name, _FIELDS[name])
+        except OSError as error:
+            raise UsageError(f"{self.path / name}: cannot be read: {error.strerror or error}") from None
 
     def add_steps(self, rows: Sequence[Sequence[float]]) -> None:
         """Append rows of `step, epoch, lr, loss` to metrics.csv."""
@@ -102,4 +110,5 @@ class RunFolder:
         self.write_json("summary.json", summary)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+        with replacing(self.path / name) as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n")

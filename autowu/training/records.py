@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from autowu.scheduler import AutoWU
 from autowu.training.build import Parts
 from autowu.training.config import TrainConfig
+from autowu.training.files import replacing
 from autowu.training.folder import RunFolder
 from autowu.training.layers import LayerLog
 from autowu.training.process import Process
@@ -135,4 +136,5 @@ class Recorder(NullRecorder):
         self._folder.write_summary(summary)
         rows = self._folder.rows("metrics.csv")
         figure = draw_run([float(row["loss"]) for row in rows], [float(row["lr"]) for row in rows], scheduler)
-        figure.savefig(self._folder.path / "figure.png", dpi=150)
+        with replacing(self._folder.path / "figure.png") as partial:
+            figure.savefig(partial, dpi=150, format="png")
