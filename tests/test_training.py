@@ -37,6 +37,7 @@ from autowu.training.process import Process
 from autowu.training.progress import Begun, EpochSteps, Progress
 from autowu.training.records import NullRecorder, Recorder, epoch_row, summarize
 from autowu.training.run import train_run
+from autowu.training.signals import Stopped, StopSignals
 
 ALONE = Process(0, 1, torch.device("cpu"))
 STEPS_PER_EPOCH = 10
@@ -72,7 +73,9 @@ def looped(config, parts, loaders, *, recorder=None, console=None, branches=None
     folder = RunFolder(config, 1)
     folder.path.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(parts, ALONE, folder, branches)
-    return Loop(config, ALONE, parts, loaders, checkpoints, recorder or NullRecorder(), console or NullConsole())
+    return Loop(
+        config, ALONE, parts, loaders, checkpoints, recorder or NullRecorder(), console or NullConsole(), StopSignals(ALONE)
+    )
 
 
 @pytest.fixture
@@ -525,9 +528,10 @@ def test_a_folder_is_begun_in_once_and_gone_on_with_under_its_options(tmp_path):
     folder.start(0)
     with pytest.raises(UsageError, match="not empty"):
         folder.check_empty()
-    with pytest.raises(UsageError, match="no checkpoint"):
-        folder.check_resumable()
-    folder.checkpoint_path.touch()
+    with pytest.raises(UsageError, match="no run in"):
+        RunFolder(configured(tmp_path), 1).check_resumable()
+    with pytest.raises(UsageError, match="no run in"):
+        RunFolder(configured(tmp_path / "nowhere"), 1).check_resumable()
     folder.check_resumable()
     RunFolder(replace(config, workers=1, resume=True), 1).check_resumable()
     with pytest.raises(UsageError, match="number of processes is 2, but the run was started with 1"):
@@ -608,14 +612,15 @@ MAY_USE = {
     "generators": "process",
     "progress": "process",
     "console": "config process",
+    "signals": "process",
     "build": "config data layers process",
     "evaluation": "build process",
     "checkpoints": "build files folder generators process progress",
     "records": "build config files folder layers process progress",
-    "loop": "build checkpoints config console data evaluation generators process progress records",
-    "run": "build checkpoints config console data folder loop process progress records",
+    "loop": "build checkpoints config console data evaluation generators process progress records signals",
+    "run": "build checkpoints config console data folder loop process progress records signals",
     "cooldowns": "build config data files folder process run",
-    "main": "build config cooldowns data folder process run",
+    "main": "build config cooldowns data folder process run signals",
 }
 
 

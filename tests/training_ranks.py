@@ -16,6 +16,7 @@ from autowu.training.loop import Loop, train_step
 from autowu.training.process import join
 from autowu.training.progress import EpochSteps, Progress
 from autowu.training.records import NullRecorder
+from autowu.training.signals import StopSignals
 
 
 def main(path):
@@ -72,7 +73,9 @@ def check(process, config):
 
     # The loop leaves the processes with one model, batch norm included.
     checkpoints = Checkpoints(again, process, folder)
-    loop = Loop(replace(config, epochs=4), process, again, loaders, checkpoints, NullRecorder(), NullConsole())
+    loop = Loop(
+        replace(config, epochs=4), process, again, loaders, checkpoints, NullRecorder(), NullConsole(), StopSignals(process)
+    )
     assert loop.train(progress).epochs == 4
     one, other = process.gather(again.model.state_dict())
     assert all(torch.equal(one[name], other[name]) for name in one)

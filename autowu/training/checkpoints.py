@@ -49,6 +49,10 @@ class Checkpoints:
         """Renew the checkpoint of the run, between two epochs."""
         self._write(self._state(progress, self._parts.scheduler.state_dict()), self._folder.checkpoint_path)
 
+    def save_within(self, progress: Progress, steps: EpochSteps) -> None:
+        """Renew the checkpoint of the run, within the epoch that these steps are of."""
+        self._write(self._within(progress, steps, self._parts.scheduler.state_dict()), self._folder.checkpoint_path)
+
     def save_due(self, progress: Progress, steps: EpochSteps) -> None:
         """Save what is due within an epoch: the state of each branch that leaves before the step that comes next."""
         if steps.is_complete:  # the test changes the batch-norm statistics: the branch leaves from the next epoch's begin
@@ -59,11 +63,15 @@ class Checkpoints:
 
     def _save_branch(self, fraction: float, progress: Progress, steps: EpochSteps) -> None:
         assert self._parts.autowu is not None
-        state = self._state(progress, self._parts.autowu.fork_cooldown(fraction))
+        state = self._within(progress, steps, self._parts.autowu.fork_cooldown(fraction))
+        self._write(state, self._folder.branch_path(fraction))
+
+    def _within(self, progress: Progress, steps: EpochSteps, scheduler_state: dict[str, Any]) -> dict[str, Any]:
+        state = self._state(progress, scheduler_state)
         state["step_in_epoch"] = len(steps.lrs)
         random = self._process.gather(random_state(self._process.device))
         state["begun"] = {"lrs": list(steps.lrs), "losses": steps.losses(), "random": random}
-        self._write(state, self._folder.branch_path(fraction))
+        return state
 
     def _state(self, progress: Progress, scheduler_state: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -65,8 +66,9 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     if args["run_dir"] is None:
         if args["resume"]:
             raise UsageError("--resume: needs --run-dir, the folder of the run to go on with")
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        args["run_dir"] = Path("runs", f"{stamp}-{args['model'].replace('/', '_')}-{args['opt']}-{args['sched']}")
+        # The last part tells two runs apart that are started in the same second.
+        stamp, own = time.strftime("%Y%m%d-%H%M%S"), secrets.token_hex(3)
+        args["run_dir"] = Path("runs", f"{stamp}-{args['model'].replace('/', '_')}-{args['opt']}-{args['sched']}-{own}")
     config = TrainConfig(**args)
     _check(config)
     return config
@@ -121,14 +123,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--workers", type=int, default=4, help="loader processes for an image folder")
     run.add_argument("--device", help="'cpu' or 'cuda' (default: cuda if there is one)")
     run.add_argument("--seed", type=int, default=0, help="of the initialisation and of the order of the data")
-    run.add_argument("--run-dir", type=Path, help="folder for the results (default: runs/TIME-MODEL-OPT-SCHED)")
+    run.add_argument("--run-dir", type=Path, help="folder for the results (default: runs/TIME-MODEL-OPT-SCHED-ID)")
     run.add_argument(
         "--log-layers",
         type=int,
         metavar="N",
         help="every N steps, log norms and trust ratio of every layer to TensorBoard and to layers.parquet (default: never)",
     )
-    run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run-dir, under the same options")
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on in --run-dir, under the same options; with more --epochs AutoWU extends the run",
+    )
     # torch.distributed.launch passes it; the environment has it too.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser

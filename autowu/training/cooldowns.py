@@ -35,6 +35,7 @@ def train_cooldowns(config: TrainConfig, process: Process, data: Data, trunk: Ru
 
     Raises:
         UsageError: if something in `config` cannot be, before anything was trained.
+        Stopped: if a signal asks for it; all that was trained is saved.
     """
     assert isinstance(config.cooldown_fraction, list)
     smallest, *others = config.cooldown_fraction
@@ -73,6 +74,7 @@ def _train_trunk(
     parts, loaders = build(config, process, data)
     assert parts.autowu is not None
     starts = first_steps(parts.autowu, others)
+    process.on_main(folder.claim)
     return train_run(config, process, parts, loaders, folder, started, branches=starts), loaders, starts
 
 

@@ -66,9 +66,11 @@ class LayerLog:
             shutil.rmtree(self.parts, ignore_errors=True)
             self.first_step = 0
             self._take_over(trunk / "layers.parquet", step)
-        elif self.file.exists():
-            shutil.rmtree(self.parts, ignore_errors=True)  # they are all in the file
         else:
+            if self.file.exists():  # of a run that was done: all parts are in it, and more may follow
+                shutil.rmtree(self.parts, ignore_errors=True)
+                self.parts.mkdir()
+                self.file.rename(self.parts / "part-000000000.parquet")
             for part in [*self.parts.glob("*.partial"), *(p for p in self._parts() if _begin(p) >= step)]:
                 part.unlink()
 

@@ -17,6 +17,7 @@ from autowu.training.generators import seed_epoch, set_random_state
 from autowu.training.process import Process
 from autowu.training.progress import EpochSteps, Progress
 from autowu.training.records import NullRecorder, epoch_row
+from autowu.training.signals import Stopped, StopSignals
 
 __all__ = ["Loop", "train_step"]
 
@@ -32,9 +33,14 @@ class Loop:
     checkpoints: Checkpoints
     recorder: NullRecorder
     console: NullConsole
+    signals: StopSignals
 
     def train(self, progress: Progress) -> Progress:
-        """Train from `progress` to the end; where the run stands then."""
+        """Train from `progress` to the end; where the run stands then.
+
+        Raises:
+            Stopped: if a signal asks for it. A checkpoint of all steps is saved.
+        """
         while progress.epochs < self.config.epochs:
             started = time.perf_counter()
             steps = self.train_epoch(progress)
@@ -47,6 +53,8 @@ class Loop:
             self.recorder.epoch(rows, row)
             self.checkpoints.save(progress)
             self.console.epoch(row)
+            if progress.epochs < self.config.epochs and (number := self.signals.number()):
+                raise Stopped(number)
         return progress
 
     def train_epoch(self, progress: Progress) -> EpochSteps:
@@ -70,6 +78,10 @@ class Loop:
             steps.add(lr, phase, loss)
             self.console.step(epoch, lr, phase)
             self.checkpoints.save_due(progress, steps)
+            if not steps.is_complete and (number := self.signals.number()):
+                self.recorder.pause()
+                self.checkpoints.save_within(progress, steps)
+                raise Stopped(number)
         return steps
 
 

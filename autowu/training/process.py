@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch import Tensor
 from autowu.training.config import UsageError
 
 __all__ = ["Process", "join"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,20 @@ class Process:
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action` gives on the main process, which alone does it; if it raises a UsageError, all processes do."""
+        result: Any = None
+        error: UsageError | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except UsageError as raised:
+                error = raised
+        result, error = self.gather((result, error))[0]
+        if error is not None:
+            raise error
+        return result  # type: ignore[no-any-return]
 
 
 @contextmanager

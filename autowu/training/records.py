@@ -85,6 +85,9 @@ class NullRecorder:
     def epoch(self, steps: Sequence[Row], row: Mapping[str, Any]) -> None:
         """An epoch is done: its rows of metrics.csv and its row of epochs.csv. A checkpoint follows."""
 
+    def pause(self) -> None:
+        """The run stops within an epoch. A checkpoint follows, with its rows of metrics.csv."""
+
     def finish(self, summary: Mapping[str, Any], scheduler: AutoWU | None) -> None:
         """The run is done."""
 
@@ -125,6 +128,10 @@ class Recorder(NullRecorder):
     def epoch(self, steps: Sequence[Row], row: Mapping[str, Any]) -> None:
         self._folder.add_steps(steps)
         self._folder.add_epoch(row)
+        if self._layers is not None:
+            self._layers.save()
+
+    def pause(self) -> None:
         if self._layers is not None:
             self._layers.save()
 
