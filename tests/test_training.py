@@ -615,7 +615,7 @@ MAY_USE = {
     "signals": "process",
     "build": "config data layers process",
     "evaluation": "build process",
-    "checkpoints": "build files folder generators process progress",
+    "checkpoints": "build config files folder generators process progress",
     "records": "build config files folder layers process progress",
     "loop": "build checkpoints config console data evaluation generators process progress records signals",
     "run": "build checkpoints config console data folder loop process progress records signals",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 
 from autowu.training.build import Parts
+from autowu.training.config import UsageError
 from autowu.training.files import replacing
 from autowu.training.folder import RunFolder
 from autowu.training.generators import random_state
@@ -26,24 +29,40 @@ class Checkpoints:
         process: this process among those of the run.
         folder: where the checkpoints lie.
         branches: for each cooldown_fraction that branches off this run, the step that it begins with.
+        small: whether AutoWU's copies of model and optimizer are left out.
     """
 
-    def __init__(self, parts: Parts, process: Process, folder: RunFolder, branches: Mapping[float, int] | None = None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        process: Process,
+        folder: RunFolder,
+        branches: Mapping[float, int] | None = None,
+        small: bool = False,
+    ) -> None:
         self._parts = parts
         self._process = process
         self._folder = folder
         self._branches = branches or {}
+        self._small = small
 
     def load(self, path: Path) -> Progress:
-        """Set the parts to the state in `path`; where the run stood."""
+        """Set the parts to the state in `path`; where the run stood.
+
+        Raises:
+            UsageError: if the file is damaged, or no checkpoint of such a run.
+        """
         state = read_checkpoint(path)
-        self._parts.model.load_state_dict(state["model"])
-        self._parts.optimizer.load_state_dict(state["optimizer"])
-        self._parts.scheduler.load_state_dict(self._of_this_process(state["scheduler"]))
-        begun = state.get("begun")
-        if begun is not None:
-            begun = Begun(begun["lrs"], begun["losses"], begun["random"][self._process.rank])
-        return Progress(state["epoch"], state["elapsed"], state["last"], begun)
+        try:
+            self._parts.model.load_state_dict(state["model"])
+            self._parts.optimizer.load_state_dict(state["optimizer"])
+            self._parts.scheduler.load_state_dict(self._of_this_process(state["scheduler"]))
+            begun = state.get("begun")
+            if begun is not None:
+                begun = Begun(begun["lrs"], begun["losses"], begun["random"][self._process.rank])
+            return Progress(state["epoch"], state["elapsed"], state["last"], begun)
+        except Exception as error:  # each part raises errors of its own on what it cannot load
+            raise UsageError(f"{path}: no checkpoint of this run: {_in_a_line(error)}") from None
 
     def save(self, progress: Progress) -> None:
         """Renew the checkpoint of the run, between two epochs."""
@@ -85,6 +104,8 @@ class Checkpoints:
 
     def _of_all_processes(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """The schedulers' states by rank. The copies of the model are alike: each keeps its own, none travels."""
+        if self._small and "snapshot" in state:
+            state = state | {"snapshot": None}
         if "snapshot" not in state:
             return self._process.gather(state)
         states = self._process.gather(state | {"snapshot": None})
@@ -117,6 +138,27 @@ def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a file, on the CPU."""
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """The state in a file, on the CPU.
+
+    Raises:
+        UsageError: if the file cannot be read, or is not what was written; torch writes checksums and does not look at them.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+    except Exception as error:  # whatever is raised on bytes of any kind
+        raise UsageError(f"{path}: damaged, or no checkpoint: {_in_a_line(error)}") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of torch, or of another program
+        raise UsageError(f"{path}: no checkpoint of train.py: {_in_a_line(error)}") from None
+    if not isinstance(state, dict):
+        raise UsageError(f"{path}: no checkpoint of train.py: it holds a {type(state).__name__}")
     return state
+
+
+def _in_a_line(error: Exception) -> str:
+    kind = type(error).__name__
+    return f"{kind}: {textwrap.shorten(str(error), 200)}".removesuffix(": ")

@@ -21,9 +21,13 @@ _LARGEST_SEED = 2**63 - 1
 class UsageError(Exception):
     """Something the user asked for cannot be: said in one line, with exit code 2, before anything was trained."""
 
+    code = 2
+
 
 class RunError(Exception):
     """A run cannot go on for what the machine or the data did: said in one line, with exit code 1."""
+
+    code = 1
 
     def __init__(self, message: str) -> None:
         # A loader process hands on its traceback, of which this error's own line is the last.

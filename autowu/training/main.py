@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from autowu.training.build import build
-from autowu.training.config import TrainConfig, UsageError, parse_args
+from autowu.training.config import RunError, TrainConfig, UsageError, parse_args
 from autowu.training.cooldowns import train_cooldowns
 from autowu.training.data import find_data
 from autowu.training.folder import RunFolder
@@ -23,22 +24,30 @@ from autowu.training.signals import Stopped
 
 __all__ = ["main", "train"]
 
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run train.py; the exit code: 0, 2 for what the user asked and cannot be, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run train.py; the exit code.
+
+    0 at the end, 1 for what broke off, 2 for what the user asked and cannot be, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     is_main = os.environ.get("RANK", "0") == "0"
     code = 0
     try:
         config = parse_args(argv)
+    except UsageError as error:
+        if is_main:  # all processes have the same command line
+            print(f"train.py: error: {error}", file=sys.stderr)
+        return error.code
+    try:
         with join(config.device) as process:
             try:
                 train(config, process)
             except Stopped as stopped:  # the processes stop, and leave, together
                 code = 128 + stopped.number
-    except UsageError as error:
-        if is_main:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+    except (UsageError, RunError) as error:
+        return error.code
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     if is_main and code and (config.run_dir / "config.json").exists():
@@ -53,6 +62,7 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
 
     Raises:
         UsageError: if something in `config` cannot be, before anything was trained.
+        RunError: if the disk is full, or an image cannot be read.
         Stopped: if a signal asks for it.
     """
     started = time.perf_counter()
@@ -69,5 +79,9 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
         parts, loaders = build(config, process, data)
         process.on_main(folder.claim)
         return train_run(config, process, parts, loaders, folder, started)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise RunError(f"{error.filename or config.run_dir}: cannot be written: {error.strerror}") from None
     finally:
         folder.release()

@@ -49,7 +49,7 @@ def train_run(
         Stopped: if a signal asks for it. A checkpoint of all steps is saved.
     """
     steps_per_epoch = len(loaders.train)
-    checkpoints = Checkpoints(parts, process, folder, branches)
+    checkpoints = Checkpoints(parts, process, folder, branches, config.small_checkpoints)
     begin = process.on_main(lambda: _begin(config, folder, trunk))
     progress = Progress() if begin is None else checkpoints.load(begin)
     recorder, console = NullRecorder(), NullConsole()
