@@ -130,8 +130,6 @@ def test_a_killed_run_goes_on_exactly(tmp_path, whole, data, number, code):
     if number != signal.SIGKILL:
         lines = [f"interrupted; go on with the same options and --run-dir {tmp_path / 'cut'} --resume"]
         assert [line for line in error.splitlines() if "Warning" not in line] == lines
-        checkpoint = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
-        assert checkpoint["epoch"] > 2 or checkpoint["step_in_epoch"] > 0
     assert not (tmp_path / "cut" / "summary.json").exists()
     assert main([*options, "--run-dir", str(tmp_path / "cut"), "--resume"]) == 0
     assert rows(tmp_path / "cut" / "metrics.csv") == rows(uncut / "metrics.csv")
@@ -150,8 +148,6 @@ def test_two_processes_that_were_killed_go_on_exactly(tmp_path):
     with subprocess.Popen(cut, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert any(line.startswith("epoch   1/6") for line in process.stdout)
         process.terminate()  # the launcher hands it on, and they save
-    checkpoint = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["epoch"] > 1 or checkpoint["step_in_epoch"] > 0
     assert not (tmp_path / "cut" / "summary.json").exists()
     resumed = launch(*launcher, *options, str(tmp_path / "cut"), "--resume", timeout=300)
     assert resumed.returncode == 0, resumed.stderr
