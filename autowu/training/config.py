@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(config: TrainConfig) -> None:
+def _check_numbers(config: TrainConfig) -> None:
     for name in ("epochs", "batch_size", "img_size", "log_layers"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -201,6 +201,12 @@ def _check(config: TrainConfig) -> None:
         raise UsageError(f"--momentum {config.momentum}: must be below 1")
     if config.label_smoothing > 1:
         raise UsageError(f"--label-smoothing {config.label_smoothing}: must be at most 1")
+    if config.lr is not None and not 0 < config.lr < math.inf:
+        raise UsageError(f"--lr {config.lr}: must be above 0 and finite")
+
+
+def _check(config: TrainConfig) -> None:
+    _check_numbers(config)
     if config.sched == "cosine":
         for name in ("min_lr", "max_lr", "max_warmup_fraction", "cooldown_type", "cooldown_fraction"):
             if getattr(config, name) is not None:
@@ -211,8 +217,6 @@ def _check(config: TrainConfig) -> None:
                 raise UsageError(f"--cooldown-fraction {value}: must be above 0 and below 1")
             if config.cooldown_fraction.count(value) > 1:
                 raise UsageError(f"--cooldown-fraction {value}: is there twice")
-    if config.lr is not None and not 0 < config.lr < math.inf:
-        raise UsageError(f"--lr {config.lr}: must be above 0 and finite")
     if config.device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device {config.device}: must be cpu or cuda")
     if config.sched not in (schedulers := ("autowu", "paper", "cosine")):

@@ -33,7 +33,7 @@ def train_run(
     trunk: RunFolder | None = None,
     branches: Mapping[float, int] | None = None,
 ) -> dict[str, Any]:
-    """Train `parts` to the end and write `folder`; the summary.
+    """Train `parts` to the end and write `folder`; the summary. Raises Stopped, after a checkpoint, if a signal asks for it.
 
     Args:
         config: of this run.
@@ -44,14 +44,11 @@ def train_run(
         started: time of the start by `time.perf_counter`.
         trunk: folder of the run that this one branches off.
         branches: the first step of each branch, by its cooldown_fraction.
-
-    Raises:
-        Stopped: if a signal asks for it. A checkpoint of all steps is saved.
     """
     steps_per_epoch = len(loaders.train)
     checkpoints = Checkpoints(parts, process, folder, branches, config.small_checkpoints)
     begin = process.on_main(lambda: _begin(config, folder, trunk))
-    progress = Progress() if begin is None else checkpoints.load(begin)
+    progress = checkpoints.load(begin) if begin else Progress()
     recorder, console = NullRecorder(), NullConsole()
     if process.is_main:
         recorder = Recorder(folder, progress, steps_per_epoch, config.log_layers, trunk)
