@@ -575,6 +575,24 @@ def test_layers_are_logged_every_so_many_steps(tmp_path):
     assert sorted(set(ParquetFile(part).read()["step"].to_pylist())) == [0, 4]
 
 
+def test_layers_are_kept_up_to_the_step_of_a_signal(tmp_path):
+    from pyarrow.parquet import ParquetFile
+
+    config = configured(tmp_path / "run", "--log-layers", "4")
+    parts, loaders = made(config)
+    train_step(parts, *next(iter(loaders.train)))
+    folder = RunFolder(config, 1)
+    for progress, steps in ((Progress(), range(6)), (Progress(0, begun=Begun([0.5] * 6, [1.0] * 6, {})), range(6, 10))):
+        recorder = Recorder(folder, progress, STEPS_PER_EPOCH, 4)
+        with recorder:
+            for step in steps:
+                recorder.step(step, parts.optimizer)
+            recorder.pause()
+    recorder.epoch(*epoch_of(0))
+    recorder.finish({}, parts.autowu)
+    assert sorted(set(ParquetFile(folder.path / "layers.parquet").read()["step"].to_pylist())) == [0, 4, 8]
+
+
 # Console
 
 SUMMARY = {

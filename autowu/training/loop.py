@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -60,6 +60,7 @@ class Loop:
     def train_epoch(self, progress: Progress) -> EpochSteps:
         """Train the epoch that comes next, or the rest of it."""
         epoch, begun, parts = progress.epochs, progress.begun, self.parts
+        started = time.perf_counter()
         seed_epoch(self.config.seed, epoch, self.process)
         self.loaders.sampler.set_epoch(epoch)
         parts.forward.train()
@@ -80,7 +81,8 @@ class Loop:
             self.checkpoints.save_due(progress, steps)
             if not steps.is_complete and (number := self.signals.number()):
                 self.recorder.pause()
-                self.checkpoints.save_within(progress, steps)
+                elapsed = progress.elapsed + time.perf_counter() - started
+                self.checkpoints.save_within(replace(progress, elapsed=elapsed), steps)
                 raise Stopped(number)
         return steps
 
