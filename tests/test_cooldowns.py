@@ -3,6 +3,8 @@
 import copy
 import csv
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -169,12 +171,14 @@ class Steps:
     """The cooldown_fraction of every step that is trained, up to one step that is interrupted."""
 
     def __init__(self, monkeypatch):
-        self.trained, self.stop_at = [], None
+        self.trained, self.stop_at, self.by_signal = [], None, False
         train_step, train = loop.train_step, loop.Loop.train
 
         def counted(*arguments):
             if self.stop_at == (self.fraction, self.trained.count(self.fraction)):
-                raise KeyboardInterrupt
+                if not self.by_signal:
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGTERM)
             self.trained.append(self.fraction)
             return train_step(*arguments)
 
@@ -244,6 +248,23 @@ def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_p
     steps.trained.clear()
     assert main([*command, "--resume"]) == 0
     assert steps.trained == []
+
+
+def test_a_signal_in_trunk_or_branch_costs_no_step(tmp_path, steps):
+    command = [*OPTIONS, "--cooldown-fraction", "0.1", "0.5", "--run-dir"]
+    assert main([*command, str(tmp_path / "all")]) == 0
+    steps.trained.clear()
+    steps.by_signal = True
+    resume = []
+    for steps.stop_at in (0.1, 36), (0.5, 3), (0.5, 12):  # the branch before its first epoch is done, and after
+        assert main([*command, str(tmp_path / "cut"), *resume]) == 143
+        resume = ["--resume"]
+    steps.stop_at = None
+    assert main([*command, str(tmp_path / "cut"), "--resume"]) == 0
+    assert steps.trained == [0.1] * 60 + [0.5] * 30
+    for name in (FOLDERS[0.1], FOLDERS[0.5]):
+        assert records(tmp_path / "cut" / name) == records(tmp_path / "all" / name)
+        assert_same(weights(tmp_path / "cut" / name), weights(tmp_path / "all" / name))
 
 
 def test_two_processes_branch_as_one_run(tmp_path):

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,21 +92,49 @@ def test_two_processes_train_as_one(tmp_path, launcher):
     assert summaries[1]["switch_step"] == summaries[0]["switch_step"]
 
 
-@pytest.mark.parametrize("data", ["digits", "folder"])
-def test_a_killed_run_goes_on_exactly(tmp_path, image_folder, data):
-    options = ["--model", "test_convnext", "--epochs", "6", "--device", "cpu"]
-    if data == "folder":
-        options += ["--data-dir", str(image_folder), "--img-size", "32", "--batch-size", "16", "--workers", "1"]
-    assert main([*options, "--run-dir", str(tmp_path / "whole")]) == 0
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, image_folder):
+    """The options and the folder of a run from beginning to end, by its data."""
+    common = ["--model", "test_convnext", "--epochs", "6", "--device", "cpu"]
+    folder = ["--data-dir", str(image_folder), "--img-size", "32", "--batch-size", "16", "--workers", "1"]
+    runs = {}
+    for data, options in (("digits", common), ("folder", common + folder)):
+        path = tmp_path_factory.mktemp("whole") / data
+        assert main([*options, "--run-dir", str(path)]) == 0
+        runs[data] = options, path
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("data", "number", "code"),
+    [
+        ("digits", signal.SIGKILL, -signal.SIGKILL),
+        ("folder", signal.SIGKILL, -signal.SIGKILL),
+        ("digits", signal.SIGINT, 130),
+        ("folder", signal.SIGTERM, 143),
+    ],
+)
+def test_a_killed_run_goes_on_exactly(tmp_path, whole, data, number, code):
+    options, uncut = whole[data]
     cut = [sys.executable, "train.py", *options, "--run-dir", str(tmp_path / "cut")]
-    with subprocess.Popen(cut, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        cut, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         assert any(line.startswith("epoch   2/6") for line in process.stdout)
-        process.send_signal(signal.SIGKILL)
+        if number == signal.SIGKILL:
+            process.send_signal(number)
+        else:
+            os.killpg(process.pid, number)  # as a terminal and launchers do it: the loader processes have it too
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == code
+    if number != signal.SIGKILL:
+        lines = [f"interrupted; go on with the same options and --run-dir {tmp_path / 'cut'} --resume"]
+        assert [line for line in error.splitlines() if "Warning" not in line] == lines
     assert not (tmp_path / "cut" / "summary.json").exists()
     assert main([*options, "--run-dir", str(tmp_path / "cut"), "--resume"]) == 0
-    assert rows(tmp_path / "cut" / "metrics.csv") == rows(tmp_path / "whole" / "metrics.csv")
-    whole, resumed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
-    for name, weight in whole["model"].items():
+    assert rows(tmp_path / "cut" / "metrics.csv") == rows(uncut / "metrics.csv")
+    uncut, resumed = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (uncut, tmp_path / "cut"))
+    for name, weight in uncut["model"].items():
         assert torch.equal(weight, resumed["model"][name])
 
 
@@ -117,18 +147,94 @@ def test_two_processes_that_were_killed_go_on_exactly(tmp_path):
     cut = [sys.executable, *launcher, *options, str(tmp_path / "cut")]
     with subprocess.Popen(cut, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert any(line.startswith("epoch   1/6") for line in process.stdout)
-        process.terminate()  # the launcher takes its processes with it
+        process.terminate()  # the launcher hands it on, and they save
     assert not (tmp_path / "cut" / "summary.json").exists()
     resumed = launch(*launcher, *options, str(tmp_path / "cut"), "--resume", timeout=300)
     assert resumed.returncode == 0, resumed.stderr
     assert rows(tmp_path / "cut" / "metrics.csv") == rows(tmp_path / "whole" / "metrics.csv")
 
 
-@pytest.mark.parametrize(("option", "value"), [("--epochs", "5"), ("--opt", "lamb"), ("--sched", "cosine")])
+@pytest.mark.parametrize(("option", "value"), [("--epochs", "3"), ("--opt", "lamb"), ("--sched", "cosine")])
 def test_a_run_goes_on_under_its_own_options_only(tmp_path, capsys, option, value):
     assert main([*SHORT, "--run-dir", str(tmp_path / "run")]) == 0
     assert main([*SHORT, option, value, "--run-dir", str(tmp_path / "run"), "--resume"]) == 2
     assert f"{option} is {value}, but the run was started with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left", [[], [".lock", "config.json.partial"], [".lock", "config.json", "metrics.csv", "epochs.csv"]])
+def test_a_run_killed_before_its_first_checkpoint_is_started_by_resume(tmp_path, left):
+    command = [*SHORT[:4], "--epochs", "1", "--device", "cpu", "--max-warmup-fraction", "0.5", "--run-dir"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    (tmp_path / "cut").mkdir()
+    for name in left:
+        if (tmp_path / "whole" / name).exists():
+            shutil.copy(tmp_path / "whole" / name, tmp_path / "cut")
+        else:
+            (tmp_path / "cut" / name).write_text("{")
+    assert main([*command, str(tmp_path / "cut"), "--resume"]) == 0
+    assert rows(tmp_path / "cut" / "metrics.csv") == rows(tmp_path / "whole" / "metrics.csv")
+    assert main([*command, str(tmp_path / "nowhere"), "--resume"]) == 2
+
+
+def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_later(tmp_path, capsys):
+    command = [*SHORT[:4], "--epochs", "2", "--device", "cpu", "--run-dir", str(tmp_path / "run")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        assert main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: error: ")
+    assert "cannot be written: File too large" in error.splitlines()[0]
+    assert "Traceback" not in error
+    assert main([*command, "--resume"]) == 0
+    assert len(rows(tmp_path / "run" / "metrics.csv")) == 20
+
+
+def test_a_damaged_run_is_said_in_one_line(tmp_path, capsys):
+    command = [*SHORT[:4], "--epochs", "1", "--device", "cpu", "--max-warmup-fraction", "0.5", "--run-dir", str(tmp_path / "run")]
+    assert main(command) == 0
+    capsys.readouterr()
+    for name in ("checkpoint.pt", "config.json"):
+        whole = (tmp_path / "run" / name).read_bytes()
+        (tmp_path / "run" / name).write_bytes(whole[: len(whole) // 2])
+        assert main([*command, "--resume"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert name in error
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_corrupt_image_is_named_and_skipped_if_asked(tmp_path, image_folder, capfd, workers):
+    shutil.copytree(image_folder, tmp_path / "images")
+    corrupt = [tmp_path / "images" / part / "digit-1" / "3.png" for part in ("train", "val")]
+    corrupt[0].write_bytes(corrupt[0].read_bytes()[:60])
+    corrupt[1].write_text("no image")
+    command = ["--data-dir", str(tmp_path / "images"), "--img-size", "32", "--batch-size", "16", "--epochs", "1", "--workers"]
+    command += [workers, "--device", "cpu", "--max-warmup-fraction", "0.5", "--run-dir", str(tmp_path / "run")]
+    assert main(command) == 1
+    error = capfd.readouterr().err
+    assert error.startswith(f"train.py: error: {corrupt[0]}: cannot be read as an image: ")
+    assert error.rstrip().endswith("; repair or remove it, or train with --skip-corrupt")
+    assert error.count("\n") == 1
+    assert main([*command, "--resume", "--skip-corrupt"]) == 0
+    error = capfd.readouterr().err
+    for path in corrupt:
+        assert f"skipped: {path}: cannot be read as an image: " in error
+    assert error.count("\n") == 2
+    assert len(rows(tmp_path / "run" / "metrics.csv")) == 5
+
+
+def test_help_names_each_default_once(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: None" not in text
+    assert "default: False" not in text
+    assert "--epochs EPOCHS epochs (default: 30)" in text
+    for option in text.split(" --"):
+        assert option.count("(default") <= 1
 
 
 def test_image_folder(tmp_path, image_folder):
@@ -186,6 +292,16 @@ def test_a_model_of_fixed_input_size_gets_it(tmp_path):
         (["--batch-size", "1348"], "more than the 1347 training images"),
         (["--data-dir", "FULL"], "FULL"),
         (["--label-smoothing", "2"], "at most 1"),
+        (["--mode", "bt"], "unrecognized arguments: --mode bt"),
+        (["--epochs", "many"], "invalid int value: 'many'"),
+        (["--weight-decay", "inf"], "--weight-decay inf: must be finite"),
+        (["--weight-decay", "nan"], "--weight-decay nan: must be at least 0"),
+        (["--momentum", "inf"], "--momentum inf: must be below 1"),
+        (["--lr", "inf", "--sched", "cosine"], "--lr inf: must be above 0 and finite"),
+        (["--max-lr", "inf"], "max_lr=inf: must be above 0 and finite"),
+        (["--seed", str(2**70)], f"--seed {2**70}: must be at least 0 and at most {2**63 - 1}"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--epochs", str(10**30)], "must be at most"),
         (["--opt", "adahessian"], "second derivatives"),
         (["--sched", "cosine", "--min-lr", "1e-4"], "--min-lr: goes with AutoWU"),
         (["--epochs", "0"], "--epochs 0: must be at least 1"),

@@ -7,10 +7,15 @@ import logging
 import math
 import os
 import random
+import resource
+import signal
+import socket
 import struct
 import subprocess
 import sys
 import termios
+import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -34,6 +39,7 @@ from autowu.training.process import Process
 from autowu.training.progress import Begun, EpochSteps, Progress
 from autowu.training.records import NullRecorder, Recorder, epoch_row, summarize
 from autowu.training.run import train_run
+from autowu.training.signals import Stopped, StopSignals
 
 ALONE = Process(0, 1, torch.device("cpu"))
 STEPS_PER_EPOCH = 10
@@ -69,7 +75,25 @@ def looped(config, parts, loaders, *, recorder=None, console=None, branches=None
     folder = RunFolder(config, 1)
     folder.path.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(parts, ALONE, folder, branches)
-    return Loop(config, ALONE, parts, loaders, checkpoints, recorder or NullRecorder(), console or NullConsole())
+    return Loop(
+        config, ALONE, parts, loaders, checkpoints, recorder or NullRecorder(), console or NullConsole(), StopSignals(ALONE)
+    )
+
+
+@pytest.fixture
+def file_limit():
+    """A disk that is full: files of more bytes than a limit cannot be written."""
+
+    @contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 def assert_same_weights(one, other):
@@ -245,6 +269,86 @@ def test_a_run_begins_with_nothing_done_or_with_its_checkpoint(tmp_path):
     assert repeated | {"wall_s": 0} == summary | {"wall_s": 0}
 
 
+class Signalled(NullRecorder):
+    """Sends this process a signal at one step."""
+
+    def __init__(self, number, at):
+        self.number, self.at, self.paused = number, at, False
+
+    def step(self, step, optimizer):
+        if step == self.at:
+            os.kill(os.getpid(), self.number)
+
+    def pause(self):
+        self.paused = True
+
+
+@pytest.mark.parametrize(("number", "at", "saved_at"), [(signal.SIGTERM, 13, 14), (signal.SIGINT, 0, 1), (signal.SIGINT, 19, 20)])
+def test_a_signal_saves_all_steps_and_the_run_goes_on_exactly(tmp_path, number, at, saved_at):
+    config = configured(tmp_path / "whole")
+    whole, loaders = made(config)
+    looped(config, whole, loaders).train(Progress())
+    cut = replace(config, run_dir=tmp_path / "cut")
+    recorder = Signalled(number, at)
+    loop = looped(cut, *made(cut), recorder=recorder)
+    before = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
+    with pytest.raises(Stopped) as stopped, loop.signals:
+        loop.train(Progress())
+    assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == before
+    assert stopped.value.number == number
+    assert recorder.paused == (saved_at % STEPS_PER_EPOCH != 0)
+    resumed, loaders = made(cut)
+    loop = looped(cut, resumed, loaders)
+    progress = loop.checkpoints.load(tmp_path / "cut" / "checkpoint.pt")
+    assert progress.steps(STEPS_PER_EPOCH) == saved_at
+    loop.train(progress)
+    assert_same_weights(resumed.model, whole.model)
+    assert resumed.lr == whole.lr
+
+
+def test_a_second_interrupt_breaks_off_at_once_and_one_that_a_launcher_repeats_does_not():
+    with StopSignals(ALONE) as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.number() == signal.SIGINT
+        time.sleep(1.1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_more_epochs_extend_a_finished_run(tmp_path):
+    from pyarrow.parquet import ParquetFile
+
+    config = configured(tmp_path / "run", "--log-layers", "4")
+    parts, loaders = made(config)
+    train_run(config, ALONE, parts, loaders, RunFolder(config, 1), 0.0)
+    assert parts.phase == "done"
+    longer = replace(config, epochs=5, resume=True)
+    folder = RunFolder(longer, 1)
+    folder.check()
+    again, loaders = made(longer)
+    summary = train_run(longer, ALONE, again, loaders, folder, 0.0)
+    assert summary["total_steps"] == 50
+    assert again.autowu.last_epoch == again.autowu.config.total_steps == 50
+    assert again.phase == "done"
+    rows = folder.rows("metrics.csv")
+    assert [int(row["step"]) for row in rows] == list(range(50))
+    lrs = [float(row["lr"]) for row in rows]
+    assert lrs[30] > 2 * lrs[29]  # the cooldown has moved to the new end
+    assert lrs[49] < lrs[30] / 5
+    assert sorted(set(ParquetFile(folder.path / "layers.parquet").read()["step"].to_pylist())) == list(range(0, 50, 4))
+    with pytest.raises(UsageError, match="--epochs is 4, but the run was started with 5"):
+        RunFolder(replace(longer, epochs=4), 1).check()
+
+
+@pytest.mark.parametrize("options", [["--sched", "cosine"], ["--cooldown-fraction", "0.1", "0.3"]], ids=" ".join)
+def test_a_run_laid_out_for_its_epochs_is_not_extended(tmp_path, options):
+    config = configured(tmp_path / "run", *options)
+    RunFolder(config, 1).start(0)
+    with pytest.raises(UsageError, match="--epochs is 5, but the run was started with 3"):
+        RunFolder(replace(config, epochs=5, resume=True), 1).check()
+
+
 # Checkpoints
 
 
@@ -315,6 +419,77 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     write_checkpoint({"epoch": 3}, path)
     assert read_checkpoint(path) == {"epoch": 3}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_changed_bit_is_noticed_or_changes_nothing(tmp_path):
+    path, state = tmp_path / "checkpoint.pt", {"epoch": 3, "model": {"a": torch.randn(500), "b": torch.arange(7)}}
+    write_checkpoint(state, path)
+    whole, noticed = path.read_bytes(), 0
+    draw = random.Random(0)
+    places = [draw.randrange(len(whole)) for _ in range(200)] + list(range(len(whole) - 300, len(whole)))
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        try:
+            read = read_checkpoint(path)
+        except UsageError as error:
+            noticed += 1
+            assert "\n" not in str(error)  # noqa: PT017
+        else:
+            assert str(read) == str(state)
+            assert torch.equal(read["model"]["a"], state["model"]["a"])
+    assert noticed > 200
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path, state: path.write_bytes(path.read_bytes()[:-1000]), "damaged, or no checkpoint: BadZipFile"),
+        (lambda path, state: path.write_bytes(b""), "damaged, or no checkpoint"),
+        (lambda path, state: path.write_text("no checkpoint"), "damaged, or no checkpoint"),
+        (lambda path, state: path.unlink(), "No such file"),
+        (lambda path, state: torch.save(state["model"], path), "no checkpoint of this run: KeyError: 'model'"),
+        (lambda path, state: torch.save([1], path), "no checkpoint of train.py: it holds a list"),
+        (lambda path, state: torch.save(nn.Linear(1, 1), path), "no checkpoint of train.py"),
+        (lambda path, state: torch.save(state | {"model": nn.Linear(1, 1).state_dict()}, path), "no checkpoint of this run"),
+        (lambda path, state: torch.save(state | {"scheduler": []}, path), "no checkpoint of this run"),
+        (lambda path, state: torch.save(state | {"optimizer": {}}, path), "no checkpoint of this run"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path, damage, said):
+    config = configured(tmp_path / "run")
+    parts, _ = made(config)
+    path = tmp_path / "checkpoint.pt"
+    checkpoints = Checkpoints(parts, ALONE, RunFolder(configured(tmp_path), 1))
+    checkpoints.save(Progress(0))
+    torch.save(read_checkpoint(path), path)  # as torch itself writes, and as earlier versions did
+    assert checkpoints.load(path) == Progress(0)
+    damage(path, read_checkpoint(path))
+    with pytest.raises(UsageError) as error:
+        checkpoints.load(path)
+    assert said in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_small_checkpoints_are_without_the_copies_and_load(tmp_path):
+    config = configured(tmp_path / "run", "--epochs", "30")
+    parts, loaders = made(config)
+    for images, labels in [batch for _ in range(2) for batch in loaders.train]:
+        parts.step_scheduler(train_step(parts, images, labels))
+    folder = RunFolder(config, 1)
+    folder.path.mkdir()
+    sizes = []
+    for small in False, True:
+        Checkpoints(parts, ALONE, folder, small=small).save(Progress(2))
+        (state,) = read_checkpoint(folder.checkpoint_path)["scheduler"]
+        assert (state["snapshot"] is None) == small
+        sizes.append(folder.checkpoint_path.stat().st_size)
+        again, _ = made(config)
+        Checkpoints(again, ALONE, folder).load(folder.checkpoint_path)
+        assert_same_weights(again.model, parts.model)
+    assert sizes[1] < 0.7 * sizes[0]
 
 
 def test_a_branch_in_the_warm_up_is_refused_by_its_option(tmp_path):
@@ -398,6 +573,24 @@ def test_layers_are_logged_every_so_many_steps(tmp_path):
     Recorder(RunFolder(branch, 1), Progress(0, begun=Begun([0.5] * 6, [1.0] * 6, {})), STEPS_PER_EPOCH, 4, RunFolder(config, 1))
     (part,) = (tmp_path / "run" / "branch" / "layers").iterdir()
     assert sorted(set(ParquetFile(part).read()["step"].to_pylist())) == [0, 4]
+
+
+def test_layers_are_kept_up_to_the_step_of_a_signal(tmp_path):
+    from pyarrow.parquet import ParquetFile
+
+    config = configured(tmp_path / "run", "--log-layers", "4")
+    parts, loaders = made(config)
+    train_step(parts, *next(iter(loaders.train)))
+    folder = RunFolder(config, 1)
+    for progress, steps in ((Progress(), range(6)), (Progress(0, begun=Begun([0.5] * 6, [1.0] * 6, {})), range(6, 10))):
+        recorder = Recorder(folder, progress, STEPS_PER_EPOCH, 4)
+        with recorder:
+            for step in steps:
+                recorder.step(step, parts.optimizer)
+            recorder.pause()
+    recorder.epoch(*epoch_of(0))
+    recorder.finish({}, parts.autowu)
+    assert sorted(set(ParquetFile(folder.path / "layers.parquet").read()["step"].to_pylist())) == [0, 4, 8]
 
 
 # Console
@@ -506,13 +699,99 @@ def test_a_folder_is_begun_in_once_and_gone_on_with_under_its_options(tmp_path):
     folder.start(0)
     with pytest.raises(UsageError, match="not empty"):
         folder.check_empty()
-    with pytest.raises(UsageError, match="no checkpoint"):
-        folder.check_resumable()
-    folder.checkpoint_path.touch()
+    with pytest.raises(UsageError, match="no run in"):
+        RunFolder(configured(tmp_path), 1).check_resumable()
+    with pytest.raises(UsageError, match="no run in"):
+        RunFolder(configured(tmp_path / "nowhere"), 1).check_resumable()
     folder.check_resumable()
     RunFolder(replace(config, workers=1, resume=True), 1).check_resumable()
     with pytest.raises(UsageError, match="number of processes is 2, but the run was started with 1"):
         RunFolder(config, 2).check_resumable()
+
+
+def test_a_folder_is_used_by_one_process_until_it_dies(tmp_path):
+    code = """
+import sys
+from test_training import RunFolder, configured
+RunFolder(configured(sys.argv[1]), 1).claim()
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", code, tmp_path / "run"]
+    folder = RunFolder(configured(tmp_path / "run"), 1)
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "claimed\n"
+        with pytest.raises(UsageError, match="in use by another process"):
+            folder.claim()
+        process.kill()
+        process.wait()
+    folder.claim()
+    folder.start(0)
+    folder.release()
+    with pytest.raises(UsageError, match="not empty"):  # begun by another between check and claim
+        folder.claim()
+    folder.release()
+    RunFolder(replace(configured(tmp_path / "run"), resume=True), 1).claim()
+
+
+def test_two_runs_started_in_the_same_second_have_folders_of_their_own():
+    assert len({parse_args([]).run_dir for _ in range(20)}) == 20
+
+
+def test_metrics_are_whole_whenever_the_process_that_renews_them_is_killed(tmp_path):
+    folder = RunFolder(configured(tmp_path / "run"), 1)
+    recorder = Recorder(folder, Progress(), 2, None)
+    for number in range(3):
+        recorder.epoch(*epoch_of(number))
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    code = """
+import csv, json, os, signal, sys
+from test_training import RunFolder, configured
+where = sys.argv[2]
+def killed(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+if where == "json":
+    json.dumps = killed
+else:
+    csv.DictWriter.writerows = killed
+RunFolder(configured(sys.argv[1]), 1).start(4)
+"""
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
+    for where in ("json", "csv"):
+        done = subprocess.run([sys.executable, "-c", code, folder.path, where], env=env, timeout=120)
+        assert done.returncode == -signal.SIGKILL
+        assert {name: (folder.path / name).read_bytes() for name in before} == before
+    folder.start(4)
+    assert [row["step"] for row in folder.rows("metrics.csv")] == ["0", "1", "2", "3"]
+    assert {path.name for path in folder.path.iterdir()} == before.keys()
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "epochs.csv"])
+def test_a_row_cut_anywhere_is_no_row(tmp_path, name):
+    folder = RunFolder(configured(tmp_path / "run"), 1)
+    recorder = Recorder(folder, Progress(), 2, None)
+    for number in range(6):
+        recorder.epoch(*epoch_of(number))  # steps up to 11: cut after a digit, 11 is another step, 1
+    whole, rows = (folder.path / name).read_bytes(), folder.rows(name)
+    last = len(whole.rstrip().rpartition(b"\n")[0]) + 1
+    for length in range(last, len(whole)):
+        (folder.path / name).write_bytes(whole[:length])
+        assert folder.rows(name) == rows[:-1]
+    folder.start(12)
+    assert folder.rows(name) == rows[:-1]
+    (folder.path / name).unlink()
+    with pytest.raises(UsageError, match=f"{name}: cannot be read: No such file"):
+        folder.start(12)
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, file_limit):
+    path = tmp_path / "checkpoint.pt"
+    write_checkpoint({"epoch": 1}, path)
+    with file_limit(20_000), pytest.raises(OSError, match="File too large"):
+        write_checkpoint({"weights": torch.zeros(10_000)}, path)
+    assert read_checkpoint(path) == {"epoch": 1}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # Several processes
@@ -522,25 +801,54 @@ def test_processes_share_losses_statistics_tests_and_checkpoints(tmp_path):
     torchrun(2, ROOT / "tests" / "training_ranks.py", tmp_path)
 
 
+@pytest.mark.parametrize("who", ["1", "01"])
+def test_an_error_is_printed_once_with_the_rank_of_its_process(who):
+    code = f"""
+import sys
+from autowu.training.config import RunError
+from autowu.training.process import join
+try:
+    with join("cpu") as process:
+        if str(process.rank) in {who!r}:
+            raise RunError("cannot go on")
+        process.gather(0)
+except RunError:
+    sys.exit(1)
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(command, env=env | {"RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    lines = [line for text in said for line in text.splitlines() if line.startswith("train.py: error:")]
+    assert lines in [[f"train.py: error: rank {rank}: cannot go on"] for rank in who]
+    assert "Traceback" not in "".join(said)
+
+
 # Imports
 
 MAY_USE = {
     "config": "",
     "process": "config",
-    "layers": "config",
-    "folder": "config",
+    "files": "",
+    "layers": "config files",
+    "folder": "config files",
     "data": "config process",
     "generators": "process",
     "progress": "process",
     "console": "config process",
+    "signals": "process",
     "build": "config data layers process",
     "evaluation": "build process",
-    "checkpoints": "build folder generators process progress",
-    "records": "build config folder layers process progress",
-    "loop": "build checkpoints config console data evaluation generators process progress records",
-    "run": "build checkpoints config console data folder loop process progress records",
-    "cooldowns": "build config data folder process run",
-    "main": "build config cooldowns data folder process run",
+    "checkpoints": "build config files folder generators process progress",
+    "records": "build config files folder layers process progress",
+    "loop": "build checkpoints config console data evaluation generators process progress records signals",
+    "run": "build checkpoints config console data folder loop process progress records signals",
+    "cooldowns": "build config data files folder process run",
+    "main": "build config cooldowns data folder process run signals",
 }
 
 

@@ -1,5 +1,7 @@
 """Run by test_training.py in two processes: what they do together."""
 
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,11 @@ from autowu.training.console import NullConsole
 from autowu.training.evaluation import average_batch_norm, evaluate
 from autowu.training.folder import RunFolder
 from autowu.training.loop import Loop, train_step
+from autowu.training.main import train
 from autowu.training.process import join
 from autowu.training.progress import EpochSteps, Progress
 from autowu.training.records import NullRecorder
+from autowu.training.signals import Stopped, StopSignals
 
 
 def main(path):
@@ -72,10 +76,52 @@ def check(process, config):
 
     # The loop leaves the processes with one model, batch norm included.
     checkpoints = Checkpoints(again, process, folder)
-    loop = Loop(replace(config, epochs=4), process, again, loaders, checkpoints, NullRecorder(), NullConsole())
+    loop = Loop(
+        replace(config, epochs=4), process, again, loaders, checkpoints, NullRecorder(), NullConsole(), StopSignals(process)
+    )
     assert loop.train(progress).epochs == 4
     one, other = process.gather(again.model.state_dict())
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+    # A signal to one process stops all at the same step; they go on as the run that was not stopped.
+    (alone, _), (stopped, _) = (made(config, process) for _ in range(2))
+    checkpoints = Checkpoints(stopped, process, folders[0])
+    for parts, signalled in ((alone, NullRecorder()), (stopped, Signalled(process))):
+        loop = Loop(config, process, parts, loaders, checkpoints, signalled, NullConsole(), StopSignals(process))
+        try:
+            with loop.signals:
+                loop.train_epoch(Progress())
+        except Stopped as error:
+            assert error.number == signal.SIGTERM  # noqa: PT017
+            assert parts is stopped
+    torch.distributed.barrier()
+    again, _ = made(config, process)
+    checkpoints = Checkpoints(again, process, folders[0])
+    progress = checkpoints.load(folders[0].checkpoint_path)
+    assert progress.steps(10) == 7
+    Loop(config, process, again, loaders, checkpoints, NullRecorder(), NullConsole(), StopSignals(process)).train_epoch(progress)
+    assert alone.lr == again.lr
+    average_batch_norm(alone.model, process)
+    average_batch_norm(again.model, process)
+    one, other = alone.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    # The folder is that which the main process has named.
+    own = replace(config, run_dir=config.run_dir.parent / f"named-by-{process.rank}", batch_size=600, epochs=2)
+    train(own, process)
+    assert (config.run_dir.parent / "named-by-0" / "summary.json").exists() or not process.is_main
+    assert not (config.run_dir.parent / "named-by-1").exists()
+
+
+class Signalled(NullRecorder):
+    """Sends the second process a signal at step 5."""
+
+    def __init__(self, process):
+        self.process = process
+
+    def step(self, step, optimizer):
+        if step == 5 and self.process.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import torch
 
 from autowu.training.build import Parts
+from autowu.training.config import UsageError
+from autowu.training.files import replacing
 from autowu.training.folder import RunFolder
 from autowu.training.generators import random_state
 from autowu.training.process import Process
@@ -25,28 +29,48 @@ class Checkpoints:
         process: this process among those of the run.
         folder: where the checkpoints lie.
         branches: for each cooldown_fraction that branches off this run, the step that it begins with.
+        small: whether AutoWU's copies of model and optimizer are left out.
     """
 
-    def __init__(self, parts: Parts, process: Process, folder: RunFolder, branches: Mapping[float, int] | None = None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        process: Process,
+        folder: RunFolder,
+        branches: Mapping[float, int] | None = None,
+        small: bool = False,
+    ) -> None:
         self._parts = parts
         self._process = process
         self._folder = folder
         self._branches = branches or {}
+        self._small = small
 
     def load(self, path: Path) -> Progress:
-        """Set the parts to the state in `path`; where the run stood."""
+        """Set the parts to the state in `path`; where the run stood.
+
+        Raises:
+            UsageError: if the file is damaged, or no checkpoint of such a run.
+        """
         state = read_checkpoint(path)
-        self._parts.model.load_state_dict(state["model"])
-        self._parts.optimizer.load_state_dict(state["optimizer"])
-        self._parts.scheduler.load_state_dict(self._of_this_process(state["scheduler"]))
-        begun = state.get("begun")
-        if begun is not None:
-            begun = Begun(begun["lrs"], begun["losses"], begun["random"][self._process.rank])
-        return Progress(state["epoch"], state["elapsed"], state["last"], begun)
+        try:
+            self._parts.model.load_state_dict(state["model"])
+            self._parts.optimizer.load_state_dict(state["optimizer"])
+            self._parts.scheduler.load_state_dict(self._of_this_process(state["scheduler"]))
+            begun = state.get("begun")
+            if begun is not None:
+                begun = Begun(begun["lrs"], begun["losses"], begun["random"][self._process.rank])
+            return Progress(state["epoch"], state["elapsed"], state["last"], begun)
+        except Exception as error:  # each part raises errors of its own on what it cannot load
+            raise UsageError(f"{path}: no checkpoint of this run: {_in_a_line(error)}") from None
 
     def save(self, progress: Progress) -> None:
         """Renew the checkpoint of the run, between two epochs."""
         self._write(self._state(progress, self._parts.scheduler.state_dict()), self._folder.checkpoint_path)
+
+    def save_within(self, progress: Progress, steps: EpochSteps) -> None:
+        """Renew the checkpoint of the run, within the epoch that these steps are of."""
+        self._write(self._within(progress, steps, self._parts.scheduler.state_dict()), self._folder.checkpoint_path)
 
     def save_due(self, progress: Progress, steps: EpochSteps) -> None:
         """Save what is due within an epoch: the state of each branch that leaves before the step that comes next."""
@@ -58,11 +82,15 @@ class Checkpoints:
 
     def _save_branch(self, fraction: float, progress: Progress, steps: EpochSteps) -> None:
         assert self._parts.autowu is not None
-        state = self._state(progress, self._parts.autowu.fork_cooldown(fraction))
+        state = self._within(progress, steps, self._parts.autowu.fork_cooldown(fraction))
+        self._write(state, self._folder.branch_path(fraction))
+
+    def _within(self, progress: Progress, steps: EpochSteps, scheduler_state: dict[str, Any]) -> dict[str, Any]:
+        state = self._state(progress, scheduler_state)
         state["step_in_epoch"] = len(steps.lrs)
         random = self._process.gather(random_state(self._process.device))
         state["begun"] = {"lrs": list(steps.lrs), "losses": steps.losses(), "random": random}
-        self._write(state, self._folder.branch_path(fraction))
+        return state
 
     def _state(self, progress: Progress, scheduler_state: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -76,6 +104,8 @@ class Checkpoints:
 
     def _of_all_processes(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """The schedulers' states by rank. The copies of the model are alike: each keeps its own, none travels."""
+        if self._small and "snapshot" in state:
+            state = state | {"snapshot": None}
         if "snapshot" not in state:
             return self._process.gather(state)
         states = self._process.gather(state | {"snapshot": None})
@@ -93,13 +123,42 @@ class Checkpoints:
 
 
 def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
-    """Replace the file in one move, so that a cut never leaves half of one."""
-    partial = path.with_suffix(".partial")
-    torch.save(dict(state), partial)
-    partial.replace(path)
+    """Replace the file in one move, so that a cut never leaves half of one.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with replacing(path) as partial, partial.open("wb") as file:
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:  # torch's own, after that of a file that cannot be written
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a file, on the CPU."""
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """The state in a file, on the CPU.
+
+    Raises:
+        UsageError: if the file cannot be read, or is not what was written; torch writes checksums and does not look at them.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+    except Exception as error:  # whatever is raised on bytes of any kind
+        raise UsageError(f"{path}: damaged, or no checkpoint: {_in_a_line(error)}") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of torch, or of another program
+        raise UsageError(f"{path}: no checkpoint of train.py: {_in_a_line(error)}") from None
+    if not isinstance(state, dict):
+        raise UsageError(f"{path}: no checkpoint of train.py: it holds a {type(state).__name__}")
     return state
+
+
+def _in_a_line(error: Exception) -> str:
+    kind = type(error).__name__
+    return f"{kind}: {textwrap.shorten(str(error), 200)}".removesuffix(": ")

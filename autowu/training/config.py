@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-__all__ = ["TrainConfig", "UsageError", "parse_args", "unknown_name"]
+__all__ = ["RunError", "TrainConfig", "UsageError", "parse_args", "unknown_name"]
+
+_LARGEST_COUNT = 2**31 - 1
+_LARGEST_SEED = 2**63 - 1
 
 
 class UsageError(Exception):
     """Something the user asked for cannot be: said in one line, with exit code 2, before anything was trained."""
+
+    code = 2
+
+
+class RunError(Exception):
+    """A run cannot go on for what the machine or the data did: said in one line, with exit code 1."""
+
+    code = 1
+
+    def __init__(self, message: str) -> None:
+        # A loader process hands on its traceback, of which this error's own line is the last.
+        super().__init__(message.rsplit("RunError: ", 1)[-1].strip())
 
 
 @dataclass(frozen=True)
@@ -48,13 +66,15 @@ class TrainConfig:
     run_dir: Path
     resume: bool
     log_layers: int | None
+    skip_corrupt: bool
+    small_checkpoints: bool
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
-    """The configuration that a command line asks for. Exits with code 2 where it cannot be parsed.
+    """The configuration that a command line asks for.
 
     Raises:
-        UsageError: for a number out of its range.
+        UsageError: where it cannot be parsed, and for a number out of its range.
     """
     args = vars(_parser().parse_args(argv))
     del args["local_rank"]
@@ -65,25 +85,44 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     if args["run_dir"] is None:
         if args["resume"]:
             raise UsageError("--resume: needs --run-dir, the folder of the run to go on with")
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        args["run_dir"] = Path("runs", f"{stamp}-{args['model'].replace('/', '_')}-{args['opt']}-{args['sched']}")
+        # The last part tells two runs apart that are started in the same second.
+        stamp, own = time.strftime("%Y%m%d-%H%M%S"), secrets.token_hex(3)
+        args["run_dir"] = Path("runs", f"{stamp}-{args['model'].replace('/', '_')}-{args['opt']}-{args['sched']}-{own}")
     config = TrainConfig(**args)
     _check(config)
     return config
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see train.py --help")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a default to a help text that does not name one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.nargs == 0 or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     """The table of the options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="train.py",
         description="Train a timm model with a layer-wise adaptive optimizer and a learning rate that finds itself. "
         "Without arguments: a small ResNet on scikit-learn's bundled digits, in under a minute on two CPU cores. "
         "Runs as it is under torchrun and python -m torch.distributed.launch.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
     )
     data = parser.add_argument_group("data and model")
     data.add_argument("--dataset", help="'digits' or 'folder' (default: digits, or folder where --data-dir is given)")
     data.add_argument("--data-dir", type=Path, help="image folder in ImageNet's layout: train/CLASS/IMAGE and val/CLASS/IMAGE")
+    data.add_argument(
+        "--skip-corrupt", action="store_true", help="take the next image in the place of one that cannot be read, and name it"
+    )
     data.add_argument("--img-size", type=int, help="side of the input in pixels (default: 32 for the digits, else the model's own)")
     data.add_argument("--model", default="test_resnet", help="any model of timm")
     optim = parser.add_argument_group("optimizer")
@@ -121,29 +160,53 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--workers", type=int, default=4, help="loader processes for an image folder")
     run.add_argument("--device", help="'cpu' or 'cuda' (default: cuda if there is one)")
     run.add_argument("--seed", type=int, default=0, help="of the initialisation and of the order of the data")
-    run.add_argument("--run-dir", type=Path, help="folder for the results (default: runs/TIME-MODEL-OPT-SCHED)")
+    run.add_argument("--run-dir", type=Path, help="folder for the results (default: runs/TIME-MODEL-OPT-SCHED-ID)")
     run.add_argument(
         "--log-layers",
         type=int,
         metavar="N",
         help="every N steps, log norms and trust ratio of every layer to TensorBoard and to layers.parquet (default: never)",
     )
-    run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run-dir, under the same options")
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on in --run-dir, under the same options or more --epochs",
+    )
+    run.add_argument(
+        "--small-checkpoints",
+        action="store_true",
+        help="leave AutoWU's copies of model and optimizer out of checkpoints; a resumed run has none until it takes the next",
+    )
     # torch.distributed.launch passes it; the environment has it too.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
-def _check(config: TrainConfig) -> None:
+def _check_numbers(config: TrainConfig) -> None:
     for name in ("epochs", "batch_size", "img_size", "log_layers"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    for name in ("epochs", "batch_size", "img_size", "log_layers", "workers"):
+        if (getattr(config, name) or 0) > _LARGEST_COUNT:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at most {_LARGEST_COUNT}")
+    if not 0 <= config.seed <= _LARGEST_SEED:
+        raise UsageError(f"--seed {config.seed}: must be at least 0 and at most {_LARGEST_SEED}")
     for name in ("weight_decay", "momentum", "label_smoothing", "workers"):
         if not (value := getattr(config, name)) >= 0:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 0")
+    if config.weight_decay == math.inf:
+        raise UsageError("--weight-decay inf: must be finite")
+    if config.momentum >= 1:
+        raise UsageError(f"--momentum {config.momentum}: must be below 1")
     if config.label_smoothing > 1:
         raise UsageError(f"--label-smoothing {config.label_smoothing}: must be at most 1")
+    if config.lr is not None and not 0 < config.lr < math.inf:
+        raise UsageError(f"--lr {config.lr}: must be above 0 and finite")
+
+
+def _check(config: TrainConfig) -> None:
+    _check_numbers(config)
     if config.sched == "cosine":
         for name in ("min_lr", "max_lr", "max_warmup_fraction", "cooldown_type", "cooldown_fraction"):
             if getattr(config, name) is not None:
@@ -154,8 +217,6 @@ def _check(config: TrainConfig) -> None:
                 raise UsageError(f"--cooldown-fraction {value}: must be above 0 and below 1")
             if config.cooldown_fraction.count(value) > 1:
                 raise UsageError(f"--cooldown-fraction {value}: is there twice")
-    if config.lr is not None and not config.lr > 0:
-        raise UsageError(f"--lr {config.lr}: must be above 0")
     if config.device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device {config.device}: must be cpu or cuda")
     if config.sched not in (schedulers := ("autowu", "paper", "cosine")):

@@ -12,6 +12,7 @@ from autowu.scheduler import AutoWU
 from autowu.training.build import build, build_model, build_parts
 from autowu.training.config import TrainConfig, UsageError
 from autowu.training.data import Data, Loaders
+from autowu.training.files import replacing
 from autowu.training.folder import RunFolder
 from autowu.training.process import Process
 from autowu.training.run import train_run
@@ -34,6 +35,7 @@ def train_cooldowns(config: TrainConfig, process: Process, data: Data, trunk: Ru
 
     Raises:
         UsageError: if something in `config` cannot be, before anything was trained.
+        Stopped: if a signal asks for it; all that was trained is saved.
     """
     assert isinstance(config.cooldown_fraction, list)
     smallest, *others = config.cooldown_fraction
@@ -72,6 +74,7 @@ def _train_trunk(
     parts, loaders = build(config, process, data)
     assert parts.autowu is not None
     starts = first_steps(parts.autowu, others)
+    process.on_main(folder.claim)
     return train_run(config, process, parts, loaders, folder, started, branches=starts), loaders, starts
 
 
@@ -132,4 +135,5 @@ def _draw(fractions: Sequence[float], folders: Sequence[RunFolder], final_losses
     rows = {fraction: folder.rows("metrics.csv") for fraction, folder in zip(fractions, folders, strict=True)}
     losses, lrs = ({f: [float(row[key]) for row in steps] for f, steps in rows.items()} for key in ("loss", "lr"))
     figure = draw_cooldowns(losses, lrs, dict(zip(fractions, final_losses, strict=True)))
-    figure.savefig(folders[0].path / "cooldowns.png", dpi=150)
+    with replacing(folders[0].path / "cooldowns.png") as partial:
+        figure.savefig(partial, dpi=150, format="png")

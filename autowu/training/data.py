@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 
-from autowu.training.config import TrainConfig, UsageError
+from autowu.training.config import RunError, TrainConfig, UsageError
 from autowu.training.process import Process
 
 __all__ = ["DIGITS_TEST_SIZE", "Data", "Loaders", "find_data", "make_loaders"]
@@ -74,12 +76,12 @@ def make_loaders(config: TrainConfig, process: Process, data: Data, size: int, m
         size: side of the images in pixels.
         model_config: mean, std, interpolation and the like that the model expects (timm's data config).
     """
-    train, test = _digits(size) if data.root is None else _folder(data.root, size, model_config)
+    train, test = _digits(size) if data.root is None else _folder(data.root, size, model_config, config.skip_corrupt)
     # The digits lie in memory: worker processes would cost more than they bring.
     options: dict[str, Any] = {"pin_memory": process.device.type == "cuda"}
     if data.root is not None:
         # Workers that outlived an epoch would keep a random state that a resumed run does not have.
-        options["num_workers"] = config.workers
+        options |= {"num_workers": config.workers, "worker_init_fn": _ignore_signals}
     sampler: DistributedSampler[Any] = DistributedSampler(
         train, process.world_size, process.rank, shuffle=True, seed=config.seed, drop_last=True
     )
@@ -113,17 +115,56 @@ def _image_folder(root: Path, transform: Any = None) -> Any:
     from torchvision.datasets import ImageFolder
 
     try:
-        return ImageFolder(str(root), transform)
+        return ImageFolder(str(root), transform, loader=_load)
     except OSError as error:
         # It says whether the folder, its class folders or their images are missing, or cannot be read.
         reason = str(error).split(". Supported")[0]
         raise UsageError(f"--data-dir {root.parent}: {reason}") from None
 
 
-def _folder(root: Path, size: int, model_config: dict[str, Any]) -> tuple[Any, Any]:
+def _load(path: str) -> Any:
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except Exception as error:  # whatever a decoder raises on bytes that are no image
+        reason = getattr(error, "strerror", None) or (f"{error}" if path not in f"{error}" else "no image file")
+        raise RunError(f"{path}: cannot be read as an image: {reason}") from None
+
+
+class _Readable(Dataset[Any]):
+    """The images of a folder; where corrupt ones are skipped, the next that can be read is in the place of each."""
+
+    def __init__(self, images: Any, skip_corrupt: bool) -> None:
+        self._images = images
+        self._skip_corrupt = skip_corrupt
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Any:
+        for later in range(len(self)):
+            try:
+                return self._images[(index + later) % len(self)]
+            except RunError as error:
+                if not self._skip_corrupt:
+                    raise RunError(f"{error}; repair or remove it, or train with --skip-corrupt") from None
+                print(f"skipped: {error}", file=sys.stderr, flush=True)
+        raise RunError(f"{self._images.root}: no image can be read")
+
+
+def _ignore_signals(worker: int) -> None:
+    """For a loader process: a signal may go to the whole group, and the process that it works for needs it to stop well."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _folder(root: Path, size: int, model_config: dict[str, Any], skip_corrupt: bool) -> tuple[Dataset[Any], Dataset[Any]]:
     from timm.data import create_transform
 
     common = {"input_size": (3, size, size)} | {k: model_config[k] for k in ("mean", "std", "interpolation")}
     train = create_transform(**common, is_training=True, auto_augment=None)
     test = create_transform(**common, is_training=False, crop_pct=model_config["crop_pct"])
-    return _image_folder(root / "train", train), _image_folder(root / "val", test)
+    parts = ((root / "train", train), (root / "val", test))
+    train, test = (_Readable(_image_folder(*part), skip_corrupt) for part in parts)
+    return train, test

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from autowu.training.config import TrainConfig, UsageError
+from autowu.training.files import read_rows, replacing
 
 __all__ = ["RunFolder"]
 
-_FREE_TO_CHANGE = {"resume", "run_dir", "workers", "device"}
+_FREE_TO_CHANGE = {"resume", "run_dir", "workers", "device", "skip_corrupt", "small_checkpoints"}
+_LOCK = ".lock"
 
 _STEP_FIELDS = ("step", "epoch", "lr", "loss")
 _EPOCH_FIELDS = ("epoch", "step", "phase", "lr", "train_loss", "test_loss", "test_accuracy", "seconds")
+_FIELDS = {"metrics.csv": _STEP_FIELDS, "epochs.csv": _EPOCH_FIELDS}
 
 
 class RunFolder:
-    """The folder of one run, or of a branch of one, which is a folder in that of its trunk. Nothing is made before :meth:`start`.
+    """The folder of one run, or of a branch of one, which is a folder in that of its trunk.
+
+    Nothing is made before :meth:`claim` or :meth:`start`. The lock of the trunk's folder is that of its branches too.
 
     ``config.json``, ``metrics.csv`` (a row an optimizer step), ``epochs.csv`` (a row an epoch), ``checkpoint.pt`` (renewed after
     every epoch), and at the end ``summary.json`` and ``figure.png``. :class:`~autowu.training.layers.LayerLog` writes there too.
@@ -30,10 +38,48 @@ class RunFolder:
         self.path = config.run_dir
         self.checkpoint_path = self.path / "checkpoint.pt"
         self.config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()} | {"world_size": world_size}
+        self._resume = config.resume
+        self._can_be_extended = config.sched != "cosine" and not isinstance(config.cooldown_fraction, list)
+        self._lock: int | None = None
 
     def branch_path(self, fraction: float) -> Path:
         """The checkpoint that the branch with this cooldown_fraction begins with."""
         return self.path / f"branch-{fraction}.pt"
+
+    def check(self) -> None:
+        """See that a run can begin here, or go on where it is to be resumed.
+
+        Raises:
+            UsageError: as :meth:`check_empty` and :meth:`check_resumable`.
+        """
+        if self._resume:
+            self.check_resumable()
+        else:
+            self.check_empty()
+
+    def claim(self) -> None:
+        """Make the folder and lock it for this process, until :meth:`release` or its death; see again that it can be used.
+
+        Raises:
+            UsageError: if another process has it, if it cannot be written, or as :meth:`check`.
+        """
+        with self._made():
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            import fcntl
+
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no lock that loader processes would inherit
+        except (BlockingIOError, PermissionError):
+            raise UsageError(f"--run-dir {self.path}: in use by another process") from None
+        except (ImportError, OSError):
+            pass  # a system, or a file system, without locks
+        self.check()
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def check_empty(self) -> None:
         """See that a run can begin here.
@@ -41,19 +87,29 @@ class RunFolder:
         Raises:
             UsageError: if the folder holds something already.
         """
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self._holds_something():
             raise UsageError(f"--run-dir {self.path}: not empty; go on with it by --resume, or name another")
 
     def check_resumable(self) -> None:
         """See that a run can go on here: under the options that it was started with, or it would be another run.
 
+        More epochs extend it; not a cosine, nor several cooldowns, which were laid out for the epochs that they had.
+
         Raises:
-            UsageError: if there is no checkpoint, or one of other options.
+            UsageError: if there is no run, or one of other options.
         """
-        if not self.checkpoint_path.is_file():
-            raise UsageError(f"--resume: no checkpoint in {self.path}")
-        before = json.loads((self.path / "config.json").read_text())
+        path = self.path / "config.json"
+        if not path.is_file():
+            if self.path.is_dir() and not self._holds_something():
+                return  # killed before it wrote anything
+            raise UsageError(f"--resume: no run in {self.path}")
+        try:
+            before = {**json.loads(path.read_text())}
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"--resume: {path} cannot be read: {error}") from None
         for name in self.config.keys() - _FREE_TO_CHANGE:
+            if name == "epochs" and self._can_be_extended and before.get(name, math.inf) < self.config[name]:
+                continue
             if before.get(name) != self.config[name]:
                 option = "number of processes" if name == "world_size" else f"--{name.replace('_', '-')}"
                 raise UsageError(f"--resume: {option} is {self.config[name]}, but the run was started with {before.get(name)}")
@@ -66,23 +122,26 @@ class RunFolder:
         Raises:
             UsageError: if the folder cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
+        with self._made():
             self.write_json("config.json", self.config)
-        except OSError as error:
-            raise UsageError(f"--run-dir {self.path}: cannot be written: {error.strerror or error}") from None
         source = trunk or self
-        for name, fields in (("metrics.csv", _STEP_FIELDS), ("epochs.csv", _EPOCH_FIELDS)):
+        for name, fields in _FIELDS.items():
             kept = [row for row in source.rows(name) if int(row["step"]) < step] if step else []
-            with (self.path / name).open("w", newline="") as file:
+            with replacing(self.path / name) as partial, partial.open("w", newline="") as file:
                 writer = csv.DictWriter(file, fields)
                 writer.writeheader()
                 writer.writerows(kept)
 
     def rows(self, name: str) -> list[dict[str, str]]:
-        """The rows of a CSV file of this run."""
-        with (self.path / name).open(newline="") as file:
-            return list(csv.DictReader(file))
+        """The rows of a CSV file of this run, but for one that was cut while it was written.
+
+        Raises:
+            UsageError: if the file cannot be read.
+        """
+        try:
+            return read_rows(self.path / name, _FIELDS[name])
+        except OSError as error:
+            raise UsageError(f"{self.path / name}: cannot be read: {error.strerror or error}") from None
 
     def add_steps(self, rows: Sequence[Sequence[float]]) -> None:
         """Append rows of `step, epoch, lr, loss` to metrics.csv."""
@@ -94,6 +153,18 @@ class RunFolder:
         with (self.path / "epochs.csv").open("a", newline="") as file:
             csv.DictWriter(file, _EPOCH_FIELDS).writerow(row)
 
+    @contextmanager
+    def _made(self) -> Iterator[None]:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            raise UsageError(f"--run-dir {self.path}: cannot be written: {error.strerror or error}") from None
+
+    def _holds_something(self) -> bool:
+        """Whether more is there than what a run leaves that was killed before its first file."""
+        return self.path.is_dir() and any(p.name != _LOCK and p.suffix != ".partial" for p in self.path.iterdir())
+
     def read_summary(self) -> dict[str, Any]:
         summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
         return summary
@@ -102,4 +173,5 @@ class RunFolder:
         self.write_json("summary.json", summary)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+        with replacing(self.path / name) as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n")

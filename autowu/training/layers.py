@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from autowu.training.config import TrainConfig, UsageError
+from autowu.training.files import replacing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -65,9 +66,11 @@ class LayerLog:
             shutil.rmtree(self.parts, ignore_errors=True)
             self.first_step = 0
             self._take_over(trunk / "layers.parquet", step)
-        elif self.file.exists():
-            shutil.rmtree(self.parts, ignore_errors=True)  # they are all in the file
         else:
+            if self.file.exists():  # of a run that was done: all parts are in it, and more may follow
+                shutil.rmtree(self.parts, ignore_errors=True)
+                self.parts.mkdir()
+                self.file.rename(self.parts / "part-000000000.parquet")
             for part in [*self.parts.glob("*.partial"), *(p for p in self._parts() if _begin(p) >= step)]:
                 part.unlink()
 
@@ -99,7 +102,8 @@ class LayerLog:
         if self.file.exists():
             table = pq.ParquetFile(self.file).read()
             figure = draw_layers({name: table[name].to_numpy() for name in ("step", "layer", "trust_ratio")})
-            figure.savefig(self.path / "layers.png", dpi=150)
+            with replacing(self.path / "layers.png") as partial:
+                figure.savefig(partial, dpi=150, format="png")
 
     def close(self) -> None:
         if self._writer is not None:
@@ -147,17 +151,17 @@ class LayerLog:
 
     @staticmethod
     def _write(path: Path, tables: Any) -> None:
-        """Write a file in one move, so that a cut never leaves half of one."""
         import pyarrow.parquet as pq
 
-        partial = path.with_suffix(".partial")
-        writer = None
-        for table in tables:
-            writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd")
-            writer.write_table(table)
-        assert writer is not None
-        writer.close()
-        partial.replace(path)
+        with replacing(path) as partial:
+            writer = None
+            try:
+                for table in tables:
+                    writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd")
+                    writer.write_table(table)
+            finally:
+                if writer is not None:
+                    writer.close()
 
 
 def _begin(part: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from autowu.training.generators import seed_epoch, set_random_state
 from autowu.training.process import Process
 from autowu.training.progress import EpochSteps, Progress
 from autowu.training.records import NullRecorder, epoch_row
+from autowu.training.signals import Stopped, StopSignals
 
 __all__ = ["Loop", "train_step"]
 
@@ -32,9 +33,14 @@ class Loop:
     checkpoints: Checkpoints
     recorder: NullRecorder
     console: NullConsole
+    signals: StopSignals
 
     def train(self, progress: Progress) -> Progress:
-        """Train from `progress` to the end; where the run stands then."""
+        """Train from `progress` to the end; where the run stands then.
+
+        Raises:
+            Stopped: if a signal asks for it. A checkpoint of all steps is saved.
+        """
         while progress.epochs < self.config.epochs:
             started = time.perf_counter()
             steps = self.train_epoch(progress)
@@ -47,11 +53,14 @@ class Loop:
             self.recorder.epoch(rows, row)
             self.checkpoints.save(progress)
             self.console.epoch(row)
+            if progress.epochs < self.config.epochs and (number := self.signals.number()):
+                raise Stopped(number)
         return progress
 
     def train_epoch(self, progress: Progress) -> EpochSteps:
         """Train the epoch that comes next, or the rest of it."""
         epoch, begun, parts = progress.epochs, progress.begun, self.parts
+        started = time.perf_counter()
         seed_epoch(self.config.seed, epoch, self.process)
         self.loaders.sampler.set_epoch(epoch)
         parts.forward.train()
@@ -70,6 +79,11 @@ class Loop:
             steps.add(lr, phase, loss)
             self.console.step(epoch, lr, phase)
             self.checkpoints.save_due(progress, steps)
+            if not steps.is_complete and (number := self.signals.number()):
+                self.recorder.pause()
+                elapsed = progress.elapsed + time.perf_counter() - started
+                self.checkpoints.save_within(replace(progress, elapsed=elapsed), steps)
+                raise Stopped(number)
         return steps
 
 

@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from autowu.training.build import build
-from autowu.training.config import TrainConfig, UsageError, parse_args
+from autowu.training.config import RunError, TrainConfig, UsageError, parse_args
 from autowu.training.cooldowns import train_cooldowns
 from autowu.training.data import find_data
 from autowu.training.folder import RunFolder
 from autowu.training.process import Process, join
 from autowu.training.run import train_run
+from autowu.training.signals import Stopped
 
 __all__ = ["main", "train"]
 
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run train.py; the exit code: 0, 2 for what the user asked and cannot be, 130 after Ctrl-C."""
+    """Run train.py; the exit code.
+
+    0 at the end, 1 for what broke off, 2 for what the user asked and cannot be, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     is_main = os.environ.get("RANK", "0") == "0"
+    code = 0
     try:
         config = parse_args(argv)
-        with join(config.device) as process:
-            train(config, process)
     except UsageError as error:
-        if is_main:
+        if is_main:  # all processes have the same command line
             print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+        return error.code
+    try:
+        with join(config.device) as process:
+            try:
+                train(config, process)
+            except Stopped as stopped:  # the processes stop, and leave, together
+                code = 128 + stopped.number
+    except (UsageError, RunError) as error:
+        return error.code
     except KeyboardInterrupt:
-        if is_main and (config.run_dir / "checkpoint.pt").exists():
-            print(f"interrupted; go on with the same options and --run-dir {config.run_dir} --resume", file=sys.stderr)
-        return 130
-    return 0
+        code = 128 + signal.SIGINT
+    if is_main and code and (config.run_dir / "config.json").exists():
+        print(f"interrupted; go on with the same options and --run-dir {config.run_dir} --resume", file=sys.stderr)
+    return code
 
 
 def train(config: TrainConfig, process: Process) -> dict[str, Any]:
@@ -46,18 +62,26 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
 
     Raises:
         UsageError: if something in `config` cannot be, before anything was trained.
+        RunError: if the disk is full, or an image cannot be read.
+        Stopped: if a signal asks for it.
     """
     started = time.perf_counter()
     torch.manual_seed(config.seed)
     if config.sync_bn and process.device.type != "cuda":
         raise UsageError("--sync-bn: works on GPUs only")
+    config = replace(config, run_dir=process.gather(config.run_dir)[0])  # each may have named one after its own clock
     data = find_data(config, process)
     folder = RunFolder(config, process.world_size)
-    if config.resume:
-        folder.check_resumable()
-    elif process.is_main:
-        folder.check_empty()  # for the others it may already have begun
-    if isinstance(config.cooldown_fraction, list):
-        return train_cooldowns(config, process, data, folder, started)
-    parts, loaders = build(config, process, data)
-    return train_run(config, process, parts, loaders, folder, started)
+    process.on_main(folder.check)
+    try:
+        if isinstance(config.cooldown_fraction, list):
+            return train_cooldowns(config, process, data, folder, started)
+        parts, loaders = build(config, process, data)
+        process.on_main(folder.claim)
+        return train_run(config, process, parts, loaders, folder, started)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise RunError(f"{error.filename or config.run_dir}: cannot be written: {error.strerror}") from None
+    finally:
+        folder.release()

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from autowu.training.config import UsageError
+from autowu.training.config import RunError, UsageError
 
 __all__ = ["Process", "join"]
+
+T = TypeVar("T")
+_FAILED = "autowu/failed"
 
 
 @dataclass(frozen=True)
@@ -47,36 +52,87 @@ class Process:
             dist.all_gather_object(values, value)
         return values
 
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action` gives on the main process, which alone does it; if it raises a UsageError, all processes do."""
+        result: Any = None
+        error: UsageError | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except UsageError as raised:
+                error = raised
+        result, error = self.gather((result, error))[0]
+        if error is not None:
+            raise error
+        return result  # type: ignore[no-any-return]
+
 
 @contextmanager
 def join(device: str | None) -> Iterator[Process]:
     """Join the processes that torchrun or torch.distributed.launch started: NCCL on GPUs, gloo on CPUs.
 
+    A UsageError or RunError within is printed, by one process where several have the same.
+
     Raises:
         UsageError: if a GPU was asked for and there is none.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this torch sees no GPU")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    place = torch.device(device)
-    if device == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(
-                f"--device cuda: process {local_rank} of this machine has none of its {torch.cuda.device_count()} GPUs"
-            )
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(place)
-    if world_size == 1:
-        yield Process(0, 1, place)
-        return
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    rank = 0
+    store: Any = None
+    if world_size > 1:
+        store, rank, _ = next(rendezvous("env://"))
     try:
-        yield Process(dist.get_rank(), world_size, place)
-        # Leave together, and with no model that still holds the group: gloo's threads abort a process that goes before them.
-        gc.collect()
-        dist.barrier()
+        place = _device(device)
+        if world_size > 1:
+            dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+        yield Process(rank, world_size, place)
+        if world_size > 1:
+            # Leave together, and with no model that still holds the group: gloo's threads abort a process that goes before them.
+            gc.collect()
+            dist.barrier()
+    except (UsageError, RunError) as error:
+        if _is_first(store, str(error)):
+            who = f"rank {rank}: " if world_size > 1 else ""
+            print(f"train.py: error: {who}{error}", file=sys.stderr, flush=True)
+        raise
+    except Exception as error:
+        if _has_failed(store):  # the group breaks where one process leaves it
+            raise RunError(f"another process has failed: {error}") from None
+        raise
     finally:
-        dist.destroy_process_group()
+        if world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this torch sees no GPU")
+    if name == "cpu":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(f"--device cuda: process {local_rank} of this machine has none of its {torch.cuda.device_count()} GPUs")
+    place = torch.device("cuda", local_rank)
+    torch.cuda.set_device(place)
+    return place
+
+
+def _is_first(store: Any, error: str) -> bool:
+    """Whether no other process has had this error. Others learn that this one has failed."""
+    if store is None:
+        return True
+    try:
+        store.set(_FAILED, "1")
+        return bool(store.add(f"autowu/{error}", 1) == 1)
+    except RuntimeError:  # the store has gone with its process
+        return True
+
+
+def _has_failed(store: Any) -> bool:
+    """Whether another process has failed with an error that it has printed."""
+    try:
+        return store is not None and bool(store.check([_FAILED]))
+    except RuntimeError:
+        return False

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from autowu.scheduler import AutoWU
 from autowu.training.build import Parts
 from autowu.training.config import TrainConfig
+from autowu.training.files import replacing
 from autowu.training.folder import RunFolder
 from autowu.training.layers import LayerLog
 from autowu.training.process import Process
@@ -84,6 +85,9 @@ class NullRecorder:
     def epoch(self, steps: Sequence[Row], row: Mapping[str, Any]) -> None:
         """An epoch is done: its rows of metrics.csv and its row of epochs.csv. A checkpoint follows."""
 
+    def pause(self) -> None:
+        """The run stops within an epoch. A checkpoint follows, with its rows of metrics.csv."""
+
     def finish(self, summary: Mapping[str, Any], scheduler: AutoWU | None) -> None:
         """The run is done."""
 
@@ -127,6 +131,10 @@ class Recorder(NullRecorder):
         if self._layers is not None:
             self._layers.save()
 
+    def pause(self) -> None:
+        if self._layers is not None:
+            self._layers.save()
+
     def finish(self, summary: Mapping[str, Any], scheduler: AutoWU | None) -> None:
         from autowu.plotting import draw_run
 
@@ -135,4 +143,5 @@ class Recorder(NullRecorder):
         self._folder.write_summary(summary)
         rows = self._folder.rows("metrics.csv")
         figure = draw_run([float(row["loss"]) for row in rows], [float(row["lr"]) for row in rows], scheduler)
-        figure.savefig(self._folder.path / "figure.png", dpi=150)
+        with replacing(self._folder.path / "figure.png") as partial:
+            figure.savefig(partial, dpi=150, format="png")

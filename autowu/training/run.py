@@ -17,6 +17,7 @@ from autowu.training.loop import Loop
 from autowu.training.process import Process
 from autowu.training.progress import Progress
 from autowu.training.records import NullRecorder, Recorder, summarize
+from autowu.training.signals import StopSignals
 
 __all__ = ["train_run"]
 
@@ -32,29 +33,29 @@ def train_run(
     trunk: RunFolder | None = None,
     branches: Mapping[float, int] | None = None,
 ) -> dict[str, Any]:
-    """Train `parts` to the end and write `folder`; the summary.
+    """Train `parts` to the end and write `folder`; the summary. Raises Stopped, after a checkpoint, if a signal asks for it.
 
     Args:
         config: of this run.
         process: this process among those of the run.
         parts: what is trained, as `config` says.
         loaders: of its images.
-        folder: of the run; with ``config.resume`` it goes on from the checkpoint there.
+        folder: of the run; with ``config.resume`` it goes on from the checkpoint there, where there is one.
         started: time of the start by `time.perf_counter`.
         trunk: folder of the run that this one branches off.
         branches: the first step of each branch, by its cooldown_fraction.
     """
     steps_per_epoch = len(loaders.train)
-    checkpoints = Checkpoints(parts, process, folder, branches)
-    begin = _begin(config, folder, trunk)
-    progress = Progress() if begin is None else checkpoints.load(begin)
+    checkpoints = Checkpoints(parts, process, folder, branches, config.small_checkpoints)
+    begin = process.on_main(lambda: _begin(config, folder, trunk))
+    progress = checkpoints.load(begin) if begin else Progress()
     recorder, console = NullRecorder(), NullConsole()
     if process.is_main:
         recorder = Recorder(folder, progress, steps_per_epoch, config.log_layers, trunk)
         console = Console(config, process, parts.model, steps_per_epoch, progress.steps(steps_per_epoch))
     with recorder:
-        with console:
-            progress = Loop(config, process, parts, loaders, checkpoints, recorder, console).train(progress)
+        with console, StopSignals(process) as signals:
+            progress = Loop(config, process, parts, loaders, checkpoints, recorder, console, signals).train(progress)
         wall_s = time.perf_counter() - started
         summary = summarize(config, process, parts, steps_per_epoch, progress, wall_s)
         recorder.finish(summary, parts.autowu)
@@ -65,7 +66,7 @@ def train_run(
 def _begin(config: TrainConfig, folder: RunFolder, trunk: RunFolder | None) -> Path | None:
     """The checkpoint that the run begins with; None where it begins with nothing done."""
     if config.resume:
-        return folder.checkpoint_path
+        return folder.checkpoint_path if folder.checkpoint_path.is_file() else None
     if trunk is None:
         return None
     assert isinstance(config.cooldown_fraction, float)

@@ -1,0 +1,45 @@
+"""Files that are renewed whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["read_rows", "replacing"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what is to replace `path`: beside it. It is moved there at the end, in one move; not after an error.
+
+    Example:
+        >>> path = Path(getfixture("tmp_path"), "numbers.txt")
+        >>> with replacing(path) as partial:
+        ...     partial.write_text("1 2 3")
+        5
+        >>> path.read_text(), list(path.parent.iterdir()) == [path]
+        ('1 2 3', True)
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # or a machine that goes down could keep the move and lose the content
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file with these columns. What a cut left incomplete is no row.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    whole, _, _ = path.read_bytes().decode(errors="replace").rpartition("\n")
+    rows = csv.DictReader(whole.splitlines())
+    return [row for row in rows if list(row) == list(fields) and None not in row.values()]

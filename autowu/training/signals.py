@@ -1,0 +1,84 @@
+"""Signals that ask a run to stop: noted when they come, followed between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autowu.training.process import Process
+
+__all__ = ["StopSignals", "Stopped"]
+
+_ESCALATION_S = 1.0  # a launcher hands on a Ctrl-C that its processes have had already
+
+
+class Stopped(Exception):
+    """A run was stopped by the signal `number`; its checkpoint is saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class StopSignals:
+    """SIGINT and SIGTERM, within the `with` block. A later second Ctrl-C breaks off at once.
+
+    Args:
+        process: this process among those that stop together.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._came = 0
+        self._came_at = 0.0
+        self._before: dict[int, Any] = {}
+        self._group: dist.ProcessGroup | None = None
+        self._answer: tuple[dist.Work, Tensor] | None = None
+
+    def __enter__(self) -> StopSignals:
+        if self._process.world_size > 1 and self._process.device.type == "cuda":
+            self._group = dist.new_group(backend="gloo")  # the host does not wait for the device
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if kind is None:
+            self._received()
+
+    def number(self) -> int:
+        """The signal that has come to any of the processes, or 0. All must ask, and get the same answer.
+
+        In a group the answer is that to the last call: it has arrived, so that none waits for the slowest.
+        """
+        if self._process.world_size == 1:
+            return self._came
+        last = self._received()
+        value = torch.tensor(self._came)
+        self._answer = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True), value
+        if last:
+            self._received()
+        return last
+
+    def _received(self) -> int:
+        if self._answer is None:
+            return 0
+        (work, value), self._answer = self._answer, None
+        work.wait()
+        return int(value)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._came and number == signal.SIGINT and now - self._came_at > _ESCALATION_S:
+            raise KeyboardInterrupt
+        if not self._came:
+            self._came, self._came_at = number, now
