@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["GroupLRs", "write_lrs"]
+__all__ = ["GroupLRs"]
 
 
 class GroupLRs:
@@ -47,6 +47,18 @@ class GroupLRs:
             group.setdefault("initial_lr", group["lr"])
         return [group["initial_lr"] for group in late]
 
+    def write(self, optimizer: Optimizer, lr: float) -> list[float | Tensor]:
+        """Set the LRs of the groups where that of the group with the largest is `lr`; copies of them."""
+        written: list[float | Tensor] = []
+        for group, ratio in zip(optimizer.param_groups, self._ratios, strict=True):
+            own: float | Tensor = lr * ratio
+            if isinstance(group["lr"], Tensor):
+                own = group["lr"].fill_(own).clone()
+            else:
+                group["lr"] = own
+            written.append(own)
+        return written
+
     def state_dict(self) -> dict[str, Any]:
         return {"ratios": list(self._ratios), "largest": self.largest}
 
@@ -56,16 +68,6 @@ class GroupLRs:
         scale = saved[0] / (self._ratios[0] or 1.0)
         self._ratios = [*saved, *(ratio * scale for ratio in self._ratios[len(saved) :])]
         self.largest = state["largest"]
-
-
-def write_lrs(optimizer: Optimizer, lrs: Sequence[float | Tensor]) -> list[float | Tensor]:
-    """Set the LRs of the groups; copies of them."""
-    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-    return [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in optimizer.param_groups]
 
 
 def _part(optimizer: Optimizer) -> None:

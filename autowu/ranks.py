@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,7 @@ class Ranks:
     @property
     def alone(self) -> bool:
         """Whether there is one rank."""
-        return self.size == 1
+        return not _started() or dist.get_world_size(self.group) == 1
 
     @property
     def number(self) -> int:
@@ -112,8 +112,11 @@ class Ranks:
         return Heard(self.size * n - int(number), heard if given else [], are_sound == self.size, flags > 0)
 
 
+_AVAILABLE: Final = dist.is_available()
+
+
 def _started() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return _AVAILABLE and dist.is_initialized()
 
 
 def _device(device: torch.device, group: ProcessGroup | None) -> torch.device:

@@ -66,7 +66,7 @@ class Reader:
 
     def follows_at_once(self, loss: float | Tensor, losses: LossHistory) -> bool:
         """Whether a loss that goes with `losses` need not travel: it is on the host of a single rank."""
-        return losses.on_host and not isinstance(loss, Tensor) and self._ranks.alone
+        return not isinstance(loss, Tensor) and losses.on_host and self._ranks.alone
 
     def follow(self, step: int, loss: float, *, look: bool = False) -> int | None:
         """Follow a loss on the host. It may wait for others where nothing can come of it and nobody wants to `look` at the watch.

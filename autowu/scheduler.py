@@ -19,7 +19,7 @@ from autowu.config import PUBLISHED, Config, checked, configure, cooldown_start,
 from autowu.events import EventLog
 from autowu.gp import CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import PublishedGP
-from autowu.group_lrs import GroupLRs, write_lrs
+from autowu.group_lrs import GroupLRs
 from autowu.history import LossHistory
 from autowu.judge import Judge, engine
 from autowu.micro_batches import MicroBatches
@@ -311,7 +311,12 @@ class AutoWU(LRScheduler):
         step, before = self.last_epoch + 1, self._state
         if self._calls.took_step(self.optimizer, step):
             self._state, self._stage = self._stage.after_step(step, loss, before)
-            LRScheduler.step(self)
+            if self._step_count == 1:  # where torch may have to warn of the order of the two calls
+                LRScheduler.step(self)
+            else:  # the same, in half the time
+                self._step_count += 1
+                self.last_epoch = step
+                self._write_lrs()
         else:
             self._state, self._stage = self._stage.after_skip(self.last_epoch, loss, before, self._calls.skipped)
             if self._state is not before:
@@ -324,7 +329,9 @@ class AutoWU(LRScheduler):
 
     def _write_lrs(self) -> None:
         """Set the LRs of the coming step: a restored run must not depend on the order in which its parts were restored."""
-        self._last_lr = write_lrs(self.optimizer, self.get_lr())
+        if late := self._groups.join(self.optimizer):
+            self.base_lrs += late
+        self._last_lr = self._groups.write(self.optimizer, self.lr_at(self.last_epoch))
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on, as plain types and tensors, loadable with ``torch.load(weights_only=True)``.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from autowu.group_lrs import GroupLRs, write_lrs
+from autowu.group_lrs import GroupLRs
 
 
 def groups(*options, lr=0.1):
@@ -29,7 +29,7 @@ def test_writing_fills_tensors_in_place_and_hands_out_copies():
     optimizer = groups({"lr": torch.tensor(0.1)}, {"lr": 0.05})
     live = optimizer.param_groups[0]["lr"]
     lrs = GroupLRs(optimizer)
-    written = write_lrs(optimizer, lrs.of(2.0))
+    written = lrs.write(optimizer, 2.0)
     assert optimizer.param_groups[0]["lr"] is live
     assert [float(lr) for lr in written] == pytest.approx([2.0, 1.0])
     written[0].fill_(7.0)
@@ -46,7 +46,7 @@ def test_a_tensor_lr_that_groups_share_is_parted():
 def test_a_late_group_joins_once_in_the_ratio_of_its_lr_to_the_first_groups_now():
     optimizer = groups({"lr": 0.1}, {"lr": 0.2})
     lrs = GroupLRs(optimizer)
-    write_lrs(optimizer, lrs.of(0.01))  # the first is now at 0.005
+    lrs.write(optimizer, 0.01)  # the first is now at 0.005
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.001})
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})  # at the optimizer's own LR: as the first
     assert lrs.join(optimizer) == [0.001, 0.1]

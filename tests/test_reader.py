@@ -111,6 +111,7 @@ def test_a_loss_of_no_step_comes_after_those_that_wait():
 class TwoRanks(Ranks):
     """Stands for two ranks with the same losses on this host: what is read is read late."""
 
+    alone = False
     size = 2
     number = 0
 
