@@ -187,14 +187,14 @@ def register() -> None:
     with _LOCK:
         if _OPERATORS:
             return
-        library = torch.library.Library("autowu", "FRAGMENT")
+        library = torch.library.Library("autowu", "FRAGMENT")  # type: ignore[no-untyped-call]
         try:
             operators = {name: _define(name, signature, library) for name, signature in _SIGNATURES.items()}
             _LIBRARIES.append(library)
             _OPERATORS.update(operators)
         except BaseException:
             _OPERATORS.clear()
-            library._destroy()
+            library._destroy()  # type: ignore[no-untyped-call]
             raise
 
 
