@@ -7,7 +7,7 @@ from typing import Final
 
 from torch.optim import Optimizer
 
-from autowu.kin import family_of
+from autowu.kin import family_of, wrapped_optimizer
 
 __all__ = ["LR_RANGES", "family", "lr_range", "peak_factor", "peak_lag", "wrapped_optimizer"]
 
@@ -24,8 +24,6 @@ that the loss is flat at the one end and rises at the other; "lars" is for the u
 _PEAK_FACTORS: Final = {"lars": 0.5, "lamb": 1 / 6}
 _PEAK_FACTOR: Final = 0.8
 _LAYERWISE: Final = ("lars", "lamb")
-
-_WRAPPED: Final = ("optim", "_base_optimizer", "optimizer")  # torchlars and ours, timm, Accelerate
 
 
 def family(optimizer: Optimizer) -> str:
@@ -44,12 +42,6 @@ def family(optimizer: Optimizer) -> str:
     if wrapped is not None and (found == "unknown" or family(wrapped) == "adam"):
         return family(wrapped)
     return found
-
-
-def wrapped_optimizer(optimizer: Optimizer) -> Optimizer | None:
-    """The optimizer inside a wrapper such as LARS, timm's Lookahead or Accelerate's; None for one that wraps nothing."""
-    inside = (getattr(optimizer, name, None) for name in _WRAPPED)
-    return next((wrapped for wrapped in inside if isinstance(wrapped, Optimizer)), None)
 
 
 def lr_range(optimizer: Optimizer) -> tuple[float, float]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["FAMILIES", "family_of", "scale_free"]
+from torch.optim import Optimizer
+
+__all__ = ["FAMILIES", "family_of", "scale_free", "wrapped_optimizer"]
 
 FAMILIES: Final[dict[str, tuple[str, ...]]] = {
     "lars": ("lars", "larc", "tvlars", "wars"),
@@ -24,7 +26,11 @@ FAMILIES: Final[dict[str, tuple[str, ...]]] = {
 
 _FAMILY_OF: Final = {name: family for family, names in FAMILIES.items() for name in names}
 _MUONS: Final = ("muon", "muonwithauxadam", "singledevicemuon", "singledevicemuonwithauxadam", "adamuon", "distributedmuon")
-_OTHERS: Final = ("adadelta", "rprop", "signsgd", "lionw", "laprop", "mars", "ademamix", "soap")
+_OTHERS: Final = (
+    *("adadelta", "rprop", "signsgd", "lionw", "laprop", "mars", "ademamix", "soap"),
+    *("adagrad", "adafactorbigvision", "adahessian"),
+)
+_WRAPPED: Final = ("optim", "_base_optimizer", "optimizer")  # torchlars and ours, timm, Accelerate
 
 
 def names_of(cls: type) -> list[str]:
@@ -57,3 +63,9 @@ def scale_free(cls: type) -> str | None:
     if any(name in _MUONS for name in names):
         return "Muon"
     return "LAMB" if family_of(cls) in ("adam", "lamb") or any(name in _OTHERS for name in names) else None
+
+
+def wrapped_optimizer(optimizer: Optimizer) -> Optimizer | None:
+    """The optimizer inside a wrapper such as LARS, timm's Lookahead or Accelerate's; None for one that wraps nothing."""
+    inside = (getattr(optimizer, name, None) for name in _WRAPPED)
+    return next((wrapped for wrapped in inside if isinstance(wrapped, Optimizer)), None)

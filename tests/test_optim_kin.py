@@ -46,6 +46,8 @@ def test_no_name_is_of_two_families():
         (torch.optim.RMSprop, "LAMB"),
         (torch.optim.Adadelta, "LAMB"),
         (torch.optim.Rprop, "LAMB"),
+        (torch.optim.Adagrad, "LAMB"),
+        (timm.optim.AdafactorBigVision, "LAMB"),
         (timm.optim.Lion, "LAMB"),
         (timm.optim.Adafactor, "LAMB"),
         (timm.optim.Lamb, "LAMB"),
@@ -71,7 +73,27 @@ def test_lars_says_once_what_to_take_instead(make, instead, caplog):
     assert scale_free(make) == instead
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.ASGD, torch.optim.Adagrad, timm.optim.SGDP])
+class Wrapper(torch.optim.Optimizer):
+    """As Accelerate's: another optimizer under the name `optimizer`."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.defaults, self.state = optimizer, optimizer.defaults, optimizer.state
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+
+@pytest.mark.parametrize("wrap", [timm.optim.Lookahead, Wrapper, lambda inside: Wrapper(timm.optim.Lookahead(inside))])
+def test_lars_looks_through_wrappers(wrap, caplog):
+    LARS(wrap(torch.optim.SGD(weights(), lr=0.1)))
+    assert caplog.records == []
+    LARS(wrap(torch.optim.AdamW(weights(), lr=0.1)))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("LARS around AdamW: ")
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.ASGD, timm.optim.SGDP])
 def test_lars_around_what_minds_a_scale_says_nothing(make, caplog):
     with caplog.at_level(logging.INFO, logger="autowu"):
         LARS(make(weights(), lr=0.1))
@@ -79,7 +101,12 @@ def test_lars_around_what_minds_a_scale_says_nothing(make, caplog):
     assert caplog.records == []
 
 
-@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Rprop])
+def test_adahessian_which_wants_a_graph_to_step_is_known_too(caplog):
+    LARS(timm.optim.Adahessian(weights(), lr=0.1))
+    assert [record.getMessage()[:22] for record in caplog.records] == ["LARS around Adahessian"]
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.Adagrad])
 def test_a_scale_of_the_gradient_means_nothing_to_them(make):
     steps = []
     for scale in (1.0, 1000.0):

@@ -60,6 +60,34 @@ def test_the_size_of_a_gradient_means_nothing():
     assert all(torch.equal(parameter, twin) for parameter, twin in zip(parameters, twins, strict=True))
 
 
+@pytest.mark.parametrize("scale", [2.0**-90, 2.0**66, 2.0**100])
+def test_huge_and_tiny_gradients_step_as_others_do(scale):
+    parameters, twins = make_parameters(torch.float32), make_parameters(torch.float32)
+    take_steps(LANS(parameters, lr=0.05), parameters, range(3))
+    take_steps(LANS(twins, lr=0.05), twins, range(3), lambda gradient: scale * gradient)
+    assert_all_close(parameters, twins, 1e-6)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_float16_is_refused_before_its_moments_underflow(foreach):
+    start = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).half()
+    weight = nn.Parameter(start.clone())
+    weight.grad = start.clone()
+    with pytest.raises(RuntimeError, match=r"LANS: float16 weights; .* take float32 or bfloat16"):
+        LANS([weight], foreach=foreach).step()
+    assert torch.equal(weight, start)
+    LANS([{"params": [weight], "adapt": False}], foreach=foreach).step()
+    assert not torch.equal(weight, start)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_gradients_stay_as_they_are(foreach):
+    parameters = make_parameters()
+    optimizer = LANS([{"params": parameters[:2]}, {"params": parameters[2:], "adapt": False}], weight_decay=0.1, foreach=foreach)
+    take_steps(optimizer, parameters, [0])
+    assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(parameters, make_gradients(0), strict=True))
+
+
 @pytest.mark.parametrize("foreach", [False, True])
 def test_without_adaptation_it_is_adamw(foreach):
     parameters, twins = make_parameters(), make_parameters()
@@ -120,6 +148,25 @@ def test_it_goes_on_from_a_state_of_lamb():
     optimizer.load_state_dict(lamb.state_dict())
     take_steps(optimizer, parameters, [3])
     assert {float(state["step"]) for state in optimizer.state.values()} == {4.0}
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_from_a_lamb_that_corrects_nothing_it_goes_on_uncorrected(corrected):
+    weight = nn.Parameter(torch.ones(4, 4))
+    weight.grad = torch.ones(4, 4)
+    optimizer = LANS([weight], lr=0.1)
+    optimizer.load_state_dict(LAMB([weight], lr=0.1, bias_correction=corrected).state_dict())
+    optimizer.step()
+    (layer,) = optimizer.layer_stats()
+    assert layer.grad_norm == pytest.approx(4.0 if corrected else 4 * 0.1 / 0.001**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [LAMB, LANS])
+def test_keys_of_other_optimizers_in_a_group_are_let_be(kind):
+    optimizer = kind([{"params": [nn.Parameter(torch.ones(1))], "momentum": 1.0}])
+    assert optimizer.param_groups[0]["momentum"] == 1.0
+    with pytest.raises(ValueError, match="betas"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "momentum": 1.0, "betas": (0.9, 1.0)})
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,22 @@ def test_singular_values_come_near_one(scale):
     assert values.max() < 1.3
 
 
+@pytest.mark.parametrize("scale", [2.0**66, 2.0**100])
+def test_huge_gradients_step_as_others_do(scale):
+    assert torch.equal(orthogonal(scale * drawn(0, (30, 50))), orthogonal(drawn(0, (30, 50))))
+
+
+def test_an_embedding_meets_no_cap():
+    embedding = nn.Embedding(1000, 16)
+    before = embedding.weight.detach().clone()
+    embedding.weight.grad = drawn(0, (1000, 16))
+    optimizer = Muon(embedding.parameters(), lr=0.01)
+    optimizer.step()
+    (layer,) = optimizer.layer_stats()
+    assert layer.trust_ratio > 20
+    assert float((embedding.weight.detach() - before).norm() / before.norm()) == pytest.approx(0.01, rel=1e-3)
+
+
 def test_a_matrix_of_zeros_stays_one():
     assert torch.equal(orthogonal(torch.zeros(3, 4)), torch.zeros(3, 4, dtype=torch.bfloat16))
 

@@ -40,9 +40,9 @@ class Batch(NamedTuple):
         """Whether numbers of it may be read without waiting for a device."""
         return len(self.params) == 1 and self.params[0].is_cpu and self.sharding is None and not torch.compiler.is_compiling()
 
-    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The (k,) 2-norms of k tensors that are sharded as the parameters, whole, in float32 or better."""
-        dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    def norms(self, tensors: Sequence[Tensor], least: torch.dtype = torch.float32) -> Tensor:
+        """The (k,) 2-norms of k tensors that are sharded as the parameters, whole, in float32, or in `least`, or better."""
+        dtype = torch.promote_types(tensors[0].dtype, least)
         norms = torch.stack(torch._foreach_norm(list(tensors), 2, dtype))
         if self.sharding is None:
             return norms
@@ -123,6 +123,11 @@ def same_layout(first: Tensor, *others: Tensor) -> bool:
     """Whether torch's fused kernels, which run through memory, pair the right elements."""
     stride, dtype = first.stride(), first.dtype
     return is_dense(first) and all(other.stride() == stride and other.dtype == dtype for other in others)
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """A dtype that squares of what is finite in float32 do not leave, where the device has one."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def host_norm(tensor: Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from autowu.optim.batches import Batch
+from autowu.optim.batches import Batch, wide
 from autowu.optim.engines.eager import scale_
 from autowu.optim.layerwise import TrustScaled
 from autowu.optim.rules import ADAMW_RULE, Direction, Lamb, LambNumbers, adam_roots, correct_firsts_, decayed_
@@ -26,8 +26,11 @@ class Lans(Lamb):
 
     def update(self, piece: Batch, numbers: LambNumbers) -> list[Direction]:
         weights, grads, firsts, seconds, steps = piece.columns
-        norms, units = piece.norms(grads), [grad.clone() for grad in grads]
-        scale_(units, torch.where(norms > 0, 1 / norms, 1.0))
+        if weights[0].dtype == torch.float16:
+            raise RuntimeError("LANS: float16 weights; squares of normalised gradients underflow there, take float32 or bfloat16")
+        norms, units = piece.norms(grads, wide(grads[0])), [grad.clone() for grad in grads]
+        scales = torch.where(norms > torch.finfo(torch.float32).tiny, 1 / norms, 1.0)
+        scale_(units, scales)
         torch._foreach_add_(steps, 1)
         counts = torch.stack(steps).to(norms.dtype) if numbers.bias_correction else None
         roots = adam_roots(units, firsts, seconds, counts, numbers)
@@ -64,7 +67,7 @@ class LANS(TrustScaled):
 
     Raises:
         ValueError: if a number is out of its range.
-        RuntimeError: in `step`, for a sparse gradient.
+        RuntimeError: in `step`, for a sparse gradient, and for float16 weights that adapt.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)

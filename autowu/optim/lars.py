@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from autowu.kin import scale_free
+from autowu.kin import scale_free, wrapped_optimizer
 from autowu.optim import checks
 from autowu.optim.batches import Batch, LayerNorms, batches
 from autowu.optim.engines import Engine, eager, gpu, pick
@@ -86,13 +86,7 @@ class LARS(Layerwise):
         checks.check(self.ranges, {"trust_coef": trust_coef})
         for group in optimizer.param_groups:
             self._complete(group)
-        if (instead := scale_free(type(optimizer))) is not None:
-            _logger.warning(
-                "LARS around %s: a scale of the gradient means nothing to it, so trust ratios do next to nothing; "
-                "autowu.optim.%s scales the update instead",
-                type(optimizer).__name__,
-                instead,
-            )
+        _warn_of_scale_free(optimizer)
 
     # Groups, state and defaults have one home, the wrapped optimizer, which replaces them when it loads a state.
     @property
@@ -293,3 +287,18 @@ class _Adapting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.lars.optim, name)
+
+
+def _warn_of_scale_free(optimizer: Optimizer) -> None:
+    """Say so where a scale of the gradient means nothing to an optimizer, or to what it wraps."""
+    inside: Optimizer | None = optimizer
+    while inside is not None:
+        if (instead := scale_free(type(inside))) is not None:
+            _logger.warning(
+                "LARS around %s: a scale of the gradient means nothing to it, so trust ratios do next to nothing; "
+                "autowu.optim.%s scales the update instead",
+                type(inside).__name__,
+                instead,
+            )
+            return
+        inside = wrapped_optimizer(inside)

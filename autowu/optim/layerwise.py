@@ -99,7 +99,8 @@ class TrustScaled(Layerwise):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it does not set is as in the constructor."""
-        checks.check(self.ranges, self.defaults | param_group)
+        own = {key: param_group.get(key, value) for key, value in self.defaults.items()}  # others' keys may mean anything
+        checks.check(self.ranges, own)
         super().add_param_group(param_group)
 
     def _begin_step(self) -> None:

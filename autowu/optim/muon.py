@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from autowu.optim.batches import Batch
+from autowu.optim.batches import Batch, wide
 from autowu.optim.layerwise import TrustScaled
 from autowu.optim.rules import ADAMW_RULE, Direction, StepRule, decayed_
 
@@ -42,9 +43,8 @@ class MuonRule(StepRule[MuonNumbers]):
 
 def orthogonal(tensor: Tensor) -> Tensor:
     """Five Newton-Schulz steps towards the nearest matrix with singular values of 1, in bfloat16; kernels count as (out, rest)."""
-    near = tensor.flatten(1).bfloat16()
-    tall = near.size(0) > near.size(1)
-    near = (near.T if tall else near) / near.norm().clamp(min=1e-7)
+    near, tall = (flat := tensor.flatten(1)).bfloat16(), flat.size(0) > flat.size(1)
+    near = (near.T if tall else near) / torch.linalg.vector_norm(near, dtype=wide(near)).clamp(min=1e-7).to(near.dtype)
     for _ in range(5):  # of the odd polynomial with the coefficients 3.4445, -4.775, 2.0315
         gram = near @ near.T
         near = torch.addmm(near, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), near, beta=3.4445)
@@ -61,13 +61,13 @@ class Muon(TrustScaled):
         w \leftarrow w - \text{lr} \, \min\left(\frac{\|w\|}{\|u\|}, \text{max\_trust\_ratio}\right) u
 
     The ratio is 1 where a norm is 0. Kernels of convolutions count as matrices (out, rest). AdamW steps biases, and groups with
-    ``"adapt": False`` (:func:`~autowu.optim.param_groups`). Sharding, compilation and :meth:`layer_stats` are those of LAMB.
+    ``"adapt": False``: put embeddings and the output head there, which Muon's authors leave to AdamW. All else is as in LAMB.
 
     Args:
         params: parameters or groups, named or not.
         lr: the learning rate, a float or a tensor, 0 or more: the relative change of a matrix in a step, and AdamW's LR.
         momentum, weight_decay: :math:`\mu` in [0, 1), :math:`\lambda` of 0 or more.
-        betas, eps, max_trust_ratio, capturable, foreach: see :class:`~autowu.optim.LAMB`; the first two are for AdamW.
+        betas, eps (both for AdamW), max_trust_ratio (no cap by default), capturable, foreach: see :class:`~autowu.optim.LAMB`.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -91,7 +91,7 @@ class Muon(TrustScaled):
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        max_trust_ratio: float = 10.0,
+        max_trust_ratio: float = math.inf,
         capturable: bool = False,
         foreach: bool | None = None,
     ) -> None:

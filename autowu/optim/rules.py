@@ -60,6 +60,13 @@ class Rule(Generic[N]):
     alike: ClassVar[int] = 2
     """How many columns of a batch lie in memory as the parameters do: themselves, the gradients, the moments."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):  # an inherited one would have engines run the rule that it derives from
+            raise TypeError(
+                f"{cls.__name__}: a rule needs a `name` of its own; that of another only if engines may run it as that one"
+            )
+
     def ratio(self, weight: Any, other: Any, numbers: N) -> Any:
         """The trust ratio for norms above 0 of a weight and of its gradient or update: floats, or (k,) tensors."""
         raise NotImplementedError
@@ -90,6 +97,7 @@ class Lars(Rule[LarsNumbers]):
 class StepRule(Rule[N]):
     """A rule that takes the whole step, and keeps a state for each parameter. Numbers have `lr` and `adapt`."""
 
+    name = ""  # of no rule: each below has its own
     kind: ClassVar[type[Any]]
     """Of the numbers."""
     keys: ClassVar[tuple[str, ...]]
@@ -159,6 +167,7 @@ class Lamb(StepRule[LambNumbers]):
 class AdamW(Lamb):
     """AdamW: LAMB without ratios, whatever the group says. Engines run it as such."""
 
+    name = "lamb"
     scales = False
 
 

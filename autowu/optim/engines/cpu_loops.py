@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, get_type_hints
 
@@ -172,29 +173,49 @@ _SIGNATURES: Final = {
 }
 _KINDS: Final = {name: signature.kinds() for name, signature in _SIGNATURES.items()}
 _OPERATORS: Final[dict[str, Callable[..., Tensor]]] = {}
+_LIBRARIES: Final[list[torch.library.Library]] = []  # kept: with a library its operators go
+_LOCK: Final = threading.Lock()
 
 
-@functools.cache
 def register() -> None:
-    """Define the operators, for which it must not be traced: every optimizer does when it is made, copied or unpickled."""
+    """Define the operators, for which it must not be traced: every optimizer does when it is made, copied or unpickled.
+
+    Threads may call it at once; after a call that was cut short the next begins anew.
+    """
     if not _COMPILES:
         return
-    for name, signature in _SIGNATURES.items():
+    with _LOCK:
+        if _OPERATORS:
+            return
+        library = torch.library.Library("autowu", "FRAGMENT")  # type: ignore[no-untyped-call]
+        try:
+            operators = {name: _define(name, signature, library) for name, signature in _SIGNATURES.items()}
+            _LIBRARIES.append(library)
+            _OPERATORS.update(operators)
+        except BaseException:
+            _OPERATORS.clear()
+            library._destroy()  # type: ignore[no-untyped-call]
+            raise
 
-        def step(*args: Any, name: str = name, signature: _Signature = signature) -> Tensor:
-            columns, numbers = signature.split(args)
-            return cpu.STEPS[name](columns, numbers, build())
 
-        def fake(*args: Any, signature: _Signature = signature) -> Tensor:
-            columns, numbers = signature.split(args)
-            return torch.empty(3, len(columns[0]) if numbers.adapt else 0, dtype=torch.float64, device="cpu")
+def _define(name: str, signature: _Signature, library: torch.library.Library) -> Callable[..., Tensor]:
+    """The operator of a rule, which lives as long as the library does."""
 
-        # By hand and not as a `custom_op`, which counts up the version of every tensor in Python.
-        operator = f"autowu::{name}_"
-        torch.library.define(operator, f"({signature.schema()}) -> Tensor")
-        torch.library.impl(operator, "CPU", step)
-        torch.library.register_fake(operator, fake)
-        _OPERATORS[name] = getattr(torch.ops.autowu, f"{name}_").default
+    def step(*args: Any) -> Tensor:
+        columns, numbers = signature.split(args)
+        return cpu.STEPS[name](columns, numbers, build())
+
+    def fake(*args: Any) -> Tensor:
+        columns, numbers = signature.split(args)
+        return torch.empty(3, len(columns[0]) if numbers.adapt else 0, dtype=torch.float64, device="cpu")
+
+    # By hand and not as a `custom_op`, which counts up the version of every tensor in Python.
+    operator = f"autowu::{name}_"
+    torch.library.define(operator, f"({signature.schema()}) -> Tensor", lib=library)
+    torch.library.impl(operator, "CPU", step, lib=library)
+    torch.library.register_fake(operator, fake, lib=library)
+    made: Callable[..., Tensor] = getattr(torch.ops.autowu, f"{name}_").default
+    return made
 
 
 def takes(rule: Rule[Any], batch: Batch) -> bool:

@@ -47,6 +47,8 @@ def counts(steps: list[Tensor], numbers: LambNumbers) -> list[Tensor]:
 class FusedLamb(Lamb):
     """LAMB whose update is made by the kernel."""
 
+    name = "lamb"
+
     def adam(
         self, grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor], steps: list[Tensor], numbers: LambNumbers
     ) -> list[Tensor]:
