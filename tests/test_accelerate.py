@@ -158,7 +158,7 @@ def test_what_was_observed_for_a_skipped_step_goes_to_the_next():
     run = Run(scaler=torch.amp.GradScaler("cpu"), overflows=(19,)).train(observes=True, end=1)
     assert run.skipped == 1
     assert run.autowu.last_epoch == 19
-    assert run.autowu.state_dict()["num_observed"] == 1
+    assert run.autowu.state_dict()["micro_batches"]["count"] == 1
 
 
 def test_accumulation_works_with_the_last_loss_alone():
