@@ -130,12 +130,16 @@ def test_the_page_has_the_tables_of_the_results(compare):
         assert table in text
 
 
-def test_the_page_has_its_figure_and_its_snippet_trains():
+def test_the_page_has_its_figure_and_its_snippets_train():
     text = PAGE.read_text()
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert [(PAGE.parent / picture).resolve() for picture in pictures] == [ROOT / "assets" / "compare_optimizers.png"]
-    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names = {}
-    exec(snippet, names)
-    assert [group["adapt"] for group in names["optimizer"].param_groups] == [True, False]
-    assert len(names["optimizer"].layer_stats()) == 2
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    optimizers = []
+    for snippet in snippets:
+        names = {}
+        exec(snippet, names)
+        optimizers.append(names["optimizer"])
+        assert [group["adapt"] for group in names["optimizer"].param_groups] == [True, False]
+    assert [type(optimizer).__name__ for optimizer in optimizers] == ["LARS", "LANS", "Muon", "Muon"]
+    assert len(optimizers[0].layer_stats()) == 2
