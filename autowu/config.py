@@ -7,7 +7,7 @@ documentation to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
@@ -74,6 +74,13 @@ def _model(name: str, value: Any) -> nn.Module:
     return value
 
 
+def _hook(name: str, value: Any) -> Callable[[int], object]:
+    if not callable(value):
+        raise TypeError(f"{name}={value!r}: must be callable with a step, or None")
+    hook: Callable[[int], object] = value
+    return hook
+
+
 def _interval(name: str, value: Any) -> int | str:
     if isinstance(value, str) and value != "epoch":
         raise ValueError(f"{name}={value!r}: must be an integer, 'epoch' or None")
@@ -111,8 +118,10 @@ ARGUMENTS: Final[Mapping[str, Check]] = {
     "gp": _engine,
     "device": optional(device),
     "seed": integer,
+    "rollback": flag,
     "model": optional(_model),
     "snapshot_device": optional(device),
+    "on_rollback": optional(_hook),
     "watch": flag,
     "process_group": optional(process_group),
 }
@@ -131,6 +140,7 @@ PUBLISHED: Final[Mapping[str, Any]] = {
     "immediate_cooldown": True,
     "cooldown_type": "cosine",
     "cooldown_fraction": 0.2,
+    "rollback": False,
     "watch": False,
 }
 """The arguments of the paper's preset (Kim et al. 2021 and its code)."""

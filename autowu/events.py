@@ -33,9 +33,20 @@ class EventLog:
         if self._ranks.is_first:
             _logger.warning("AutoWU, step %d: %s", step, message)
 
+    def fail(self, kind: str, step: int, message: str) -> None:
+        """What ends a run's hope, on all ranks alike: the first says it as an error."""
+        self.events.append(Event(kind, step, message))
+        if self._ranks.is_first:
+            _logger.error("AutoWU, step %d: %s", step, message)
+
     def tell(self, kind: str, step: int, message: str) -> None:
         """What is as it should be, on all ranks alike: the first says it."""
         self.events.append(Event(kind, step, message))
+        if self._ranks.is_first:
+            _logger.info(message)
+
+    def say(self, message: str) -> None:
+        """What befell nobody, for those who want to know: no event."""
         if self._ranks.is_first:
             _logger.info(message)
 

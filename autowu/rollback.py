@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from autowu.events import EventLog
+from autowu.live import LiveRun
 from autowu.ranks import Ranks
 from autowu.snapshot import Snapshot
 
@@ -29,17 +30,18 @@ class Restored(NamedTuple):
 
 
 class NoRollback:
-    """Of a run that has no model to go back with: nothing is copied."""
+    """Of a run that is not to go back: nothing is copied."""
 
     failed = False
-    """Whether this rank could not copy its model; the others are told at the next collective."""
+    """Whether this rank could not copy its part; the others are told at the next collective."""
     able = False
     """Whether the run can still go back, by all that this rank knows."""
     held: int | None = None
     """Step of the newer copy, None where there is none."""
+    _why_lost = "nothing was copied: start again from a checkpoint, without rollback=False"
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, live: LiveRun, ranks: Ranks, log: EventLog) -> None:
+        self._live, self._ranks, self._log = live, ranks, log
 
     def sound(self, step: int) -> Tensor | None:
         """Whether all that would be copied is finite, and can be: (1,) 1.0 or 0.0; None where nothing would be copied."""
@@ -59,6 +61,20 @@ class NoRollback:
         self._ranks.all_agree(torch.zeros(1, dtype=torch.float64))  # the ranks ask each other
         return None
 
+    def lost(self, step: int) -> bool:
+        """Whether weights of the run are not finite, on any rank, which it cannot train away: said once, as an error."""
+        if self._ranks.all_agree(self._finite(step)):
+            return False
+        self._log.fail("lost", step, f"weights or the optimizer's state are not finite, and {self._why_lost}")
+        return True
+
+    def _finite(self, step: int) -> Tensor:
+        try:
+            return self._live.sound()
+        except Exception as error:
+            self._log.once("snapshot", step, f"whether the weights are finite could not be found out ({error})")
+            return torch.ones(1, dtype=torch.float64)
+
     def give_up(self) -> None:
         """Copy nothing any longer, since a rank cannot."""
 
@@ -74,24 +90,52 @@ class NoRollback:
 
 
 class Rollback(NoRollback):
-    """Two copies of a model and its optimizer in the warm-up, one after it.
+    """Two copies of what a run changes in the warm-up, one after it.
 
     That copying fails is survived, by all ranks together: the run goes on without going back.
+
+    Args:
+        device: where the copies are held, see :class:`~autowu.snapshot.Snapshot`.
+        on_rollback: is called with the step of a copy that was put back.
+
+    Raises:
+        ValueError: if another run goes back with parts of this one's model.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, device: torch.device | None, ranks: Ranks, log: EventLog) -> None:
-        super().__init__(ranks)
-        self._log = log
-        self._newer, self._older = (Snapshot(model, optimizer, device) for _ in range(2))
+    _why_lost = "no copy mends them: start again from a checkpoint, with a lower max_lr or clipped gradients"
+
+    def __init__(
+        self,
+        live: LiveRun,
+        ranks: Ranks,
+        log: EventLog,
+        device: torch.device | None = None,
+        on_rollback: Callable[[int], object] | None = None,
+    ) -> None:
+        super().__init__(live, ranks, log)
+        self._newer, self._older = (Snapshot(live, device) for _ in range(2))
+        self._on_rollback = on_rollback
         self.able = True
+        _claim(self)
+        log.say(self._describe())
+
+    def _describe(self) -> str:
+        tensors = {key: t for key, t in self._live.tensors().items() if key[0] in ("parameter", "buffer")}
+        size = sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6
+        what = "parameters" if self._live.model is None else "parameters and buffers"
+        place = self._newer.device or self._live.place
+        return (
+            f"AutoWU goes back to a copy where training overshoots: at most two of {size:.4g} MB of {what}, and of the optimizer's "
+            f"state, on {place}; rollback=False turns it off"
+        )
 
     @property
     def held(self) -> int | None:  # type: ignore[override]
         return self._newer.step if self.able else None
 
     def sound(self, step: int) -> Tensor | None:
-        sound = self._survived(step, Snapshot.sound)
-        return torch.zeros(1, dtype=torch.float64, device=self._newer.place) if self.failed else sound
+        sound = self._survived(step, lambda newer: newer.live.sound())
+        return torch.zeros(1, dtype=torch.float64, device=self._live.place) if self.failed else sound
 
     def take(self, step: int, lr: float, level: float, share: float) -> None:
         if self._newer.step is None or lr * share >= self._newer.lr:
@@ -111,21 +155,41 @@ class Rollback(NoRollback):
         self._older.free()
 
     def put_back(self, step: int) -> Restored | None:
-        have = torch.tensor([float(self.held is not None)], dtype=torch.float64)
+        misfit = None if self.held is None else self._newer.misfit()
+        if misfit is not None:
+            self._log.once("snapshot", step, f"the copy of step {self.held} does not fit the run, which does not go back: {misfit}")
+        have = torch.tensor([float(self.held is not None and misfit is None)], dtype=torch.float64)
         if not self._ranks.all_agree(have):
             return None
         if not self._ranks.alone:  # a rank on which this fails must not go on beside those that went back
-            self._newer.restore()
-        elif self._survived(step, Snapshot.restore) is None:
+            left: list[str] | None = self._newer.restore()
+        else:
+            left = self._survived(step, Snapshot.restore)
+        if left is None:
             return None
         assert self._newer.step is not None
-        return Restored(self._newer.step, self._newer.level)
+        restored = Restored(self._newer.step, self._newer.level)
+        self._tell(step, restored.step, left)
+        self.lost(step)
+        return restored
+
+    def _tell(self, step: int, back_at: int, left: list[str]) -> None:
+        """What a copy that was put back could not mend, and who wants to know that it was."""
+        if left:
+            kept = f"{', '.join(left[:5])}{' and others' if left[5:] else ''}"
+            self._log.once("snapshot", step, f"the copy of step {back_at} does not know {kept}: they stay as they are")
+        if self._on_rollback is not None:
+            try:
+                self._on_rollback(back_at)
+            except Exception as error:
+                self._log.once("on_rollback", step, f"on_rollback({back_at}) has failed ({error!r}); the run goes on")
 
     def give_up(self) -> None:
         self.able = False
         self.free()
 
     def free(self) -> None:
+        _CLAIMED.discard(self)
         self._newer.free()
         self._older.free()
 
@@ -135,6 +199,7 @@ class Rollback(NoRollback):
         return {"newer": self._newer.state_dict(), "older": self._older.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        self._live.begin()
         newer, older = (None, None) if state is None or not self.able else (state["newer"], state["older"])
         self._newer.load_state_dict(newer)
         self._older.load_state_dict(older)
@@ -146,10 +211,32 @@ class Rollback(NoRollback):
         try:
             return act(self._newer)
         except Exception as error:
-            self._log.once("snapshot", step, f"the model could not be copied ({error}); it will not go back")
+            self._log.once("snapshot", step, f"the run could not be copied ({error}); it will not go back")
             if self._ranks.alone:
                 self.give_up()
             else:  # the others, which have a copy, learn it before they could use it
                 self.failed = True
                 self.free()
             return None
+
+
+_CLAIMED: Final[weakref.WeakSet[Rollback]] = weakref.WeakSet()
+"""Those of all runs that may still go back."""
+
+
+def _claim(rollback: Rollback) -> None:
+    """Raise where two runs, each with an optimizer of its own, would put parts of one model back to different steps."""
+    live = rollback._live
+    changed = {id(t) for t in (*live.parameters().values(), *live.buffers().values())}
+    trained = {id(p) for p in live.optimized()}
+    for other in _CLAIMED:
+        theirs = other._live
+        shared = changed & {id(t) for t in (*theirs.parameters().values(), *theirs.buffers().values())}
+        # A run that is begun anew trains what the one before it did.
+        if shared and not trained & {id(p) for p in theirs.optimized()}:
+            given = f"optimizer={type(live.optimizer).__name__}" if live.model is None else f"model={type(live.model).__name__}"
+            raise ValueError(
+                f"{given}: an AutoWU of another optimizer goes back with parts of what this one trains, to another step; "
+                "give each as model= what its own optimizer trains, or pass rollback=False"
+            )
+    _CLAIMED.add(rollback)

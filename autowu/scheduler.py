@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +22,7 @@ from autowu.gpytorch_engine import PublishedGP
 from autowu.group_lrs import GroupLRs
 from autowu.history import LossHistory
 from autowu.judge import Judge, engine
+from autowu.live import LiveRun
 from autowu.micro_batches import MicroBatches
 from autowu.optimizer_calls import OptimizerCalls
 from autowu.phases import Event, Phase, State, Switch, base_lr, phase_at, state_of
@@ -70,8 +71,10 @@ class AutoWU(LRScheduler):
             or any :class:`~autowu.gp.LossCurveGP`.
         device: where the GP does its sums; None for the device of the losses.
         seed: of the draws that the GPyTorch engine makes.
-        model: what is trained, to be copied and put back with the optimizer's state; None: they stay as they are.
-        snapshot_device: where the copies are held: None for beside the original, or "cpu".
+        rollback: whether to copy what trains and the optimizer's state, and to put it back where training overshoots or diverges.
+        model: what is trained, to have its buffers (batch-norm statistics) copied as well.
+        snapshot_device: where the copies are held: None for beside the original, or on the host where there is no room; "cpu".
+        on_rollback: is called with the step of a copy that was put back, for what else must go back.
         watch: whether to watch the loss for explosions and divergence.
         process_group: the ranks that train together; None for the default group, if there is one.
 
@@ -121,8 +124,10 @@ class AutoWU(LRScheduler):
         gp: str | LossCurveGP = "closed-form",
         device: torch.device | str | int | None = None,
         seed: int = 0,
+        rollback: bool = True,
         model: nn.Module | None = None,
         snapshot_device: torch.device | str | int | None = None,
+        on_rollback: Callable[[int], object] | None = None,
         watch: bool = True,
         process_group: ProcessGroup | None = None,
     ) -> None:
@@ -132,10 +137,9 @@ class AutoWU(LRScheduler):
         ranks = Ranks(process_group)
         log = EventLog(ranks)
         judge = Judge(self.config, engine(gp, self.config, arguments["seed"]), arguments["device"], ranks, log)
-        rollback = NoRollback(ranks)
-        if model is not None:
-            rollback = Rollback(model, optimizer, arguments["snapshot_device"], ranks, log)
-        self._rooms = Rooms(ranks, log, judge, Reader(ranks), rollback)
+        live = LiveRun(optimizer, model)
+        copies = Rollback(live, ranks, log, arguments["snapshot_device"], on_rollback) if rollback else NoRollback(live, ranks, log)
+        self._rooms = Rooms(ranks, log, judge, Reader(ranks), copies)
         self._micro_batches = MicroBatches()
         self._calls = OptimizerCalls(optimizer, log)
         self._groups = GroupLRs(optimizer)
@@ -154,6 +158,8 @@ class AutoWU(LRScheduler):
         Raises:
             ImportError: if GPyTorch is not installed and no other engine is given.
         """
+        if "model" in overrides:
+            overrides.setdefault("rollback", True)
         if "gp" not in overrides:
             overrides["gp"] = PublishedGP(seed=checks.integer("seed", overrides.get("seed", 0)))
         return cls(optimizer, steps_per_epoch, total_epochs, **(dict(PUBLISHED) | overrides))
@@ -338,8 +344,8 @@ class AutoWU(LRScheduler):
 
         In a process group the losses since the last test are this rank's own. Where only the first rank's state is saved, the
         others resume with its losses of that interval: they still agree, but equal the uncut run bit for bit only where each
-        rank saves and loads its own state, or where the run was cut just after a test. The copies of the model that are held with
-        ``model=`` are part of it ("snapshot", which may be set to None: a resumed run then has none until the next is taken).
+        rank saves and loads its own state, or where the run was cut just after a test. The copies that are held with
+        ``rollback=True`` are part of it ("snapshot"; set to None, a resumed run has none until the next is taken).
         """
         return {
             "version": VERSION,

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from autowu.families import wrapped_optimizer
+from autowu.live import Key, Label, LiveRun, is_kept, local
 
 __all__ = ["Snapshot"]
 
-_OF_THE_SCHEDULE = ("params", "lr", "initial_lr", "lr_scale")
+_SPARED: Final = 0.05
+"""Share of a device's memory that no copy takes."""
 
 
 class Snapshot:
-    """Parameters, buffers and optimizer state of a run, copied into buffers that are allocated once.
+    """What a :class:`~autowu.live.LiveRun` changes, copied into buffers that are allocated once.
 
     :meth:`take` makes the copy and :meth:`restore` puts it back. Both are multi-tensor operations, queued on the device and not
     waited for. Tensors are restored in place, so that DDP's buckets, FSDP2's shards, compiled code and CUDA graphs go on seeing
@@ -27,85 +26,123 @@ class Snapshot:
     states and a GradScaler's scale are no part of it.
 
     Args:
-        model: whose parameters and buffers to copy; those of the optimizer's parameter groups besides.
-        optimizer: whose state to copy.
-        device: where the copy is held: None for beside the original, "cpu" for the host, in pinned memory if the original is on a
-            GPU.
+        live: the run.
+        device: where the copy is held: None for beside the original, or on the host where there is no room; "cpu" for the host, in
+            pinned memory if the original is on a GPU.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, device: torch.device | None = None) -> None:
-        self.model, self.optimizer, self.device = model, optimizer, device
+    def __init__(self, live: LiveRun, device: torch.device | None = None) -> None:
+        self.live, self.device = live, device
         self.step: int | None = None
         """Optimizer steps that had been taken when the copy was made; None where there is none."""
         self.lr = 0.0
         """The LR that was to follow."""
         self.level = 0.0
         """What the loss was then."""
-        self._copies: dict[Any, Tensor] = {}
-        self._rest: dict[Any, Any] = {}
+        self._copies: dict[Key, Tensor] = {}
+        self._rest: dict[Key, Any] = {}
+        self._copied: dict[Label, Tensor] | None = None  # the parameters themselves; None in a copy that was loaded
 
     @torch.no_grad()
     def take(self, step: int, lr: float = 0.0, level: float = 0.0) -> None:
-        """Copy the run as it is after `step` optimizer steps, before one at `lr`, at a loss of `level`, over the copy before."""
-        tensors, rest = self._live()
-        kept = self._copies
-        self._copies = {
-            key: kept[key] if key in kept and self._holds(kept[key], tensor) else self._room(tensor)
-            for key, tensor in tensors.items()
-        }
-        _copy(list(self._copies.values()), list(tensors.values()))
-        self._rest = copy.deepcopy(rest)
-        self.step, self.lr, self.level = step, lr, level
-
-    @property
-    def place(self) -> torch.device:
-        """Where what is copied lies, by the first parameter."""
-        return next((parameter.device for parameter in self._parameters()), torch.device("cpu"))
-
-    @torch.no_grad()
-    def sound(self) -> Tensor:
-        """Whether all that :meth:`take` would copy is finite, buffers at least no NaN: 1.0 or 0.0 on its device, (1,).
-
-        An attention mask is a buffer with infinities.
-        """
-        tensors = {key: t for key, t in self._live()[0].items() if t.is_floating_point() and t.numel() > 0}
-        if not tensors:  # a shard may be empty
-            return torch.ones(1, dtype=torch.float64, device=self.place)
-        device = next(iter(tensors.values())).device
-        norms = torch._foreach_norm(list(tensors.values()), math.inf)
-        is_buffer = torch.tensor([key[0] == "buffer" for key in tensors]).to(device, non_blocking=True)
-        largest = torch.stack([norm.double().to(device) for norm in norms])
-        return (largest.isfinite() | (is_buffer & ~largest.isnan())).all().double()[None]
-
-    @torch.no_grad()
-    def restore(self) -> int:
-        """Put the copy back; how many optimizer steps had been taken when it was made.
+        """Copy the run as it is after `step` optimizer steps, before one at `lr`, at a loss of `level`, over the copy before.
 
         Raises:
-            RuntimeError: if there is no copy.
+            MemoryError: if there is no room for it.
+        """
+        self.live.look_for_averages()
+        tensors, rest = self.live.tensors(), copy.deepcopy(self.live.rest())
+        self._make_room(tensors)
+        _copy(list(self._copies.values()), list(tensors.values()))
+        self._rest, self._copied = rest, self.live.parameters()
+        self.step, self.lr, self.level = step, lr, level
+
+    def misfit(self) -> str | None:
+        """Why the copy, as it was loaded, cannot be put back into the run: a parameter that is missing or has another shape."""
+        if self._copied is not None:
+            return None  # what was replaced since the copy was made is left as it is
+        found = self._found()
+        for key, kept in self._copies.items():
+            if key[0] == "parameter" and not _fits(found[key[1]], kept):
+                return f"of parameter {key[1]!r}, {tuple(kept.shape)}, the run has none of that shape"
+        return None
+
+    @torch.no_grad()
+    def restore(self) -> list[str]:
+        """Put the copy back; the names of what it could not be put into, or did not know, and left as it is.
+
+        Raises:
+            RuntimeError: if there is no copy, or if it does not fit, see :meth:`misfit`. Nothing has been written then.
         """
         if self.step is None:
             raise RuntimeError("no snapshot was taken")
-        known = self._copies.keys() | self._rest.keys()
-        for where, holder in self._holders():
-            for name in [name for name in holder if (where, name) not in known and name not in _OF_THE_SCHEDULE]:
-                del holder[name]
-        parameters = self._parameters()
-        for optimizer in self._optimizers():
-            for parameter in parameters:
-                if parameter in optimizer.state and not optimizer.state[parameter]:
-                    del optimizer.state[parameter]
-        tensors, _ = self._live()
-        both = [key for key in self._copies if key in tensors]
-        _copy([tensors[key] for key in both], [self._copies[key] for key in both])
-        holders = dict(self._holders())
-        for (where, name), value in copy.deepcopy(self._rest).items():
-            holders[where][name] = value
-        return self.step
+        if reason := self.misfit():
+            raise RuntimeError(reason)
+        found = self._found()
+        fitting = {label: p for label, p in found.items() if p is not None and _fits(p, self._copies["parameter", label])}
+        pairs = [(local(p), self._copies["parameter", label]) for label, p in fitting.items()]
+        left = [str(label) for label in found if label not in fitting]
+        known = {id(p) for p in fitting.values()}
+        left += [str(label) for label, p in self.live.parameters().items() if id(p) not in known and str(label) not in left]
+        left += self._restore_buffers(pairs)
+        self._restore_state(fitting, pairs)
+        _copy(*([list(side) for side in zip(*pairs, strict=True)] or [[], []]))
+        return left
+
+    def _found(self) -> dict[Label, Tensor | None]:
+        """The parameters of the copy as the run has them now: the same ones, or those of the same label where it was loaded."""
+        labels: list[Label] = [key[1] for key in self._copies if key[0] == "parameter"]
+        if self._copied is None:
+            by_label = self.live.parameters()
+            return {label: by_label.get(label) for label in labels}
+        alive = {id(p) for p in self.live.parameters().values()}
+        return {label: p if id(p := self._copied[label]) in alive else None for label in labels}
+
+    def _restore_buffers(self, pairs: list[tuple[Tensor, Tensor]]) -> list[str]:
+        """Have the buffers restored with `pairs`, one of another shape now at once; the names of those that are gone."""
+        model, now, left = self.live.model, self.live.buffers(), []
+        modules = () if model is None else model.modules()
+        owners = {id(b): (m, name) for m in modules for name, b in m.named_buffers(recurse=False)}
+        for key, kept in self._copies.items():
+            if key[0] != "buffer":
+                continue
+            buffer = now.get(key[1])
+            if buffer is None:
+                left.append(key[1])
+            elif _fits(buffer, kept):
+                pairs.append((local(buffer), kept))
+            else:
+                module, name = owners[id(buffer)]
+                module._buffers[name] = kept.to(buffer.device, copy=True)
+        more = self.live.modules_with_more()
+        for key, value in self._rest.items():
+            if key[0] == "extra" and key[1] in more:
+                more[key[1]].set_extra_state(copy.deepcopy(value))
+        return left
+
+    def _restore_state(self, fitting: dict[Label, Tensor], pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Bring what the optimizer keeps of the `fitting` parameters, and of its groups, back; its tensors with `pairs`."""
+        before: dict[Key, dict[str, Any]] = {}
+        for key, value in (self._copies | self._rest).items():
+            if key[0] in ("state", "group"):
+                before.setdefault(key[:3], {})[key[3]] = value
+        optimizers, ours = self.live.optimizers(), {id(p): label for label, p in fitting.items()}
+        for (kind, level, where), parameter, holder in list(self.live.holders()):
+            if kind == "group" and (held := before.get((kind, level, where))) is not None:
+                _restore_holder(holder, held, self.live.place, pairs)
+            elif parameter is not None and id(parameter) in ours:
+                held = before.pop((kind, level, ours[id(parameter)]), None)
+                if held is None:
+                    del optimizers[level].state[parameter]
+                else:
+                    _restore_holder(holder, held, parameter.device, pairs)
+        for (kind, level, where), held in before.items():  # what the optimizer has dropped since
+            if kind == "state" and where in fitting and level < len(optimizers):
+                _restore_holder(optimizers[level].state.setdefault(fitting[where], {}), held, fitting[where].device, pairs)
 
     def free(self) -> None:
         """Give the memory back."""
-        self._copies, self._rest, self.step = {}, {}, None
+        self._copies, self._rest, self._copied, self.step = {}, {}, None, None
 
     def state_dict(self) -> dict[str, Any] | None:
         """The copy itself, on the host; None where there is none."""
@@ -119,50 +156,21 @@ class Snapshot:
         self.free()
         if state is not None:
             self.step, self.lr, self.level = state["step"], state["lr"], state["level"]
-            self._copies = {key: tensor.clone() for key, tensor in state["tensors"].items()}  # the next copy is made over them
-            self._rest = copy.deepcopy(state["rest"])
+            labels = self.live.labels()
+            self._copies = {_named(key, labels): t.clone() for key, t in state["tensors"].items()}  # the next is made over them
+            self._rest = {_named(key, labels): copy.deepcopy(value) for key, value in state["rest"].items()}
 
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    def _optimizers(self) -> Iterator[Optimizer]:
-        """The optimizer, and what it wraps, if that has a state of its own."""
-        optimizer: Optimizer | None = self.optimizer
-        seen: set[int] = set()
-        while optimizer is not None:
-            if id(optimizer.state) not in seen:
-                seen.add(id(optimizer.state))
-                yield optimizer
-            optimizer = wrapped_optimizer(optimizer)
-
-    def _holders(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """The dictionaries in which the optimizer keeps what it knows, and where they stand."""
-        parameters = self._parameters()
-        for level, optimizer in enumerate(self._optimizers()):
-            yield from (((level, k), optimizer.state[p]) for k, p in enumerate(parameters) if p in optimizer.state)
-        yield from enumerate(self.optimizer.param_groups)
-
-    def _live(self) -> tuple[dict[Any, Tensor], dict[Any, Any]]:
-        """The tensors that training changes, and the rest that the optimizer keeps, by where they stand."""
-        tensors: dict[Any, Tensor] = {}
-        rest: dict[Any, Any] = {}
-        seen: set[int] = set()
-        named: list[tuple[str, str | int, Tensor]] = [
-            *(("parameter", name, t) for name, t in self.model.named_parameters()),
-            *(("buffer", name, t) for name, t in self.model.named_buffers()),
-            *(("trained", index, t) for index, t in enumerate(self._parameters())),
-        ]
-        for kind, where, tensor in named:
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                tensors[kind, where] = _local(tensor)
-        for where, holder in self._holders():
-            for name, value in holder.items():
-                if isinstance(value, Tensor) and name not in _OF_THE_SCHEDULE:
-                    tensors[where, name] = _local(value)
-                elif name not in _OF_THE_SCHEDULE:
-                    rest[where, name] = value
-        return tensors, rest
+    def _make_room(self, tensors: dict[Key, Tensor]) -> None:
+        """Have a buffer for each of `tensors`; those that fit are kept."""
+        kept = {key: kept for key, t in tensors.items() if (kept := self._copies.get(key)) is not None and self._holds(kept, t)}
+        missing = {key: t for key, t in tensors.items() if key not in kept}
+        need = sum(t.numel() * t.element_size() for t in missing.values())
+        if self.device is None and self.live.place.type == "cuda" and need > free_memory(self.live.place):
+            self.device, kept, missing = torch.device("cpu"), {}, tensors
+            need = sum(t.numel() * t.element_size() for t in tensors.values())
+        if (self.device or self.live.place).type == "cpu" and need > (free := free_memory(torch.device("cpu"))):
+            raise MemoryError(f"a copy of {need / 1e9:.3g} GB has no room in the {free / 1e9:.3g} GB that are free")
+        self._copies = {key: kept[key] if key in kept else self._room(tensor) for key, tensor in tensors.items()}
 
     def _holds(self, room: Tensor, tensor: Tensor) -> bool:
         return room.shape == tensor.shape and room.dtype == tensor.dtype and room.device.type == (self.device or tensor.device).type
@@ -172,10 +180,46 @@ class Snapshot:
         return torch.empty_like(tensor, device=device, pin_memory=device.type == "cpu" and tensor.is_cuda)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a distributed tensor."""
-    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return shard.detach()
+def free_memory(device: torch.device) -> float:
+    """Bytes that a copy may take of a device's memory: what the run has never needed so far, but for a reserve."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+        return free + unused - _SPARED * total
+    try:
+        with open("/proc/meminfo") as lines:
+            kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+        return 1024 * (kilobytes["MemAvailable"] - _SPARED * kilobytes["MemTotal"])
+    except (OSError, KeyError, ValueError):
+        return math.inf  # there is no such file but on Linux
+
+
+def _named(key: Key, labels: list[Label]) -> Key:
+    """The key with the label that a parameter has here, where it was saved with its place among the optimizer's."""
+    at = {"parameter": 1, "state": 2}.get(key[0])
+    if at is None or not isinstance(key[at], int) or key[at] >= len(labels):
+        return key
+    return (*key[:at], labels[key[at]], *key[at + 1 :])
+
+
+def _fits(tensor: Tensor | None, kept: Tensor) -> bool:
+    return tensor is not None and local(tensor).shape == kept.shape
+
+
+def _restore_holder(
+    holder: dict[str, Any], before: dict[str, Any], device: torch.device, pairs: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Bring a dictionary of the optimizer back to what it held `before`; tensors with `pairs` where the same one is still there."""
+    for name in [name for name in holder if name not in before and is_kept(name)]:
+        del holder[name]
+    for name, value in before.items():
+        now = holder.get(name)
+        if not isinstance(value, Tensor):
+            holder[name] = copy.deepcopy(value)
+        elif isinstance(now, Tensor) and _fits(now, value):
+            pairs.append((local(now), value))
+        else:  # a counter is kept on the host
+            holder[name] = value.to(device if value.ndim else "cpu", copy=True)
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

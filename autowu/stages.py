@@ -140,7 +140,10 @@ class WarmUp:
         self.rooms.log.warn("explosion", step, "the loss has exploded, which ends the warm-up")
         found, _ = self._verdict(step, state)
         after = self._ended(step, state, found)
-        return self._leave(after, "", self._go_back(step, _switch(after).lr))
+        restored = self._go_back(step, _switch(after).lr)
+        if restored is None and self.rooms.rollback.lost(step):
+            after = replace(after, watched=False)
+        return self._leave(after, "", restored)
 
     def _ended(self, step: int, state: State, found: Verdict | None) -> State:
         """The state after a warm-up that ends whatever the last test found."""
@@ -166,7 +169,7 @@ class WarmUp:
         message = switch_message(self.config, switch, ended_by, None if restored is None else restored.step)
         rooms.log.tell("switch", switch.step, message)
         after = AfterSwitch(self.config, rooms)
-        return state if self.config.watch else after.end_watch(state), after
+        return state if self.config.watch and state.watched else after.end_watch(state), after
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -249,8 +252,10 @@ class AfterSwitch:
 
     def _set_back(self, step: int, state: State) -> State:
         """Go back to the last good copy, with a lower peak."""
-        state = set_back(state)
         restored = self.rooms.rollback.put_back(step)
+        if restored is None and self.rooms.rollback.lost(step):
+            return self.end_watch(state)
+        state = set_back(state)
         self.rooms.reader.go_back(None if restored is None else restored.level)
         message = divergence_message(state, None if restored is None else restored.step)
         self.rooms.log.warn("divergence", step, message)

@@ -77,11 +77,26 @@ def _engine_from_4(engine: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _copies_from_4(config: Config, newer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The older copy was held by the newer one, and neither knew its LR."""
+    """The older copy was held by the newer one, neither knew its LR, and a parameter's state stood at its place."""
     if newer is None:
         return None
-    copies = {"newer": newer, "older": newer["other"]}
     return {
-        which: copy and {k: v for k, v in copy.items() if k != "other"} | {"lr": warmup_lr_at(config, copy["step"])}
-        for which, copy in copies.items()
+        which: saved
+        and {
+            "step": saved["step"],
+            "level": saved["level"],
+            "lr": warmup_lr_at(config, saved["step"]),
+            "tensors": {_key_from_4(key): tensor for key, tensor in saved["tensors"].items()},
+            "rest": {_key_from_4(key): value for key, value in saved["rest"].items()},
+        }
+        for which, saved in {"newer": newer, "older": newer["other"]}.items()
     }
+
+
+def _key_from_4(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    where, name = key
+    if isinstance(where, tuple):
+        return ("state", *where, name)
+    if isinstance(where, int):
+        return ("group", 0, where, name)
+    return ("parameter" if where == "trained" else where, name)

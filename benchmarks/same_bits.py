@@ -76,6 +76,8 @@ class Run:
     def schedule(self, make: Callable[..., AutoWU] = AutoWU, with_model: bool = True, **arguments: Any) -> Run:
         if with_model:
             arguments["model"] = self.model
+        else:
+            arguments["rollback"] = False
         self.scheduler = make(self.optimizer, **arguments)
         return self
 

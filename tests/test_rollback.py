@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from autowu import AutoWU
 from autowu.events import EventLog
+from autowu.live import LiveRun
 from autowu.ranks import Ranks
 from autowu.rollback import NoRollback, Restored, Rollback
 
@@ -19,7 +21,8 @@ class Run:
         self.model = nn.Linear(2, 1)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.log = EventLog(Ranks())
-        self.rollback = Rollback(self.model, self.optimizer, None, Ranks(), self.log)
+        self.told = []
+        self.rollback = Rollback(LiveRun(self.optimizer, self.model), Ranks(), self.log, on_rollback=self.told.append)
 
     def at(self, step):
         with torch.no_grad():
@@ -93,8 +96,108 @@ def test_copies_are_saved_and_loaded_both():
     assert other.rollback.held is None
 
 
+def test_who_wants_to_know_of_it_is_told():
+    run = Run().take(1, 1.0).take(2, 2.0)
+    run.rollback.put_back(9)
+    assert run.told == [2]
+    run.rollback.keep_one(1.0)
+    run.rollback.put_back(9)
+    assert run.told == [2, 1]
+
+
+def test_a_hook_that_fails_is_survived_and_told_once():
+    run = Run()
+    run.rollback._on_rollback = lambda step: 1 / 0
+    run.take(1, 1.0)
+    for _ in range(2):
+        assert run.rollback.put_back(9).step == 1
+    assert [event.kind for event in run.log.events] == ["on_rollback"]
+    assert "on_rollback(1) has failed (ZeroDivisionError" in run.log.events[0].message
+
+
+def test_a_copy_that_does_not_fit_is_not_put_back_and_that_is_told():
+    run, other = Run().take(1, 1.0), Run()
+    other.model = nn.Linear(3, 1)
+    other.optimizer = torch.optim.SGD(other.model.parameters(), lr=0.1, momentum=0.9)
+    other.rollback = Rollback(LiveRun(other.optimizer, other.model), Ranks(), other.log)
+    other.rollback.load_state_dict(run.rollback.state_dict())
+    assert other.rollback.put_back(9) is None
+    (event,) = other.log.events
+    assert "does not fit the run" in event.message
+    assert "'weight'" in event.message
+
+
+def test_what_the_copy_does_not_know_is_named():
+    run = Run().take(1, 1.0)
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    run.rollback.put_back(9)
+    (event,) = run.log.events
+    assert "the copy of step 1 does not know 2: they stay as they are" in event.message
+
+
+@pytest.mark.parametrize("rollback", [True, False])
+def test_weights_that_no_copy_mends_are_an_error_that_names_the_cure(rollback, caplog):
+    run = Run()
+    if not rollback:
+        run.rollback = NoRollback(LiveRun(run.optimizer), Ranks(), run.log)
+    assert not run.rollback.lost(1)
+    assert run.at(float("nan")).rollback.put_back(2) is None
+    assert run.rollback.lost(2)
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert ("without rollback=False" in record.getMessage()) != rollback
+    assert "checkpoint" in record.getMessage()
+
+
+def test_a_late_group_that_is_not_finite_is_told_after_going_back(caplog):
+    run = Run().take(1, 1.0)
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.full((2,), float("nan")))]})
+    assert run.rollback.put_back(9).step == 1
+    assert [event.kind for event in run.log.events] == ["snapshot", "lost"]
+
+
+def sgd(module):
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+def gan():
+    return nn.ModuleDict({"generator": nn.Linear(2, 2), "discriminator": nn.Linear(2, 1)})
+
+
+@pytest.mark.parametrize("given", ["all of it", "a part", "nothing"])
+def test_two_runs_that_would_put_parts_of_one_model_back_to_different_steps_are_refused(given):
+    model = gan()
+    first = AutoWU(sgd(model["generator"]), total_steps=100, model=model)
+    arguments = {"all of it": {"model": model}, "a part": {"model": model["discriminator"]}, "nothing": {}}[given]
+    with pytest.raises(ValueError, match=r"an AutoWU of another optimizer goes back with parts of .*; give each as model="):
+        AutoWU(sgd(model["discriminator"]), total_steps=100, **arguments)
+    AutoWU(sgd(model["discriminator"]), total_steps=100, rollback=False)
+    assert first._rooms.rollback.able
+
+
+def test_two_runs_that_each_go_back_with_their_own_part_are_not():
+    model = gan()
+    first = AutoWU(sgd(model["generator"]), total_steps=100)
+    other = AutoWU(sgd(model["discriminator"]), total_steps=100, model=model["discriminator"])
+    assert first._rooms.rollback.able
+    assert other._rooms.rollback.able
+
+
+def test_a_run_that_is_begun_anew_or_comes_after_another_is_not():
+    model = gan()
+    first = AutoWU(sgd(model), total_steps=100, model=model)
+    AutoWU(sgd(model), total_steps=100, model=model)
+    head = AutoWU(sgd(model["discriminator"]), total_steps=20, model=model)
+    for _ in range(20):
+        head.optimizer.step()
+        head.step(1.0)
+    assert head.phase == "done"
+    AutoWU(sgd(model["generator"]), total_steps=100, model=model)
+    assert first.phase == "warmup"
+
+
 def test_without_a_model_every_verb_is_there_and_does_nothing():
-    nothing = NoRollback(Ranks())
+    nothing = NoRollback(LiveRun(Run().optimizer), Ranks(), EventLog(Ranks()))
     for act in (lambda: nothing.take(1, 1.0, 0.0, 0.5), lambda: nothing.renew(1, 0.0), nothing.keep_one, nothing.free):
         act()
     nothing.load_state_dict({"newer": None, "older": None})

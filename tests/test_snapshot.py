@@ -11,8 +11,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from autowu import AutoWU
+from autowu.live import LiveRun
 from autowu.optim import LARS
-from autowu.snapshot import Snapshot
+from autowu.snapshot import Snapshot, free_memory
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -76,11 +77,11 @@ def assert_equal(ours, others):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_restored_run_goes_on_as_it_did(name, taken):
     run = Training(OPTIMIZERS[name]).steps(0, taken)
-    snapshot = Snapshot(run.model, run.optimizer)
+    snapshot = Snapshot(LiveRun(run.optimizer, run.model))
     snapshot.take(taken)
     expected = run.steps(taken, taken + 9).tensors()
     run.steps(0, 5)
-    assert snapshot.restore() == taken
+    assert snapshot.restore() == []
     assert_equal(run.steps(taken, taken + 9).tensors(), expected)
     snapshot.restore()  # the copy is still there
     assert_equal(run.steps(taken, taken + 9).tensors(), expected)
@@ -88,7 +89,7 @@ def test_a_restored_run_goes_on_as_it_did(name, taken):
 
 def test_tensors_are_restored_in_place_and_copied_into_the_same_room():
     run = Training(OPTIMIZERS["adamw"]).steps(0, 3)
-    snapshot = Snapshot(run.model, run.optimizer)
+    snapshot = Snapshot(LiveRun(run.optimizer, run.model))
     snapshot.take(3)
     room = [t.data_ptr() for t in snapshot._copies.values()]
     live = [t.data_ptr() for t in (*run.model.parameters(), *run.model.buffers())]
@@ -104,7 +105,7 @@ def test_tensors_are_restored_in_place_and_copied_into_the_same_room():
 
 def test_the_lr_is_the_schedules():
     run = Training(OPTIMIZERS["amsgrad"]).steps(0, 3)
-    snapshot = Snapshot(run.model, run.optimizer)
+    snapshot = Snapshot(LiveRun(run.optimizer, run.model))
     snapshot.take(3)
     run.optimizer.param_groups[0]["lr"].fill_(7.0)
     snapshot.restore()
@@ -115,7 +116,7 @@ def test_parameters_outside_the_model_are_copied_too():
     run = Training(OPTIMIZERS["sgd"])
     scale = nn.Parameter(torch.ones(1))
     run.optimizer.add_param_group({"params": [scale]})
-    snapshot = Snapshot(run.model, run.optimizer)
+    snapshot = Snapshot(LiveRun(run.optimizer, run.model))
     snapshot.take(0)
     scale.data.fill_(5.0)
     snapshot.restore()
@@ -124,7 +125,7 @@ def test_parameters_outside_the_model_are_copied_too():
 
 def test_without_a_copy_there_is_nothing_to_restore():
     run = Training(OPTIMIZERS["sgd"])
-    snapshot = Snapshot(run.model, run.optimizer)
+    snapshot = Snapshot(LiveRun(run.optimizer, run.model))
     with pytest.raises(RuntimeError, match="no snapshot"):
         snapshot.restore()
     snapshot.take(0)
@@ -142,30 +143,185 @@ def test_without_a_copy_there_is_nothing_to_restore():
 )
 def test_what_is_not_finite_is_not_sound(where, bad):
     run = Training(OPTIMIZERS["adamw"]).steps(0, 3)
-    snapshot = Snapshot(run.model, run.optimizer)
-    assert snapshot.sound() == 1.0
+    snapshot = Snapshot(LiveRun(run.optimizer, run.model))
+    assert snapshot.live.sound() == 1.0
     tensors = {
         "parameter": run.model[3].bias.data,
         "buffer": run.model[1].running_var,
         "state": run.optimizer.state[run.model[0].weight]["exp_avg_sq"],
     }
     tensors[where].view(-1)[3] = bad
-    assert snapshot.sound() == 0.0
+    assert snapshot.live.sound() == 0.0
 
 
 def test_an_infinite_mask_among_the_buffers_is_sound():
     run = Training(OPTIMIZERS["sgd"])
     run.model.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
-    snapshot = Snapshot(run.model, run.optimizer)
-    assert snapshot.sound() == 1.0
+    snapshot = Snapshot(LiveRun(run.optimizer, run.model))
+    assert snapshot.live.sound() == 1.0
     run.model.mask[0, 0] = math.nan
-    assert snapshot.sound() == 0.0
+    assert snapshot.live.sound() == 0.0
 
 
 def test_huge_but_finite_is_sound():
     run = Training(OPTIMIZERS["sgd"])
     run.model[0].weight.data.fill_(3e38)
-    assert Snapshot(run.model, run.optimizer).sound() == 1.0
+    assert Snapshot(LiveRun(run.optimizer, run.model)).live.sound() == 1.0
+
+
+def trained(make=OPTIMIZERS["adamw"], given=True):
+    """A run of three steps and its copy, taken then."""
+    run = Training(make).steps(0, 3)
+    snapshot = Snapshot(LiveRun(run.optimizer, run.model if given else None))
+    snapshot.take(3)
+    return run, snapshot
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_the_model_parameters_and_their_state_go_back(name):
+    run, snapshot = trained(OPTIMIZERS[name], given=False)
+    weights = [p.clone() for p in run.model.parameters()]
+    state = copy.deepcopy([run.optimizer.state[p] for p in run.model.parameters()])
+    mean = run.steps(3, 6).model[1].running_mean.clone()
+    assert snapshot.restore() == []
+    assert_equal(list(run.model.parameters()), weights)
+    torch.testing.assert_close([run.optimizer.state[p] for p in run.model.parameters()], state, rtol=0, atol=0)
+    assert torch.equal(run.model[1].running_mean, mean)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_parameter_that_joined_since_stays_as_it_is_and_is_named(place):
+    run, snapshot = trained(given=False)
+    weights = [p.clone() for p in run.model.parameters()]
+    late = nn.Parameter(torch.ones(3))
+    if place == 0:  # before all others
+        run.optimizer.param_groups[0]["params"].insert(0, late)
+    else:
+        run.optimizer.add_param_group({"params": [late]})
+    late.grad = torch.ones(3)
+    run.optimizer.step()
+    moved, momentum = late.clone(), run.optimizer.state[late]["exp_avg"].clone()
+    assert snapshot.restore() == ["0" if place == 0 else "6"]
+    assert_equal([*run.model.parameters(), late, run.optimizer.state[late]["exp_avg"]], [*weights, moved, momentum])
+
+
+def test_a_parameter_that_was_replaced_keeps_its_own_moments():
+    run, snapshot = trained()
+    before = run.model[0].weight.clone()
+    run.model[3] = nn.Linear(16, 12)
+    old = run.optimizer.param_groups[0]["params"]
+    run.optimizer.param_groups[0]["params"] = [*old[:4], *run.model[3].parameters()]
+    run.steps(3, 6)
+    head = [t.clone() for p in run.model[3].parameters() for t in (p, run.optimizer.state[p]["exp_avg"])]
+    assert snapshot.restore() == ["3.weight", "3.bias"]
+    assert torch.equal(run.model[0].weight, before)
+    assert_equal([t for p in run.model[3].parameters() for t in (p, run.optimizer.state[p]["exp_avg"])], head)
+
+
+def test_a_parameter_of_another_shape_stays_whole():
+    run, snapshot = trained()
+    run.model[3].bias.data = torch.full((12,), 5.0)
+    run.optimizer.state[run.model[3].bias]["exp_avg"] = torch.full((12,), 7.0)
+    assert snapshot.restore() == ["3.bias"]
+    assert (run.model[3].bias == 5.0).all()
+    assert (run.optimizer.state[run.model[3].bias]["exp_avg"] == 7.0).all()
+
+
+def test_a_buffer_that_grew_and_one_that_is_expanded_go_back():
+    run = Training(OPTIMIZERS["sgd"])
+    run.model.register_buffer("queue", torch.arange(3.0))
+    run.model.register_buffer("wide", torch.ones(1).expand(5))
+    snapshot = Snapshot(LiveRun(run.optimizer, run.model))
+    snapshot.take(0)
+    run.model.queue = torch.arange(9.0)
+    run.model.wide[:1] = 4.0
+    assert snapshot.restore() == []
+    assert torch.equal(run.model.queue, torch.arange(3.0))
+    assert torch.equal(run.model.wide, torch.ones(5))
+    run.model.queue += 1
+    snapshot.restore()
+    assert torch.equal(run.model.queue, torch.arange(3.0))
+
+
+def test_an_extra_state_goes_back():
+    class Counting(nn.Linear):
+        seen = 0
+
+        def get_extra_state(self):
+            return {"seen": self.seen}
+
+        def set_extra_state(self, state):
+            self.seen = state["seen"]
+
+    model = nn.Sequential(Counting(2, 1))
+    model[0].seen = 3
+    snapshot = Snapshot(LiveRun(torch.optim.SGD(model.parameters(), lr=0.1), nn.DataParallel(model)))
+    snapshot.take(0)
+    model[0].seen = 9
+    snapshot.restore()
+    assert model[0].seen == 3
+
+
+def test_state_that_the_optimizer_has_dropped_comes_back():
+    run, snapshot = trained()
+    expected = copy.deepcopy(run.optimizer.state_dict()["state"])
+    run.optimizer.state.clear()
+    snapshot.restore()
+    torch.testing.assert_close(run.optimizer.state_dict()["state"], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(nn.DataParallel, None), (None, nn.DataParallel), (torch.compile, None)])
+def test_a_copy_of_a_wrapped_model_fits_the_bare_one(saved, loaded):
+    run, other = Training(OPTIMIZERS["adamw"]).steps(0, 3), Training(OPTIMIZERS["adamw"]).steps(0, 1)
+    taken = Snapshot(LiveRun(run.optimizer, saved(run.model) if saved else run.model))
+    taken.take(3)
+    snapshot = Snapshot(LiveRun(other.optimizer, loaded(other.model) if loaded else other.model))
+    snapshot.load_state_dict(copy.deepcopy(taken.state_dict()))
+    assert snapshot.restore() == []
+    assert_equal(other.tensors(), run.tensors())
+    torch.testing.assert_close(other.optimizer.state_dict()["state"], run.optimizer.state_dict()["state"], rtol=0, atol=0)
+
+
+def test_with_the_model_a_loaded_copy_goes_by_name_not_by_place():
+    run, other = Training(OPTIMIZERS["adamw"]).steps(0, 3), Training(lambda p: OPTIMIZERS["adamw"](reversed(list(p)))).steps(0, 1)
+    taken = Snapshot(LiveRun(run.optimizer, run.model))
+    taken.take(3)
+    snapshot = Snapshot(LiveRun(other.optimizer, other.model))
+    snapshot.load_state_dict(copy.deepcopy(taken.state_dict()))
+    snapshot.restore()
+    for ours, theirs in zip(run.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(other.optimizer.state[theirs], run.optimizer.state[ours], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["another head", "a layer less", "without the model"])
+def test_a_loaded_copy_that_does_not_fit_is_refused_before_anything_is_written(change):
+    run, other = Training(OPTIMIZERS["adamw"]).steps(0, 3), Training(OPTIMIZERS["adamw"])
+    taken = Snapshot(LiveRun(run.optimizer, run.model))
+    taken.take(3)
+    if change != "without the model":
+        other.model = nn.Sequential(*other.model[:3], *([nn.Linear(16, 12)] if change == "another head" else []))
+        other.optimizer = OPTIMIZERS["adamw"](other.model.parameters())
+    before = other.tensors()
+    snapshot = Snapshot(LiveRun(other.optimizer, None if change == "without the model" else other.model))
+    snapshot.load_state_dict(taken.state_dict())
+    assert "the run has none of that shape" in snapshot.misfit()
+    with pytest.raises(RuntimeError, match="the run has none"):
+        snapshot.restore()
+    assert_equal(other.tensors(), before)
+
+
+def test_a_copy_that_has_no_room_says_so(monkeypatch):
+    run, snapshot = Training(OPTIMIZERS["sgd"]), None
+    monkeypatch.setattr("autowu.snapshot.free_memory", lambda device: 1000.0)
+    snapshot = Snapshot(LiveRun(run.optimizer, run.model))
+    with pytest.raises(MemoryError, match=r"a copy of .* GB has no room in the 1e-06 GB"):
+        snapshot.take(0)
+    assert snapshot.step is None
+
+
+def test_the_memory_of_the_host_is_known():
+    assert 1e8 < free_memory(torch.device("cpu")) < 1e14
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -175,7 +331,7 @@ def test_a_copy_in_host_memory_is_pinned():
     run.inputs, run.targets = ([t.cuda() for t in ts] for ts in (run.inputs, run.targets))
     run.optimizer = OPTIMIZERS["adamw"](run.model.parameters())
     run.steps(0, 3)
-    snapshot = Snapshot(run.model, run.optimizer, torch.device("cpu"))
+    snapshot = Snapshot(LiveRun(run.optimizer, run.model), torch.device("cpu"))
     snapshot.take(3)
     expected = run.steps(3, 9).tensors()
     assert all(t.is_pinned() for t in snapshot._copies.values())
@@ -194,7 +350,7 @@ def perceptron(seed, **arguments):
     layers = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
     model = nn.Sequential(*layers)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    keeps = {"model": model} if arguments.pop("keeps") else {}
+    keeps = {"model": model} if arguments.pop("keeps") else {"rollback": False}
     scheduler = AutoWU(optimizer, steps_per_epoch=14, total_epochs=30, **keeps, **arguments)
     torch.manual_seed(seed)
     for _ in range(30):
@@ -217,7 +373,7 @@ def test_an_overshoot_leaves_no_trace(seed, caplog):
     assert scheduler._rooms.rollback.held is None  # given back
 
 
-def test_without_the_model_it_does():
+def test_without_going_back_it_does():
     arguments = {"warmup_type": "exp", "max_warmup_fraction": 0.4, "patience": 5}
     assert min(perceptron(seed, keeps=False, **arguments)[1] for seed in range(4)) < 0.9
     assert min(perceptron(seed, keeps=True, **arguments)[1] for seed in range(4)) > 0.98

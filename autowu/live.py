@@ -1,0 +1,193 @@
+"""Edge: all that training changes in a run: parameters, what the optimizer keeps and, where a model is given, its buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from autowu.families import wrapped_optimizer
+
+__all__ = ["Key", "Label", "LiveRun", "local"]
+
+Label: TypeAlias = "str | int"
+"""Of a parameter: its name in the model, else its place among those of the optimizer."""
+Key: TypeAlias = "tuple[Any, ...]"
+"""Where something stands: ("parameter", label), ("buffer", name), ("extra", module), or the place of a holder and a name in it."""
+
+_OF_THE_SCHEDULE: Final = ("params", "lr", "initial_lr", "lr_scale")
+_WRAPPERS: Final = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names that DDP, torch.compile, FSDP and activation checkpointing put into those of parameters."""
+_NORMED: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class LiveRun:
+    """What a run changes as it trains, found anew at each call, for groups, parameters and state may be added or replaced.
+
+    Of a parameter that does not train (the frozen base of an adapter) nothing is found, unless it has changed since the run began
+    (an average of the weights).
+
+    Args:
+        optimizer: whose parameters and state, and those of what it wraps.
+        model: whose buffers, names, and other parameters; None for those of the optimizer alone.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module | None = None) -> None:
+        self.optimizer, self.model = optimizer, model
+        self.begin()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """The run begins here, or goes on: what does not train and keeps its value from here on is frozen."""
+        frozen = {label: local(p) for label, p in self._labelled().items() if not self._trains(p) and _can_be_normed(p)}
+        self._frozen = dict(zip(frozen, torch._foreach_norm(list(frozen.values()), 1), strict=True)) if frozen else {}
+        self._moving: set[Label] = set()
+
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizer, and what it wraps, one in the other."""
+        chain: list[Optimizer] = []
+        inner: Optimizer | None = self.optimizer
+        while inner is not None and all(inner is not outer for outer in chain):
+            chain.append(inner)
+            inner = wrapped_optimizer(inner)
+        return chain
+
+    def optimized(self) -> list[Tensor]:
+        """The optimizer's parameters, those of its first group first."""
+        found: dict[int, Tensor] = {}
+        for optimizer in self.optimizers():
+            for group in optimizer.param_groups:
+                found.update((id(p), p) for p in group["params"] if id(p) not in found)
+        return list(found.values())
+
+    def labels(self) -> list[Label]:
+        """Those of the optimizer's parameters, in their order."""
+        labels = {id(p): label for label, p in self._labelled().items()}
+        return [labels[id(p)] for p in self.optimized()]
+
+    def parameters(self) -> dict[Label, Tensor]:
+        """The parameters that change."""
+        return {label: p for label, p in self._labelled().items() if self._trains(p) or label in self._moving}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers of the model."""
+        return {} if self.model is None else _bare(dict(self.model.named_buffers()))
+
+    @torch.no_grad()
+    def look_for_averages(self) -> None:
+        """Find the frozen parameters that have changed; waits for the device where there are any frozen ones."""
+        now = {label: p for label, p in self._labelled().items() if label in self._frozen and not self._trains(p)}
+        if now:
+            norms = torch._foreach_norm([local(p) for p in now.values()], 1)
+            differ = torch.stack([(norm != self._frozen[label]).cpu() for label, norm in zip(now, norms, strict=True)])
+            self._moving = {label for label, moved in zip(now, differ.tolist(), strict=True) if moved}
+
+    def holders(self) -> Iterator[tuple[Key, Tensor | None, dict[str, Any]]]:
+        """Where each dictionary in which the optimizer keeps what it knows stands, of which parameter it is, and itself."""
+        labels = {id(p): label for label, p in self._labelled().items()}
+        seen: set[int] = set()
+        for level, optimizer in enumerate(self.optimizers()):
+            places: list[tuple[Key, Tensor | None, Any]] = [
+                (("state", level, labels[id(p)]), p, state)
+                for p, state in list(optimizer.state.items())
+                if isinstance(p, Tensor) and id(p) in labels
+            ]
+            places += [(("group", level, index), None, group) for index, group in enumerate(optimizer.param_groups)]
+            for where, parameter, holder in places:
+                if id(holder) not in seen and isinstance(holder, dict):
+                    seen.add(id(holder))
+                    yield where, parameter, holder
+
+    def tensors(self) -> dict[Key, Tensor]:
+        """All tensors that change, by where they stand: of a distributed one this rank's shard."""
+        found: dict[Key, Tensor] = {("parameter", label): local(p) for label, p in self.parameters().items()}
+        found |= {("buffer", name): local(t) for name, t in self.buffers().items()}
+        for where, _, holder in self.holders():
+            for name, value in holder.items():
+                if isinstance(value, Tensor) and is_kept(name):
+                    found[(*where, name)] = local(value)
+        return found
+
+    def rest(self) -> dict[Key, Any]:
+        """All else that changes, by where it stands; not copied."""
+        found: dict[Key, Any] = {("extra", name): module.get_extra_state() for name, module in self.modules_with_more().items()}
+        for where, _, holder in self.holders():
+            for name, value in holder.items():
+                if not isinstance(value, Tensor) and is_kept(name):
+                    found[(*where, name)] = value
+        return found
+
+    def modules_with_more(self) -> dict[str, nn.Module]:
+        """The modules that have an extra state."""
+        modules = {} if self.model is None else _bare(dict(self.model.named_modules()))
+        return {name: m for name, m in modules.items() if type(m).get_extra_state is not nn.Module.get_extra_state}
+
+    @torch.no_grad()
+    def sound(self) -> Tensor:
+        """Whether all tensors are finite, buffers at least no NaN: 1.0 or 0.0 on their device, (1,).
+
+        An attention mask is a buffer with infinities.
+        """
+        tensors = {key: _normed(t) for key, t in self.tensors().items() if _is_inexact(t) and t.numel() > 0}
+        if not tensors:  # a shard may be empty
+            return torch.ones(1, dtype=torch.float64, device=self.place)
+        device = next(iter(tensors.values())).device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        norms = torch._foreach_norm(list(tensors.values()), math.inf)
+        is_buffer = torch.tensor([key[0] == "buffer" for key in tensors]).to(device, non_blocking=True)
+        largest = torch.stack([norm.to(device, dtype) for norm in norms])
+        return (largest.isfinite() | (is_buffer & ~largest.isnan())).all().to(dtype)[None]
+
+    @property
+    def place(self) -> torch.device:
+        """Where what changes lies, by the first parameter."""
+        return next((parameter.device for parameter in self.optimized()), torch.device("cpu"))
+
+    def _labelled(self) -> dict[Label, Tensor]:
+        """All parameters, each once."""
+        named = {} if self.model is None else _bare(dict(self.model.named_parameters()))
+        labelled: dict[Label, Tensor] = dict(named)
+        seen = {id(p) for p in named.values()}
+        return labelled | {index: p for index, p in enumerate(self.optimized()) if id(p) not in seen}
+
+    def _trains(self, parameter: Tensor) -> bool:
+        return parameter.requires_grad or any(parameter in optimizer.state for optimizer in self.optimizers())
+
+
+def is_kept(name: str) -> bool:
+    """Whether what a holder keeps by this name is the optimizer's, not the schedule's."""
+    return name not in _OF_THE_SCHEDULE
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a distributed tensor; of an expanded one the part that is in memory."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    for dim, (size, stride) in enumerate(zip(shard.shape, shard.stride() if shard.layout == torch.strided else (), strict=False)):
+        if stride == 0 and size > 1:
+            shard = shard.narrow(dim, 0, 1)
+    return shard.detach()
+
+
+def _bare(named: Mapping[str, Any]) -> dict[str, Any]:
+    """`named` without the names of wrappers, unless two would then be called the same."""
+    bare = {".".join(part for part in name.split(".") if part not in _WRAPPERS): value for name, value in named.items()}
+    return bare if len(bare) == len(named) else dict(named)
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _can_be_normed(tensor: Tensor) -> bool:
+    return tensor.dtype in _NORMED and tensor.numel() > 0 and not tensor.is_meta
+
+
+def _normed(tensor: Tensor) -> Tensor:
+    """The tensor in a dtype that norms are computed of."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
+    return tensor if tensor.dtype in _NORMED else tensor.float()
