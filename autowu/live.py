@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from autowu.families import wrapped_optimizer
 
-__all__ = ["Key", "Label", "LiveRun", "local"]
+__all__ = ["Key", "Label", "LiveRun", "Seen", "local"]
 
 Label: TypeAlias = "str | int"
 """Of a parameter: its name in the model, else its place among those of the optimizer."""
@@ -20,9 +21,20 @@ Key: TypeAlias = "tuple[Any, ...]"
 """Where something stands: ("parameter", label), ("buffer", name), ("extra", module), or the place of a holder and a name in it."""
 
 _OF_THE_SCHEDULE: Final = ("params", "lr", "initial_lr", "lr_scale")
-_WRAPPERS: Final = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Names that DDP, torch.compile, FSDP and activation checkpointing put into those of parameters."""
+_WRAPPER: Final = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)")
+"""What DDP, torch.compile, FSDP and activation checkpointing put into the names of parameters."""
 _NORMED: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Seen(NamedTuple):
+    """What a run was found to change."""
+
+    parameters: dict[Label, Tensor]
+    """Those that change."""
+    tensors: dict[Key, Tensor]
+    """All tensors that change, these parameters among them: of a distributed one this rank's shard."""
+    rest: dict[Key, Any]
+    """All else."""
 
 
 class LiveRun:
@@ -43,7 +55,9 @@ class LiveRun:
     @torch.no_grad()
     def begin(self) -> None:
         """The run begins here, or goes on: what does not train and keeps its value from here on is frozen."""
-        frozen = {label: local(p) for label, p in self._labelled().items() if not self._trains(p) and _can_be_normed(p)}
+        labelled = self._labelled()
+        trained = self._trained(labelled)
+        frozen = {label: local(p) for label, p in labelled.items() if label not in trained and _can_be_normed(p)}
         self._frozen = dict(zip(frozen, torch._foreach_norm(list(frozen.values()), 1), strict=True)) if frozen else {}
         self._moving: set[Label] = set()
 
@@ -51,7 +65,7 @@ class LiveRun:
         """The optimizer, and what it wraps, one in the other."""
         chain: list[Optimizer] = []
         inner: Optimizer | None = self.optimizer
-        while inner is not None and all(inner is not outer for outer in chain):
+        while inner is not None and hasattr(inner, "state") and all(inner is not outer for outer in chain):
             chain.append(inner)
             inner = wrapped_optimizer(inner)
         return chain
@@ -71,16 +85,37 @@ class LiveRun:
 
     def parameters(self) -> dict[Label, Tensor]:
         """The parameters that change."""
-        return {label: p for label, p in self._labelled().items() if self._trains(p) or label in self._moving}
+        return self._changing(self._labelled())
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers of the model."""
         return {} if self.model is None else _bare(dict(self.model.named_buffers()))
 
+    def look(self) -> Seen:
+        """All that changes, as it is now; nothing is copied."""
+        labelled = self._labelled()
+        parameters = self._changing(labelled)
+        tensors: dict[Key, Tensor] = {("parameter", label): local(p) for label, p in parameters.items()}
+        tensors |= {("buffer", name): local(t) for name, t in self.buffers().items()}
+        rest: dict[Key, Any] = {("extra", name): module.get_extra_state() for name, module in self.modules_with_more().items()}
+        for where, _, holder in self._holders(labelled):
+            for name, value in holder.items():
+                if name in _OF_THE_SCHEDULE:
+                    continue
+                if isinstance(value, Tensor):
+                    tensors[(*where, name)] = local(value)
+                else:
+                    rest[(*where, name)] = value
+        return Seen(parameters, tensors, rest)
+
     @torch.no_grad()
     def look_for_averages(self) -> None:
         """Find the frozen parameters that have changed; waits for the device where there are any frozen ones."""
-        now = {label: p for label, p in self._labelled().items() if label in self._frozen and not self._trains(p)}
+        if not self._frozen:
+            return
+        labelled = self._labelled()
+        trained = self._trained(labelled)
+        now = {label: p for label, p in labelled.items() if label in self._frozen and label not in trained}
         if now:
             norms = torch._foreach_norm([local(p) for p in now.values()], 1)
             differ = torch.stack([(norm != self._frozen[label]).cpu() for label, norm in zip(now, norms, strict=True)])
@@ -88,12 +123,15 @@ class LiveRun:
 
     def holders(self) -> Iterator[tuple[Key, Tensor | None, dict[str, Any]]]:
         """Where each dictionary in which the optimizer keeps what it knows stands, of which parameter it is, and itself."""
-        labels = {id(p): label for label, p in self._labelled().items()}
+        return self._holders(self._labelled())
+
+    def _holders(self, labelled: dict[Label, Tensor]) -> Iterator[tuple[Key, Tensor | None, dict[str, Any]]]:
+        labels = {id(p): label for label, p in labelled.items()}
         seen: set[int] = set()
         for level, optimizer in enumerate(self.optimizers()):
             places: list[tuple[Key, Tensor | None, Any]] = [
                 (("state", level, labels[id(p)]), p, state)
-                for p, state in list(optimizer.state.items())
+                for p, state in optimizer.state.items()
                 if isinstance(p, Tensor) and id(p) in labels
             ]
             places += [(("group", level, index), None, group) for index, group in enumerate(optimizer.param_groups)]
@@ -101,25 +139,6 @@ class LiveRun:
                 if id(holder) not in seen and isinstance(holder, dict):
                     seen.add(id(holder))
                     yield where, parameter, holder
-
-    def tensors(self) -> dict[Key, Tensor]:
-        """All tensors that change, by where they stand: of a distributed one this rank's shard."""
-        found: dict[Key, Tensor] = {("parameter", label): local(p) for label, p in self.parameters().items()}
-        found |= {("buffer", name): local(t) for name, t in self.buffers().items()}
-        for where, _, holder in self.holders():
-            for name, value in holder.items():
-                if isinstance(value, Tensor) and is_kept(name):
-                    found[(*where, name)] = local(value)
-        return found
-
-    def rest(self) -> dict[Key, Any]:
-        """All else that changes, by where it stands; not copied."""
-        found: dict[Key, Any] = {("extra", name): module.get_extra_state() for name, module in self.modules_with_more().items()}
-        for where, _, holder in self.holders():
-            for name, value in holder.items():
-                if not isinstance(value, Tensor) and is_kept(name):
-                    found[(*where, name)] = value
-        return found
 
     def modules_with_more(self) -> dict[str, nn.Module]:
         """The modules that have an extra state."""
@@ -132,7 +151,7 @@ class LiveRun:
 
         An attention mask is a buffer with infinities.
         """
-        tensors = {key: _normed(t) for key, t in self.tensors().items() if _is_inexact(t) and t.numel() > 0}
+        tensors = {key: _normed(t) for key, t in self.look().tensors.items() if _is_inexact(t) and t.numel() > 0}
         if not tensors:  # a shard may be empty
             return torch.ones(1, dtype=torch.float64, device=self.place)
         device = next(iter(tensors.values())).device
@@ -150,12 +169,18 @@ class LiveRun:
     def _labelled(self) -> dict[Label, Tensor]:
         """All parameters, each once."""
         named = {} if self.model is None else _bare(dict(self.model.named_parameters()))
-        labelled: dict[Label, Tensor] = dict(named)
+        labelled: dict[Label, Tensor] = {label: p for label, p in named.items()}  # noqa: C416
         seen = {id(p) for p in named.values()}
         return labelled | {index: p for index, p in enumerate(self.optimized()) if id(p) not in seen}
 
-    def _trains(self, parameter: Tensor) -> bool:
-        return parameter.requires_grad or any(parameter in optimizer.state for optimizer in self.optimizers())
+    def _trained(self, labelled: dict[Label, Tensor]) -> dict[Label, Tensor]:
+        """Those parameters that are trained: that want gradients, or of which an optimizer keeps a state."""
+        states = [optimizer.state for optimizer in self.optimizers()]
+        return {label: p for label, p in labelled.items() if p.requires_grad or any(p in state for state in states)}
+
+    def _changing(self, labelled: dict[Label, Tensor]) -> dict[Label, Tensor]:
+        trained = self._trained(labelled)
+        return trained | {label: labelled[label] for label in self._moving if label in labelled} if self._moving else trained
 
 
 def is_kept(name: str) -> bool:
@@ -166,15 +191,15 @@ def is_kept(name: str) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a distributed tensor; of an expanded one the part that is in memory."""
     shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    for dim, (size, stride) in enumerate(zip(shard.shape, shard.stride() if shard.layout == torch.strided else (), strict=False)):
-        if stride == 0 and size > 1:
-            shard = shard.narrow(dim, 0, 1)
+    if shard.layout == torch.strided and 0 in (strides := shard.stride()):
+        for dim, stride in enumerate(strides):
+            shard = shard.narrow(dim, 0, min(1, shard.shape[dim])) if stride == 0 else shard
     return shard.detach()
 
 
 def _bare(named: Mapping[str, Any]) -> dict[str, Any]:
     """`named` without the names of wrappers, unless two would then be called the same."""
-    bare = {".".join(part for part in name.split(".") if part not in _WRAPPERS): value for name, value in named.items()}
+    bare = {_WRAPPER.sub("", name): value for name, value in named.items()}
     return bare if len(bare) == len(named) else dict(named)
 
 

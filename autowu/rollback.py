@@ -120,7 +120,7 @@ class Rollback(NoRollback):
         log.say(self._describe())
 
     def _describe(self) -> str:
-        tensors = {key: t for key, t in self._live.tensors().items() if key[0] in ("parameter", "buffer")}
+        tensors = {key: t for key, t in self._live.look().tensors.items() if key[0] in ("parameter", "buffer")}
         size = sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6
         what = "parameters" if self._live.model is None else "parameters and buffers"
         place = self._newer.device or self._live.place

@@ -34,7 +34,7 @@ def test_the_optimizer_alone_knows_every_parameter_and_its_state():
     model = network()
     optimizer = adam(model.parameters())
     train(model, optimizer)
-    tensors = LiveRun(optimizer).tensors()
+    tensors = LiveRun(optimizer).look().tensors
     assert {key[1] for key in tensors if key[0] == "parameter"} == set(range(6))
     assert {key[2:] for key in tensors if key[0] == "state"} == {
         (k, name) for k in range(6) for name in ("step", "exp_avg", "exp_avg_sq")

@@ -7,7 +7,7 @@ import threading
 import pytest
 import timm.optim
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_diabetes, load_digits
 from torch import nn
 
 from autowu import AutoWU
@@ -377,6 +377,50 @@ def test_without_going_back_it_does():
     arguments = {"warmup_type": "exp", "max_warmup_fraction": 0.4, "patience": 5}
     assert min(perceptron(seed, keeps=False, **arguments)[1] for seed in range(4)) < 0.9
     assert min(perceptron(seed, keeps=True, **arguments)[1] for seed in range(4)) > 0.98
+
+
+def regression(seed, **arguments):
+    """A perceptron without normalisation on the raw diabetes data, by the plain call; AutoWU's end of the story and the loss."""
+    torch.manual_seed(seed)
+    diabetes = load_diabetes()
+    inputs = torch.tensor(diabetes.data / diabetes.data.std(0), dtype=torch.float32)
+    targets = torch.tensor(diabetes.target, dtype=torch.float32)[:, None]
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = AutoWU(optimizer, total_steps=300, **arguments)
+    for _ in range(300):
+        index = torch.randint(442, (64,))
+        loss = nn.functional.mse_loss(model(inputs[index]), targets[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
+    return scheduler, nn.functional.mse_loss(model(inputs), targets).item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_plain_call_survives_an_explosion(seed):
+    scheduler, loss = regression(seed)
+    assert "lost" not in [event.kind for event in scheduler.events]
+    assert loss < 10_000  # 29,000 at the start
+
+
+def test_without_going_back_weights_that_are_lost_are_an_error_and_no_lower_peak(caplog):
+    scheduler, loss = regression(0, rollback=False)
+    assert math.isnan(loss)
+    assert [event.kind for event in scheduler.events] == ["loss", "explosion", "lost", "switch"]
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "rollback=False" in record.getMessage()
+
+
+def test_memory_is_said_when_the_scheduler_is_made(caplog):
+    run = Training(OPTIMIZERS["sgd"])
+    with caplog.at_level("INFO", logger="autowu"):
+        AutoWU(run.optimizer, total_steps=100, model=run.model)
+        AutoWU(run.optimizer, total_steps=100, rollback=False)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "at most two of 0.005104 MB of parameters and buffers" in message
+    assert "rollback=False" in message
 
 
 def test_the_snapshot_changes_no_decision():
