@@ -59,6 +59,7 @@ class Config:
     confidence: float
     min_contrast: float
     peak_factor: float
+    rollback: bool
     watch: bool
 
 

@@ -75,6 +75,9 @@ class NoRollback:
             self._log.once("snapshot", step, f"whether the weights are finite could not be found out ({error})")
             return torch.ones(1, dtype=torch.float64)
 
+    def allow(self, goes_back: bool) -> None:
+        """Heed what a state that was loaded says: its run did not go back where `goes_back` is False, nor does this one."""
+
     def give_up(self) -> None:
         """Copy nothing any longer, since a rank cannot."""
 
@@ -184,6 +187,11 @@ class Rollback(NoRollback):
             except Exception as error:
                 self._log.once("on_rollback", step, f"on_rollback({back_at}) has failed ({error!r}); the run goes on")
 
+    def allow(self, goes_back: bool) -> None:
+        self.able = goes_back
+        if not goes_back:
+            self.free()
+
     def give_up(self) -> None:
         self.able = False
         self.free()
@@ -200,7 +208,7 @@ class Rollback(NoRollback):
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         self._live.begin()
-        newer, older = (None, None) if state is None or not self.able else (state["newer"], state["older"])
+        newer, older = (None, None) if state is None else (state["newer"], state["older"])
         self._newer.load_state_dict(newer)
         self._older.load_state_dict(older)
 

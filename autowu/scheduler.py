@@ -396,6 +396,7 @@ class AutoWU(LRScheduler):
         self._step_count = state["step_count"]
         self.base_lrs = [*state["base_lrs"], *self.base_lrs[saved:]]
         self.config = extended(config, self.config)
+        self._rooms.rollback.allow(self.config.rollback)
         self._stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         # An epoch of the stable phase that the cooldown cut short is none of a longer run's.
         if self.config == config or phase_at(config, self._state, self.last_epoch) == "stable":

@@ -45,9 +45,11 @@ def _from_4(state: Mapping[str, Any], alone: bool) -> Mapping[str, Any]:
     watch, pending = state["watch"], state["watch"]["pending"]
     if alone and pending is not None:
         pending = [*pending, 0.0]  # a block now ends with a flag of the ranks, of one rank as well
+    config = state["config"] | {"rollback": state["snapshot"] is not None}  # only runs that were given a model went back
     after_switch = {"losses": watch["losses"] or LossHistory(max_points=2).state_dict(), "epoch": state["epoch_losses"]}
     return {name: state[name] for name in kept} | {
         "version": 5,
+        "config": config,
         "groups": {"ratios": state["ratios"], "largest": state["fallback_lr"]},
         "micro_batches": {"sum": state["observed"], "count": state["num_observed"]},
         "calls": {"skipped": watch["skipped"]},
@@ -61,7 +63,7 @@ def _from_4(state: Mapping[str, Any], alone: bool) -> Mapping[str, Any]:
         },
         "reader": {"watch": watch["state"], "looked_at": watch["looked_at"], "unread": [], "pending": pending},
         "stage": {} if state["state"]["switch"] is None else after_switch,
-        "snapshot": _copies_from_4(Config(**state["config"]), state["snapshot"]),
+        "snapshot": _copies_from_4(Config(**config), state["snapshot"]),
     }
 
 

@@ -66,6 +66,8 @@ WRONG = {
     "model": ["resnet50"],
     "snapshot_device": ["abacus"],
     "watch": [0],
+    "rollback": [0, None],
+    "on_rollback": [3, "print"],
     "process_group": ["nccl"],
 }
 

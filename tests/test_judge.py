@@ -32,6 +32,7 @@ GIVEN = dict.fromkeys(ARGUMENTS) | {
     "gp": "closed-form",
     "seed": 0,
     "watch": True,
+    "rollback": True,
 }
 
 
