@@ -51,14 +51,14 @@ ROOMS = {
 }
 
 OPTIM = {
-    "param_groups": (),
     "checks": (),
+    "param_groups": ("checks",),
     "batches": (),
     "rules": ("batches",),
     "engines.triton": (),
     "engines.fused": ("rules",),
-    "engines.eager": ("batches", "engines.fused", "rules"),
-    "engines.cpu": ("batches", "engines.fused", "rules"),
+    "engines.eager": ("batches", "checks", "engines.fused", "rules"),
+    "engines.cpu": ("batches", "checks", "engines.fused", "rules"),
     "engines.cpu_loops": ("batches", "engines.cpu", "rules"),
     "engines.gpu": ("batches", "engines.cpu", "engines.triton", "rules"),
     "engines": ("batches", "engines.cpu", "engines.cpu_loops", "engines.gpu", "rules"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from processes import ROOT, launch
 from sklearn.datasets import load_digits
@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from autowu import AutoWU
+from autowu.optim import LARS
 
 pytestmark = [
     # Lightning itself uses what torch deprecates.
@@ -291,6 +292,35 @@ def test_two_dev_steps_are_enough_and_one_is_refused():
         fit(Observing(), fast_dev_run=True)
 
 
+class Finetuning(Observing):
+    """LARS of a head, to which Lightning's callback adds the backbone."""
+
+    def __init__(self):
+        super().__init__(2 * 19)
+        self.backbone, self.head = self.model[:3], self.model[3]
+
+    def configure_optimizers(self):
+        optimizer = LARS(torch.optim.SGD(self.head.parameters(), lr=1.0, momentum=0.9))
+        scheduler = AutoWU(optimizer, total_steps=self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def test_a_backbone_that_was_unfrozen_under_lars_is_resumed(tmp_path):
+    def callbacks(**saving):
+        return [BackboneFinetuning(unfreeze_backbone_at_epoch=1), ModelCheckpoint(tmp_path, filename="{step}", **saving)]
+
+    saving = {"every_n_train_steps": 30, "save_top_k": -1}
+    uncut = fit(Finetuning(), enable_checkpointing=True, callbacks=callbacks(**saving), max_epochs=2)
+    resumed = fit(
+        Finetuning(), None, tmp_path / "step=30.ckpt", enable_checkpointing=True, callbacks=callbacks(**saving), max_epochs=2
+    )
+    head, backbone = resumed.optimizers().param_groups
+    assert head["params"] == list(resumed.head.parameters())
+    assert set(backbone["params"]) == set(resumed.backbone.parameters())
+    assert backbone["trust_coef"] == head["trust_coef"]
+    assert resumed.lrs == uncut.lrs[30:]
+
+
 class Rank(Callback):
     """Writes what a rank saw to a file of its own."""
 
@@ -351,7 +381,7 @@ def test_the_example_learns_in_two_processes():
     switch, total = map(int, re.search(r"peak LR \S+ from step (\d+) of (\d+)", done.stdout).groups())
     assert f"AutoWU switched at step {switch} of {total}" in done.stderr
     assert done.stdout.count("peak LR") == done.stderr.count("AutoWU switched") == 1
-    assert float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) > 75  # chance is 10; the last digits differ between machines
+    assert float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) > 75  # chance is 10; machines differ a little
 
 
 if __name__ == "__main__":

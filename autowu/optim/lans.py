@@ -66,7 +66,7 @@ class LANS(TrustScaled):
         capturable, foreach: see :class:`~autowu.optim.LAMB`.
 
     Raises:
-        ValueError: if a number is out of its range.
+        TypeError, ValueError: for a value of another kind or out of its range, here, in a group or in a state that is loaded.
         RuntimeError: in `step`, for a sparse gradient, and for float16 weights that adapt.
 
     Example:

@@ -70,7 +70,7 @@ class Muon(TrustScaled):
         betas, eps (both for AdamW), max_trust_ratio (no cap by default), capturable, foreach: see :class:`~autowu.optim.LAMB`.
 
     Raises:
-        ValueError: if a number is out of its range.
+        TypeError, ValueError: for a value of another kind or out of its range, here, in a group or in a state that is loaded.
         RuntimeError: in `step`, for a sparse gradient.
 
     Example:
