@@ -109,7 +109,13 @@ def test_what_torch_itself_refuses_of_a_group_leaves_the_optimizer_as_it_was(cls
 def test_what_is_accepted_at_the_ends_of_the_ranges_steps(cls, foreach):
     largest = float(torch.finfo(torch.float32).max)
     ends = [{"lr": 0}, {"lr": largest}, {"lr": np.float32(0.1)}, {"lr": torch.tensor([0.1])}, {"lr": torch.tensor(0.1).double()}]
-    ends += [{"weight_decay": largest}, {"weight_decay": np.int64(1)}, {"eps": np.float32(1e-6)}, {"eps": largest}]
+    ends += [
+        {"weight_decay": largest},
+        {"weight_decay": np.int64(1)},
+        {"lr": np.float16(0.1)},
+        {"eps": np.float32(1e-6)},
+        {"eps": largest},
+    ]
     ends += [{"betas": [0.9, 0.99]}, {"betas": (0, 0)}, {"max_trust_ratio": math.inf}] if cls is not TVLARS else []
     ends += [{"delay": -largest}, {"delay": largest}, {"alpha": largest, "lmbda": largest}] if cls is TVLARS else []
     for arguments in ends:

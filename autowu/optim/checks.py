@@ -38,17 +38,20 @@ class Range(NamedTuple):
     kind: str = "a number"
 
 
-def _is_at_least_0(value: Any) -> bool:
-    return bool(0 <= value <= LARGEST)
+def _float(value: Any) -> float:
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except OverflowError:  # an integer beyond all floats
+        return math.nan
 
 
-AT_LEAST_0: Final = Range(_is_at_least_0, "must be at least 0 and finite in float32")
+AT_LEAST_0: Final = Range(lambda value: 0 <= value <= LARGEST, "must be at least 0 and finite in float32")
 ABOVE_0: Final = Range(lambda value: 0 < value <= LARGEST, "must be above 0 and finite in float32")
 ABOVE_0_OR_INF: Final = Range(lambda value: 0 < value <= LARGEST or value == math.inf, "must be above 0")
 FINITE: Final = Range(lambda value: -LARGEST <= value <= LARGEST, "must be finite in float32")
 BELOW_1: Final = Range(lambda value: 0 <= value < 1, "must be in [0, 1)")
 BETAS: Final = Range(
-    lambda values: len(values) == 2 and all(0 <= value < 1 for value in values),
+    lambda values: len(values) == 2 and all(0 <= _float(value) < 1 for value in values),
     "must both be in [0, 1), and two",
     lambda values: isinstance(values, (tuple, list)) and all(map(_is_number, values)),
     "a tuple of numbers",
@@ -57,13 +60,10 @@ FLAG: Final = Range(lambda value: True, "must be True or False", lambda value: i
 FLAG_OR_NONE: Final = Range(
     lambda value: True, "must be True, False or None", lambda value: value is None or isinstance(value, bool), "a bool"
 )
-LR: Final = Range(
-    lambda value: _is_at_least_0(value.detach() if isinstance(value, Tensor) else value),
-    AT_LEAST_0.words,
-    lambda value: _is_number(value) or _is_tensor(value),
-    "a number or a floating-point tensor of one",
+LR: Final = AT_LEAST_0._replace(
+    is_kind=lambda value: _is_number(value) or _is_tensor(value), kind="a number or a floating-point tensor of one"
 )
-STEP: Final = Range(_is_at_least_0, AT_LEAST_0.words, _is_tensor, "a floating-point tensor of one number")
+STEP: Final = AT_LEAST_0._replace(is_kind=_is_tensor, kind="a floating-point tensor of one number")
 
 
 def check(ranges: Mapping[str, Range], values: Any) -> None:
@@ -86,5 +86,5 @@ def check(ranges: Mapping[str, Range], values: Any) -> None:
         value = values[name]
         if not range_.is_kind(value):
             raise TypeError(f"{name}={value!r}: not {range_.kind}; {range_.words}")
-        if not range_.holds(value):
+        if not range_.holds(_float(value) if _is_number(value) or isinstance(value, Tensor) else value):
             raise ValueError(f"{name}={value!r}: {range_.words}")
