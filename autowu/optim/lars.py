@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from autowu.kin import scale_free, wrapped_optimizer
+from autowu.kin import chain, scale_free
 from autowu.optim import checks
 from autowu.optim.batches import Batch, LayerNorms, batches
 from autowu.optim.engines import Engine, eager, gpu, pick
@@ -333,8 +333,7 @@ class _Adapting:
 
 def _warn_of_scale_free(optimizer: Optimizer) -> None:
     """Say so where a scale of the gradient means nothing to an optimizer, or to what it wraps."""
-    inside: Optimizer | None = optimizer
-    while inside is not None:
+    for inside in chain(optimizer):
         if (instead := scale_free(type(inside))) is not None:
             _logger.warning(
                 "LARS around %s: a scale of the gradient means nothing to it, so trust ratios do next to nothing; "
@@ -343,4 +342,3 @@ def _warn_of_scale_free(optimizer: Optimizer) -> None:
                 instead,
             )
             return
-        inside = wrapped_optimizer(inside)
