@@ -38,7 +38,7 @@ ROOMS = {
     "config": ("checks", "families", "gp", "schedules"),
     "phases": ("config", "schedules", "switching"),
     "events": ("config", "phases", "ranks"),
-    "optimizer_calls": ("events",),
+    "optimizer_calls": ("events", "kin"),
     "rollback": ("events", "ranks", "snapshot"),
     "judge": ("config", "events", "gp", "gpytorch_engine", "history", "phases", "ranks", "schedules", "switching"),
     "stages": ("config", "events", "history", "judge", "phases", "ranks", "reader", "rollback", "switching", "watch"),
