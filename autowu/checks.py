@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -84,7 +84,8 @@ def _float(value: Any) -> float:
 
 fraction = between("above 0 and below 1", lambda value: 0 < value < 1)
 share = between("above 0 and at most 1", lambda value: 0 < value <= 1)
-positive = between("above 0 and finite", lambda value: 0 < value < math.inf)
+_FLOAT32: Final = torch.finfo(torch.float32)
+positive = between("above 0 and finite in float32", lambda value: _FLOAT32.smallest_normal <= value <= _FLOAT32.max)
 
 
 def one_of(*choices: Any) -> Check:
