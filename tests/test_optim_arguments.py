@@ -153,3 +153,67 @@ def test_groups_state_and_defaults_that_a_host_sets_are_the_wrapped_optimizers(c
     with refused("weight_decay"):
         optimizer.param_groups = [groups[0], groups[1] | {"weight_decay": -1.0}]
     assert optimizer.param_groups is groups
+
+
+ALL = {
+    **{cls.__name__: cls for cls in (LAMB, LANS, Muon, TVLARS)},
+    "LARS": lambda groups, lr, **options: LARS(SGD(groups, lr=lr, momentum=0.9), **options),
+    "LARS around Adam": lambda groups, lr, **options: LARS(torch.optim.Adam(groups, lr=lr), **options),
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.float8_e4m3fn)
+SHAPES = ((3, 2), (0, 2), (2, 0), (0,), (), (1, 1), (2, 0, 3))
+
+
+@pytest.mark.filterwarnings("ignore:LARS around")
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+def test_what_is_accepted_when_made_steps(make, foreach):
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            for device in ("cpu", "meta"):
+                for adapt in (True, False):
+                    param = nn.Parameter(torch.ones(shape, device=device).to(dtype))
+                    try:
+                        optimizer = make([{"params": [param], "adapt": adapt}], lr=0.1, foreach=foreach)
+                    except TypeError:
+                        assert dtype.itemsize == 1 or dtype.is_complex or (make is LANS and dtype == torch.float16)
+                        continue
+                    for _ in range(2):
+                        param.grad = torch.ones_like(param.detach())
+                        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:LARS around", "ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+def test_empty_groups_mixed_ones_and_closures_step(make):
+    mixed = [nn.Parameter(torch.ones(2, 2).to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    for groups in ([{"params": []}, {"params": [parameter(), *mixed, nn.Parameter(torch.ones(0, 3)), parameter()]}],):
+        for foreach in (None, True, False):
+            optimizer = make([dict(group) for group in groups], lr=0.1, foreach=foreach)
+            for param in optimizer.param_groups[1]["params"][:-1]:  # the last has no gradient
+                param.grad = torch.ones_like(param.detach())
+            assert optimizer.step(lambda: 0.5) == 0.5
+            optimizer.layer_stats()
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:LARS around")
+@pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+def test_a_sparse_gradient_is_refused_by_name_whatever_its_shape(make):
+    for shape in SHAPES:
+        for options in ({"foreach": False}, {"foreach": True}, {}):
+            param = nn.Parameter(torch.ones(shape))
+            optimizer = make([param], lr=0.1, **options)
+            param.grad = torch.ones(shape).to_sparse()
+            with pytest.raises(RuntimeError, match=r"(LARS|LAMB|LANS|Muon): a gradient of layout"):
+                optimizer.step()
+
+
+@pytest.mark.parametrize("cls", [LARS, TVLARS, LAMB])
+def test_a_late_group_of_numbers_of_8_bits_is_refused_and_nothing_is_changed(cls):
+    optimizer = build(cls, [parameter()])
+    before = repr(contents(optimizer))
+    with pytest.raises(TypeError, match=r"params: .*float8_e4m3fn; take bfloat16 or better"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn))]})
+    assert repr(contents(optimizer)) == before

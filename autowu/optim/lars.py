@@ -18,7 +18,7 @@ from autowu.kin import chain, scale_free
 from autowu.optim import checks
 from autowu.optim.batches import Batch, LayerNorms, batches
 from autowu.optim.engines import Engine, eager, gpu, pick
-from autowu.optim.layerwise import Layerwise, check_dense, pick_foreach
+from autowu.optim.layerwise import Layerwise, check_dense, check_dtypes, no_arithmetic, pick_foreach
 from autowu.optim.rules import LARS_RULE, LarsNumbers
 
 __all__ = ["LARS"]
@@ -72,7 +72,8 @@ class LARS(Layerwise):
             Triton, unless SGD was asked for another implementation or given step hooks.
 
     Raises:
-        TypeError, ValueError: for a value of another kind or out of its range, here, in a group or in a state that is loaded.
+        TypeError, ValueError: for a value of another kind or out of its range, here, in a group or in a state that is loaded; for
+            parameters of a dtype that it does not take.
         RuntimeError: in `step`, for a sparse gradient.
 
     Example:
@@ -100,6 +101,7 @@ class LARS(Layerwise):
         checks.check({"eps": checks.AT_LEAST_0, "foreach": checks.FLAG_OR_NONE} | self.ranges, own)
         self.__setstate__({"optim": optimizer, **own})
         self._check(optimizer.param_groups)
+        check_dtypes("LARS", optimizer.param_groups, no_arithmetic)
         for group in optimizer.param_groups:
             self._complete(group)
         _warn_of_scale_free(optimizer)
@@ -200,6 +202,8 @@ class LARS(Layerwise):
         if not torch.compiler.is_compiling() and _is_observed(optim):
             return None
         params = [param for group in optim.param_groups for param in group["params"] if param.grad is not None]
+        if any(param.grad.layout != torch.strided for param in params if param.grad is not None):
+            return None
         asked = [(group["fused"], group["foreach"]) for group in optim.param_groups]
         one_by_one = not self.foreach and all(fused or fused is foreach is None for fused, foreach in asked)
         at_once = self.foreach is not False and all(fused or foreach is not False for fused, foreach in asked)
@@ -235,6 +239,11 @@ class LARS(Layerwise):
         """Add a group to the wrapped optimizer."""
         self._check([param_group])
         self.optim.add_param_group(param_group)
+        try:
+            check_dtypes("LARS", self.param_groups[-1:], no_arithmetic)
+        except TypeError:
+            self.param_groups.pop()
+            raise
         self._complete(self.param_groups[-1])
 
     def _check(self, groups: Iterable[Any]) -> None:

@@ -104,6 +104,17 @@ class TrustScaled(Layerwise):
         """Add a group; what it does not set is as in the constructor."""
         self._check(param_group)
         super().add_param_group(param_group)
+        try:
+            check_dtypes(type(self).__name__, self.param_groups[-1:], self.refusal)
+        except TypeError:
+            self.param_groups.pop()
+            raise
+
+    def refusal(self, param: Tensor, group: dict[str, Any]) -> str | None:
+        """Why a parameter of a group cannot be stepped, if so."""
+        if param.dtype.is_complex:
+            return "a complex parameter; Adam's second moment of one is not defined here"
+        return no_arithmetic(param, group)
 
     def _check(self, group: Any) -> None:
         """Raise for what a group must not have; keys that are others' may mean anything."""
@@ -193,6 +204,19 @@ def _layer_stats(groups: Iterable[dict[str, Any]], taken: Sequence[LayerNorms]) 
         for i, param in enumerate(group["params"])
         if param in values
     ]
+
+
+def check_dtypes(name: str, groups: Iterable[dict[str, Any]], refusal: Callable[[Tensor, dict[str, Any]], str | None]) -> None:
+    """Raise TypeError for a parameter of a dtype that an optimizer does not take."""
+    for group in groups:
+        for param in group["params"]:
+            if (why := refusal(param, group)) is not None:
+                raise TypeError(f"params: {name}: {why}")
+
+
+def no_arithmetic(param: Tensor, group: dict[str, Any]) -> str | None:
+    """Why a parameter cannot be stepped by any optimizer: torch does not calculate with floating-point numbers of 8 bits."""
+    return f"a parameter of {param.dtype}; take bfloat16 or better" if param.dtype.itemsize == 1 else None
 
 
 def check_dense(name: str, grad: Tensor) -> None:

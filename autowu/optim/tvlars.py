@@ -52,7 +52,8 @@ class TVLARS(LARS):
         foreach: see :class:`~autowu.optim.LARS`.
 
     Raises:
-        TypeError, ValueError: for a value of another kind or out of its range, here, in a group or in a state that is loaded.
+        TypeError, ValueError: for a value of another kind or out of its range, here, in a group or in a state that is loaded; for
+            parameters of a dtype that it does not take.
         RuntimeError: in `step`, for a sparse gradient.
 
     Example:
