@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
 
 __all__ = [
     "Check",
@@ -23,6 +24,7 @@ __all__ = [
     "device",
     "flag",
     "fraction",
+    "group_lrs",
     "integer",
     "loss",
     "one_of",
@@ -64,16 +66,26 @@ def between(allowed: str, is_allowed: Callable[[float], bool]) -> Check:
     def check(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}={value!r}: must be a number {allowed}")
-        if not is_allowed(float(value)):
+        number = _float(value)
+        if not is_allowed(number):
             raise ValueError(f"{name}={value!r}: must be {allowed}")
-        return float(value)
+        return number
 
     return check
 
 
+def _float(value: Any) -> float:
+    """A real number; an integer beyond all floats is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 fraction = between("above 0 and below 1", lambda value: 0 < value < 1)
 share = between("above 0 and at most 1", lambda value: 0 < value <= 1)
-positive = between("above 0 and finite", lambda value: 0 < value < math.inf)
+_FLOAT32: Final = torch.finfo(torch.float32)
+positive = between("above 0 and finite in float32", lambda value: _FLOAT32.smallest_normal <= value <= _FLOAT32.max)
 
 
 def one_of(*choices: Any) -> Check:
@@ -90,6 +102,30 @@ def one_of(*choices: Any) -> Check:
 def optional(check: Check) -> Check:
     """The check of a value that may be None as well."""
     return lambda name, value: None if value is None else check(name, value)
+
+
+def group_lrs(name: str, value: Optimizer) -> Optimizer:
+    """An optimizer each of whose groups has an LR that a scheduler can set, and an initial one and a scale, where it has them."""
+    for number, group in enumerate(value.param_groups):
+        for key in ("lr", "initial_lr", "lr_scale"):
+            if key == "lr" or key in group:
+                _group_lr(f"{name}.param_groups[{number}][{key!r}]", group.get(key))
+    return value
+
+
+def _group_lr(name: str, value: Any) -> None:
+    if value is None:
+        raise TypeError(
+            f"{name}=None: must be a number, at least 0 and finite, for AutoWU sets it; build the optimizer with an LR, "
+            "and without one that it makes itself (transformers' Adafactor: lr=1e-3, relative_step=False)"
+        )
+    is_tensor = isinstance(value, Tensor) and value.is_floating_point() and value.numel() == 1
+    if is_tensor and (value.is_meta or value.requires_grad):
+        raise TypeError(f"{name}={value!r}: a tensor must have a value, and need no gradient, for AutoWU sets it")
+    if not is_tensor and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise TypeError(f"{name}={value!r}: must be a number, or a floating-point tensor of one, at least 0 and finite")
+    if not 0 <= _float(value) < math.inf:
+        raise ValueError(f"{name}={value!r}: must be at least 0 and finite")
 
 
 def device(name: str, value: Any) -> torch.device:

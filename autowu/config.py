@@ -14,7 +14,21 @@ from typing import Any, Final
 from torch import nn
 from torch.optim import Optimizer
 
-from autowu.checks import Check, between, count, device, flag, fraction, integer, one_of, optional, positive, process_group, share
+from autowu.checks import (
+    Check,
+    between,
+    count,
+    device,
+    flag,
+    fraction,
+    group_lrs,
+    integer,
+    one_of,
+    optional,
+    positive,
+    process_group,
+    share,
+)
 from autowu.families import lr_range, peak_factor, peak_lag
 from autowu.gp import LossCurveGP
 from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, decades
@@ -66,7 +80,7 @@ class Config:
 def _optimizer(name: str, value: Any) -> Optimizer:
     if not isinstance(value, Optimizer):
         raise TypeError(f"{name}={value!r}: must be a torch.optim.Optimizer")
-    return value
+    return group_lrs(name, value)
 
 
 def _model(name: str, value: Any) -> nn.Module:

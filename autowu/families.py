@@ -7,7 +7,7 @@ from typing import Final
 
 from torch.optim import Optimizer
 
-from autowu.kin import family_of, wrapped_optimizer
+from autowu.kin import chain, family_of, wrapped_optimizer
 
 __all__ = ["LR_RANGES", "family", "lr_range", "peak_factor", "peak_lag", "wrapped_optimizer"]
 
@@ -29,18 +29,19 @@ _LAYERWISE: Final = ("lars", "lamb")
 def family(optimizer: Optimizer) -> str:
     """Key of :data:`LR_RANGES` for an optimizer, by the names of its class and of the classes that it derives from.
 
-    LARS around an Adam-like optimizer counts as that: Adam undoes any factor on the gradient, so its updates keep Adam's size. An
-    unknown wrapper, such as timm's Lookahead, counts as what it wraps.
+    A wrapper, such as SAM or timm's Lookahead, counts as what it wraps, which takes the steps. LARS counts as itself, but for one
+    around an Adam-like optimizer: Adam undoes any factor on the gradient, so its updates keep Adam's size.
 
     Example:
         >>> import torch
         >>> family(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
         'adam'
     """
-    found = family_of(type(optimizer)) or "unknown"
-    wrapped = wrapped_optimizer(optimizer)
-    if wrapped is not None and (found == "unknown" or family(wrapped) == "adam"):
-        return family(wrapped)
+    found = "unknown"
+    for each in reversed(chain(optimizer)):
+        own = family_of(type(each))
+        if own is not None and (found == "unknown" or (own in _LAYERWISE and found != "adam")):
+            found = own
     return found
 
 
@@ -69,8 +70,10 @@ def peak_lag(optimizer: Optimizer) -> float:
         >>> peak_lag(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], momentum=0.75))
         3.0
     """
-    if family(optimizer) in _LAYERWISE or not optimizer.param_groups:
+    if family(optimizer) in _LAYERWISE:
         return 0.0
-    group = optimizer.param_groups[0]
-    momentum = float(group["betas"][0] if group.get("betas") else group.get("momentum") or 0.0)
-    return momentum / (1 - momentum) if momentum < 1 else math.inf
+    for each in chain(optimizer):
+        for group in each.param_groups[:1]:
+            if momentum := float(group["betas"][0] if group.get("betas") else group.get("momentum") or 0.0):
+                return momentum / (1 - momentum) if momentum < 1 else math.inf
+    return 0.0

@@ -9,7 +9,7 @@ from typing import Final
 
 from torch.optim import Optimizer
 
-__all__ = ["FAMILIES", "family_of", "scale_free", "wrapped_optimizer"]
+__all__ = ["FAMILIES", "chain", "family_of", "scale_free", "wrapped_optimizer"]
 
 FAMILIES: Final[dict[str, tuple[str, ...]]] = {
     "lars": ("lars", "larc", "tvlars", "wars"),
@@ -30,7 +30,10 @@ _OTHERS: Final = (
     *("adadelta", "rprop", "signsgd", "lionw", "laprop", "mars", "ademamix", "soap"),
     *("adagrad", "adafactorbigvision", "adahessian"),
 )
-_WRAPPED: Final = ("optim", "_base_optimizer", "optimizer")  # torchlars and ours, timm, Accelerate
+_WRAPPED: Final = (
+    *("optim", "_base_optimizer", "optimizer"),  # torchlars and ours, timm, Accelerate
+    *("base_optimizer", "inner_optimizer", "_optimizer"),  # SAM and its kin
+)
 
 
 def names_of(cls: type) -> list[str]:
@@ -66,6 +69,25 @@ def scale_free(cls: type) -> str | None:
 
 
 def wrapped_optimizer(optimizer: Optimizer) -> Optimizer | None:
-    """The optimizer inside a wrapper such as LARS, timm's Lookahead or Accelerate's; None for one that wraps nothing."""
-    inside = (getattr(optimizer, name, None) for name in _WRAPPED)
-    return next((wrapped for wrapped in inside if isinstance(wrapped, Optimizer)), None)
+    """The optimizer inside a wrapper such as LARS, SAM, timm's Lookahead or Accelerate's; None for one that wraps nothing.
+
+    Under an attribute of a usual name, else under any from where it steps all that the wrapper has.
+    """
+    usual = [getattr(optimizer, name, None) for name in _WRAPPED]
+    others = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    inside = [*usual, *(other for other in others if _parameters(optimizer) <= _parameters(other))]
+    return next((inner for inner in inside if isinstance(inner, Optimizer) and inner is not optimizer), None)
+
+
+def chain(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer, what it wraps, what that wraps, and so on; each once."""
+    found: list[Optimizer] = []
+    inner: Optimizer | None = optimizer
+    while inner is not None and all(inner is not outer for outer in found):
+        found.append(inner)
+        inner = wrapped_optimizer(inner)
+    return found
+
+
+def _parameters(optimizer: Optimizer) -> set[int]:
+    return {id(param) for group in optimizer.param_groups for param in group["params"]}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autowu.families import wrapped_optimizer
+from autowu.kin import chain
 
 __all__ = ["Key", "Label", "LiveRun", "Seen", "local"]
 
@@ -63,12 +63,7 @@ class LiveRun:
 
     def optimizers(self) -> list[Optimizer]:
         """The optimizer, and what it wraps, one in the other."""
-        chain: list[Optimizer] = []
-        inner: Optimizer | None = self.optimizer
-        while inner is not None and hasattr(inner, "state") and all(inner is not outer for outer in chain):
-            chain.append(inner)
-            inner = wrapped_optimizer(inner)
-        return chain
+        return [optimizer for optimizer in chain(self.optimizer) if hasattr(optimizer, "state")]
 
     def optimized(self) -> list[Tensor]:
         """The optimizer's parameters, those of its first group first."""

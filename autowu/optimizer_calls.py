@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, Final
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from autowu.events import EventLog
+from autowu.kin import chain, family_of
 
 __all__ = ["OptimizerCalls"]
 
@@ -30,7 +32,11 @@ class OptimizerCalls:
 
     def __init__(self, optimizer: Optimizer, log: EventLog) -> None:
         self.skipped = 0
-        self._hooked, self._log = optimizer, log
+        # With what it wraps: the steps of SAM are those of its inner one. Not what LARS wraps: a hook would cost that its kernels.
+        wrappers = chain(optimizer)
+        inside = [inner for outer, inner in pairwise(wrappers) if family_of(type(outer)) != "lars"]
+        self._hooked = [optimizer, *inside]
+        self._log = log
         self._sees_calls = False  # after a step that trained something
         self._sees_past_wrapper = False
         self._hook()
@@ -38,10 +44,12 @@ class OptimizerCalls:
     def took_step(self, optimizer: Optimizer, step: int) -> bool:
         """Whether `step` is one: the optimizer was called since the last time that this was asked."""
         is_wrapped = hasattr(optimizer.step, "_wrapped_by_lr_sched")
-        if getattr(optimizer, "_opt_called", False) is True:
-            optimizer._opt_called = _READ  # type: ignore[attr-defined]
+        called = [hooked for hooked in (optimizer, *self._hooked[1:]) if getattr(hooked, "_opt_called", False) is True]
+        if called:
+            for hooked in (optimizer, *called):  # torch asks the outer one
+                hooked._opt_called = _READ  # type: ignore[attr-defined]
             if not self._sees_calls:
-                self._sees_calls = bool(optimizer.state) or bool(_gradients(optimizer))
+                self._sees_calls = any(hooked.state for hooked in self._hooked) or bool(_gradients(optimizer))
             if not is_wrapped:
                 self._sees_past_wrapper = True
         elif self._means_something(optimizer, step, is_wrapped):
@@ -67,10 +75,12 @@ class OptimizerCalls:
         return any(not (g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in _gradients(optimizer))
 
     def _hook(self) -> bool:
-        with contextlib.suppress(AttributeError):  # some optimizers skip the constructor that makes room for hooks
-            self._hooked.register_step_post_hook(_note_call)
-            return True
-        return False
+        seen = False
+        for hooked in self._hooked:
+            with contextlib.suppress(AttributeError):  # some optimizers skip the constructor that makes room for hooks
+                hooked.register_step_post_hook(_note_call)
+                seen = True
+        return seen
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

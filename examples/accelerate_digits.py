@@ -41,7 +41,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     # The prepared loader has this process' batches: its length is the number of micro-batches in an epoch.
-    autowu = AutoWU(optimizer, math.ceil(len(loader) / args.accumulate), args.epochs)
+    autowu = AutoWU(optimizer, math.ceil(len(loader) / args.accumulate), args.epochs, model=accelerator.unwrap_model(model))
     scheduler = accelerator.prepare(autowu)
 
     for _ in range(args.epochs):

@@ -26,13 +26,14 @@ class Digits(L.LightningModule):
     def training_step(self, batch, batch_idx):
         images, labels = batch
         loss = nn.functional.cross_entropy(self.model(images), labels)
-        self.lr_schedulers().observe(loss)
+        self.autowu.observe(loss)
         return loss
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-        scheduler = AutoWU(optimizer, total_steps=self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        # Kept on the module: some callbacks of Lightning replace the Trainer's schedulers.
+        self.autowu = AutoWU(optimizer, total_steps=self.trainer.estimated_stepping_batches, model=self)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.autowu, "interval": "step"}}
 
 
 def main() -> None:
@@ -66,7 +67,7 @@ def main() -> None:
     trainer.fit(module, loader)
 
     if trainer.is_global_zero:
-        scheduler = module.lr_schedulers()
+        scheduler = module.autowu
         print(f"peak LR {scheduler.switch.lr:.4g} from step {scheduler.switch.step} of {scheduler.last_epoch}")
         model = module.model.eval()
         with torch.no_grad():

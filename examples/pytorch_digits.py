@@ -37,7 +37,7 @@ def main() -> None:
     # A tensor LR: the compiled step reads it, and is not compiled anew when AutoWU writes it.
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3, device=device), weight_decay=0.01)
     steps_per_epoch = 1400 // (args.batch_size * args.accumulate)
-    scheduler = AutoWU(optimizer, steps_per_epoch, args.epochs)
+    scheduler = AutoWU(optimizer, steps_per_epoch, args.epochs, model=model)
     # After AutoWU is made, as with every scheduler of torch: it notes in optimizer.step that the optimizer was called.
     optimizer_step = torch.compile(optimizer.step, backend=args.backend)
 

@@ -56,7 +56,7 @@ def main() -> None:
     loader = DataLoader(train_data, 64, shuffle=True, drop_last=True)
     model = create_model("test_efficientnet", in_chans=1, num_classes=10)
     optimizer = create_optimizer_v2(model, opt="lamb", weight_decay=0.02)
-    lr_scheduler = AutoWUScheduler(AutoWU(optimizer, len(loader), EPOCHS))
+    lr_scheduler = AutoWUScheduler(AutoWU(optimizer, len(loader), EPOCHS, model=model))
     loss_fn = torch.nn.CrossEntropyLoss()
     for epoch in range(EPOCHS):
         loss = train_one_epoch(epoch, model, loader, optimizer, loss_fn, lr_scheduler)

@@ -41,6 +41,40 @@ def test_every_field_of_a_configuration_comes_from_an_argument_or_is_resolved():
     assert fields <= set(ARGUMENTS)
 
 
+NO_LRS = [None, "0.1", 1j, True, [0.1], math.nan, math.inf, -0.1, 10**400]
+NO_LRS += [torch.tensor(value) for value in (math.nan, -0.1, 1, 1j)]
+NO_LRS += [torch.tensor([0.1, 0.2]), torch.tensor(0.1, requires_grad=True), torch.tensor(0.1, device="meta")]
+
+
+def test_an_lr_of_a_group_that_cannot_be_set_is_named_with_its_group():
+    for value in NO_LRS:
+        for key in ("lr", "initial_lr", "lr_scale"):
+            optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)], lr=0.1)
+            optimizer.param_groups[1][key] = value
+            with pytest.raises((TypeError, ValueError), match=rf"^optimizer.param_groups\[1\]\['{key}'\]=.*must"):
+                AutoWU(optimizer, total_steps=100)
+    optimizer = sgd()
+    del optimizer.param_groups[0]["lr"]
+    with pytest.raises(TypeError, match=r"optimizer.param_groups\[0\]\['lr'\]=None: must be a number"):
+        AutoWU(optimizer, total_steps=100)
+
+
+def test_adafactor_with_steps_of_its_own_is_told_the_cure():
+    from transformers import Adafactor
+
+    parameters = [torch.nn.Parameter(torch.ones(2, 2))]
+    with pytest.raises(TypeError, match=r"\['lr'\]=None.*lr=1e-3, relative_step=False"):
+        AutoWU(Adafactor(parameters), total_steps=100)
+    AutoWU(Adafactor(parameters, lr=1e-3, relative_step=False), total_steps=100)
+
+
+def test_lrs_that_can_be_set_are_taken():
+    for value in (0, 0.0, 1, np.float32(0.1), np.float16(0.1), torch.tensor(0.1), torch.tensor([0.1])):
+        optimizer = sgd()
+        optimizer.param_groups[0]["lr"] = value
+        AutoWU(optimizer, total_steps=100)
+
+
 WRONG = {
     "steps_per_epoch": [0, 2.5, True, "ten"],
     "total_epochs": [0, -1, None],
@@ -48,7 +82,7 @@ WRONG = {
     "immediate_cooldown": [1, "yes", None],
     "cooldown_type": ["quadratic", None],
     "cooldown_fraction": [0, 1, math.nan, "half"],
-    "min_lr": [0, -1e-3, math.inf, "low", True],
+    "min_lr": [0, -1e-3, math.inf, "low", True, 10**400],
     "max_lr": [0.0, math.nan],
     "max_warmup_fraction": [0, 1.5, None],
     "warmup_type": ["sqrt"],

@@ -5,6 +5,7 @@ import torch
 
 from autowu import AutoWU
 from autowu.families import LR_RANGES, family, lr_range, peak_factor, peak_lag
+from autowu.kin import chain
 from autowu.optim import LARS
 
 
@@ -32,7 +33,28 @@ class Drift(torch.optim.Optimizer):
         return None
 
 
+class Wrapper(torch.optim.Optimizer):
+    """Holds the optimizer that takes the steps under a name of its own, as SAM does under `base_optimizer`."""
+
+    def __init__(self, inner, name="base_optimizer", own=False):
+        super().__init__([dict(group) for group in inner.param_groups] if own else inner.param_groups, {})
+        setattr(self, name, inner)
+
+
+def sam(inner, **options):
+    return lambda: Wrapper(inner(parameters(), lr=0.1), **options)
+
+
+NAMES = ("base_optimizer", "inner_optimizer", "_optimizer", "optim", "optimizer", "base", "_inner", "wrapped_opt")
+
+
 OPTIMIZERS = {
+    **{f"SGD as {name}": (sam(torch.optim.SGD, name=name), "sgd") for name in NAMES},
+    "AdamW in a wrapper with groups of its own": (sam(torch.optim.AdamW, own=True), "adam"),
+    "LARS in a wrapper": (lambda: Wrapper(LARS(torch.optim.SGD(parameters(), lr=0.1))), "lars"),
+    "a wrapper in a wrapper": (lambda: Wrapper(sam(torch.optim.Adam)(), name="outer"), "adam"),
+    "LARS around a wrapper": (lambda: LARS(sam(torch.optim.SGD)()), "lars"),
+    "a known name around SGD": (lambda: type("AdamW", (Wrapper,), {})(torch.optim.SGD(parameters(), lr=0.1)), "sgd"),
     "torch SGD": (lambda: torch.optim.SGD(parameters(), lr=0.1), "sgd"),
     "torch Adam": (lambda: torch.optim.Adam(parameters()), "adam"),
     "torch AdamW": (lambda: torch.optim.AdamW(parameters()), "adam"),
@@ -125,3 +147,22 @@ def test_where_the_lag_does_not_count_in_full(arguments, expected):
     for optimizer in (torch.optim.Adam(parameters()), torch.optim.SGD(parameters(), lr=0.1, momentum=1.0)):
         assert AutoWU(optimizer, **arguments).config.peak_factor == pytest.approx(expected)
     assert AutoWU.paper(torch.optim.Adam(parameters()), 10, 6).config.peak_factor == 1.0
+
+
+def test_a_wrapper_has_the_lag_of_what_it_holds_and_a_circle_ends():
+    inner = torch.optim.SGD(parameters(), lr=0.1, momentum=0.75)
+    wrapper = Wrapper(inner, own=True)
+    del wrapper.param_groups[0]["momentum"]
+    assert peak_lag(wrapper) == pytest.approx(3.0)
+    inner.base_optimizer = wrapper
+    assert chain(wrapper) == [wrapper, inner]
+    assert chain(inner) == [inner, wrapper]
+    wrapper.optimizer = wrapper
+    assert (family(wrapper), family(inner)) == ("sgd", "sgd")
+
+
+def test_only_an_optimizer_of_the_same_parameters_is_wrapped():
+    optimizer = torch.optim.SGD(parameters(), lr=0.1)
+    optimizer.optimizer, optimizer.base = "Adam", torch.optim.Adam  # a name, and a class
+    optimizer.other = torch.optim.Adam(parameters())
+    assert chain(optimizer) == [optimizer]

@@ -315,6 +315,11 @@ def test_it_goes_on_from_a_state_of_adamw():
 
 def test_complex_parameters_are_refused():
     weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
-    weight.grad = torch.ones_like(weight)
+    with pytest.raises(TypeError, match="params: LAMB: a complex parameter"):
+        LAMB([weight])
+    late = nn.Parameter(torch.ones(2))
+    optimizer = LAMB([late])
+    late.data = weight.detach()
+    late.grad = torch.ones_like(weight)
     with pytest.raises(RuntimeError, match="complex"):
-        LAMB([weight]).step()
+        optimizer.step()

@@ -13,14 +13,22 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 from processes import ROOT, launch
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from autowu import AutoWU
+from autowu.optim import LARS
 
 pytestmark = [
     # Lightning itself uses what torch deprecates.
@@ -289,6 +297,71 @@ def test_two_dev_steps_are_enough_and_one_is_refused():
     assert fit(Observing(), fast_dev_run=2).lr_schedulers().last_epoch == 2
     with pytest.raises(ValueError, match="run of 1 steps"):
         fit(Observing(), fast_dev_run=True)
+
+
+class Finetuning(Observing):
+    """LARS of a head, to which Lightning's callback adds the backbone."""
+
+    def __init__(self):
+        super().__init__(2 * 19)
+        self.backbone, self.head = self.model[:3], self.model[3]
+
+    def configure_optimizers(self):
+        optimizer = LARS(torch.optim.SGD(self.head.parameters(), lr=1.0, momentum=0.9))
+        scheduler = AutoWU(optimizer, total_steps=self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def test_a_backbone_that_was_unfrozen_under_lars_is_resumed(tmp_path):
+    def callbacks(**saving):
+        return [BackboneFinetuning(unfreeze_backbone_at_epoch=1), ModelCheckpoint(tmp_path, filename="{step}", **saving)]
+
+    saving = {"every_n_train_steps": 30, "save_top_k": -1}
+    uncut = fit(Finetuning(), enable_checkpointing=True, callbacks=callbacks(**saving), max_epochs=2)
+    resumed = fit(
+        Finetuning(), None, tmp_path / "step=30.ckpt", enable_checkpointing=True, callbacks=callbacks(**saving), max_epochs=2
+    )
+    head, backbone = resumed.optimizers().param_groups
+    assert head["params"] == list(resumed.head.parameters())
+    assert set(backbone["params"]) == set(resumed.backbone.parameters())
+    assert backbone["trust_coef"] == head["trust_coef"]
+    assert resumed.lrs == uncut.lrs[30:]
+
+
+class Keeping(Observing):
+    """As the page has it: the AutoWU is kept on the module."""
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.autowu.observe(loss)
+        return loss
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        self.autowu = configured["lr_scheduler"]["scheduler"]
+        return configured
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+def test_a_module_that_keeps_its_autowu_trains_on_where_averaging_replaces_the_scheduler():
+    module = fit(Keeping(), max_epochs=4, callbacks=[StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)])
+    assert len(module.losses) == 4 * 19
+    assert not isinstance(module.lr_schedulers(), AutoWU)
+    assert module.autowu.last_epoch == 19
+    with pytest.raises(AttributeError, match="observe"):
+        fit(Observing(), max_epochs=4, callbacks=[StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)])
+
+
+def test_a_module_that_keeps_its_autowu_begins_anew_after_the_search_for_an_lr(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = Keeping()
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=2, **quiet)
+    Tuner(trainer).lr_find(module, Batches(), num_training=10, update_attr=False)
+    searching = module.autowu
+    trainer.fit(module, Batches())
+    assert module.autowu is not searching
+    assert (searching.last_epoch, module.autowu.last_epoch) == (0, 2 * 19)
 
 
 class Rank(Callback):

@@ -1,6 +1,7 @@
 """The loops in C++ of compiled steps against the same in float64, on any number of threads, and a step that has to do without."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autowu.optim import LAMB
-from autowu.optim.engines.cpu_loops import build
+from autowu.optim.engines import cpu
+from autowu.optim.engines.cpu_loops import build, check_cache
 from autowu.optim.rules import LambNumbers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA:UserWarning")
@@ -100,3 +102,49 @@ def test_without_a_compiler_for_them_the_step_is_the_eager_one(monkeypatch, capl
         ]
     finally:
         build.cache_clear()
+
+
+def spoiled(tmp_path, how):
+    """A cache of torch's that others could write to, or replace, and the words that say so."""
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    if how == "link":
+        (tmp_path / "real").mkdir(mode=0o700)
+        folder.rmdir()
+        folder.symlink_to("real")
+        os.lchown(folder, 12345, 12345)
+    elif how == "owner":
+        os.chown(folder, 12345, 12345)
+    elif how == "group":
+        os.chown(folder, -1, 12345)
+        folder.chmod(0o770)
+    elif how == "parent":
+        tmp_path.chmod(0o777)
+    else:
+        folder.chmod(0o777)
+    owns, writes = "belongs to user 12345", "may be written by others"
+    return folder, {"link": owns, "owner": owns, "group": writes, "all": writes, "parent": "may be replaced by others"}[how]
+
+
+@pytest.mark.parametrize("how", ["all", "parent", "owner", "group", "link"])
+def test_a_cache_where_others_could_put_a_library_is_refused_in_one_line(tmp_path, monkeypatch, caplog, how):
+    if how in ("owner", "group", "link") and os.geteuid() != 0:
+        pytest.skip("only root gives folders away")
+    folder, said = spoiled(tmp_path, how)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    with caplog.at_level(logging.WARNING):
+        assert type(build.__wrapped__()) is cpu.Passes
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("autowu")]
+    assert said in line
+    assert str(folder) in line
+    assert "set TORCHINDUCTOR_CACHE_DIR" in line
+    assert not list(folder.iterdir())  # nothing was built there
+
+
+def test_a_cache_of_ones_own_is_taken(tmp_path):
+    for mode in (0o700, 0o755):
+        tmp_path.chmod(mode)
+        check_cache(str(tmp_path))
+    tmp_path.chmod(0o775)
+    os.chown(tmp_path, -1, os.geteuid())
+    check_cache(str(tmp_path))

@@ -71,10 +71,14 @@ def test_huge_and_tiny_gradients_step_as_others_do(scale):
 @pytest.mark.parametrize("foreach", [False, True])
 def test_float16_is_refused_before_its_moments_underflow(foreach):
     start = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).half()
-    weight = nn.Parameter(start.clone())
+    with pytest.raises(TypeError, match=r"params: LANS: float16 weights; .* take float32 or bfloat16"):
+        LANS([nn.Parameter(start.clone())])
+    weight = nn.Parameter(start.float())
+    optimizer = LANS([weight], foreach=foreach)
+    weight.data = start.clone()
     weight.grad = start.clone()
     with pytest.raises(RuntimeError, match=r"LANS: float16 weights; .* take float32 or bfloat16"):
-        LANS([weight], foreach=foreach).step()
+        optimizer.step()
     assert torch.equal(weight, start)
     LANS([{"params": [weight], "adapt": False}], foreach=foreach).step()
     assert not torch.equal(weight, start)

@@ -405,6 +405,84 @@ def test_wrapped_optimizers_count_what_the_scaler_lets_through(make):
     assert lr_of(scaled.scheduler) == scaled.scheduler.get_last_lr()[0]
 
 
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation: up the gradient first, and from there a step of `base_optimizer`; no step of its own."""
+
+    def __init__(self, parameters, base, **options):
+        super().__init__(parameters, {"rho": 0.05, **options})
+        self.base_optimizer = base(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self):
+        for weight in self.param_groups[0]["params"]:
+            self.state[weight]["before"] = weight.clone()
+            weight.add_(weight.grad, alpha=self.param_groups[0]["rho"] / (float(weight.grad.norm()) + 1e-12))
+
+    @torch.no_grad()
+    def second_step(self):
+        for weight in self.param_groups[0]["params"]:
+            weight.copy_(self.state[weight]["before"])
+        self.base_optimizer.step()
+
+    def step(self, closure):
+        with torch.enable_grad():
+            closure()
+        self.first_step()
+        self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+def sam_run(every, base=torch.optim.SGD):
+    """Digits under SAM, by its own `step` every so many steps, else by its two halves; the scheduler, and the inner one's LRs."""
+    torch.manual_seed(0)
+    images, labels = digits()
+    model = torch.nn.Linear(64, 10)
+    optimizer = SAM(model.parameters(), base, lr=0.1, weight_decay=1e-4)
+    scheduler, lrs = AutoWU(optimizer, total_steps=100), []
+    for step in range(100):
+        drawn = torch.randint(len(images), (64,), generator=torch.Generator().manual_seed(step))
+
+        def closure(drawn=drawn):
+            loss = torch.nn.functional.cross_entropy(model(images[drawn]), labels[drawn])
+            loss.backward()
+            return loss
+
+        optimizer.zero_grad()
+        lrs.append(optimizer.base_optimizer.param_groups[0]["lr"])
+        loss = closure().item()
+        if every and step % every == 0:
+            optimizer.step(closure)
+        else:
+            optimizer.first_step()
+            optimizer.zero_grad()
+            closure()
+            optimizer.second_step()
+        scheduler.step(loss)
+    return scheduler, lrs
+
+
+def lars_of_sgd(groups, **options):
+    return LARS(torch.optim.SGD(groups, **options))
+
+
+@pytest.mark.parametrize(("every", "base"), [(0, torch.optim.SGD), (5, torch.optim.AdamW), (5, lars_of_sgd)])
+def test_a_step_of_what_sam_holds_is_a_step(every, base):
+    scheduler, lrs = sam_run(every, base)
+    assert scheduler.last_epoch == 100
+    assert scheduler.phase == "done"
+    assert len(set(lrs[:20])) == 20
+    assert "optimizer" not in {event.kind for event in scheduler.events}
+
+
+def test_what_lars_wraps_is_not_hooked():
+    optimizer = LARS(sgd())
+    autowu(optimizer)
+    assert not optimizer.optim._optimizer_step_post_hooks
+
+
 @pytest.mark.parametrize("cut", [0, 1, 20, 80, 110])
 def test_a_skip_right_after_a_resume_does_not_count(cut):
     whole = Amp().run()

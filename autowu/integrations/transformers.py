@@ -16,7 +16,8 @@ __all__ = ["AutoWUMixin", "AutoWUTrainer"]
 class AutoWUMixin:
     """Gives a Trainer an :class:`~autowu.scheduler.AutoWU` over all its steps, and the loss of every optimizer step.
 
-    The arguments of AutoWU, all but the length of the run, are ``TrainingArguments(lr_scheduler_kwargs={...})``. Of the other
+    AutoWU is given the Trainer's model, so that a warm-up that went too far is undone whole, batch-norm statistics and all. Its
+    other arguments, all but the length of the run, are ``TrainingArguments(lr_scheduler_kwargs={...})``. Of the other
     arguments ``learning_rate`` gives no peak (AutoWU finds it), only the LR to go on with if no loss curve could be fitted;
     ``lr_scheduler_type`` and the warm-up arguments have no effect.
 
@@ -28,6 +29,7 @@ class AutoWUMixin:
     """
 
     args: Any
+    model: Any
     accelerator: Any
     optimizer: Any
     lr_scheduler: Any
@@ -47,7 +49,7 @@ class AutoWUMixin:
         self._loss_of_step = 0.0
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            kwargs = self.args.lr_scheduler_kwargs or {}
+            kwargs = {"model": self.model} | (self.args.lr_scheduler_kwargs or {})
             self.lr_scheduler = AutoWU(optimizer, total_steps=num_training_steps, **kwargs)
             self._created_lr_scheduler = True
         return self.lr_scheduler

@@ -44,7 +44,8 @@ class LAMB(TrustScaled):
             CPU the latter.
 
     Raises:
-        ValueError: if a number is out of its range.
+        TypeError, ValueError: for a value of another kind or out of its range, here, in a group or in a state that is loaded; for
+            parameters of a dtype that it does not take.
         RuntimeError: in `step`, for a sparse gradient.
 
     Example:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from autowu.optim.layerwise import TrustScaled
 from autowu.optim.rules import ADAMW_RULE, Direction, Lamb, LambNumbers, adam_roots, correct_firsts_, decayed_
 
 __all__ = ["LANS"]
+
+_NO_FLOAT16: Final = "float16 weights; squares of normalised gradients underflow there, take float32 or bfloat16"
 
 
 class Lans(Lamb):
@@ -27,7 +29,7 @@ class Lans(Lamb):
     def update(self, piece: Batch, numbers: LambNumbers) -> list[Direction]:
         weights, grads, firsts, seconds, steps = piece.columns
         if weights[0].dtype == torch.float16:
-            raise RuntimeError("LANS: float16 weights; squares of normalised gradients underflow there, take float32 or bfloat16")
+            raise RuntimeError(f"LANS: {_NO_FLOAT16}")
         norms, units = piece.norms(grads, wide(grads[0])), [grad.clone() for grad in grads]
         scales = torch.where(norms > torch.finfo(torch.float32).tiny, 1 / norms, 1.0)
         scale_(units, scales)
@@ -66,8 +68,9 @@ class LANS(TrustScaled):
         capturable, foreach: see :class:`~autowu.optim.LAMB`.
 
     Raises:
-        ValueError: if a number is out of its range.
-        RuntimeError: in `step`, for a sparse gradient, and for float16 weights that adapt.
+        TypeError, ValueError: for a value of another kind or out of its range, here, in a group or in a state that is loaded; for
+            parameters of a dtype that it does not take.
+        RuntimeError: in `step`, for a sparse gradient, and for weights that became float16 later.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -77,6 +80,9 @@ class LANS(TrustScaled):
     """
 
     rules = (Lans(), ADAMW_RULE)
+
+    def refusal(self, param: Tensor, group: dict[str, Any]) -> str | None:
+        return _NO_FLOAT16 if param.dtype == torch.float16 and group["adapt"] else super().refusal(param, group)
 
     def __init__(
         self,

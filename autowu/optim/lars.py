@@ -6,24 +6,36 @@ import inspect
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from autowu.kin import scale_free, wrapped_optimizer
+from autowu.kin import chain, scale_free
 from autowu.optim import checks
 from autowu.optim.batches import Batch, LayerNorms, batches
 from autowu.optim.engines import Engine, eager, gpu, pick
-from autowu.optim.layerwise import Layerwise, check_dense, pick_foreach
+from autowu.optim.layerwise import Layerwise, check_dense, check_dtypes, no_arithmetic, pick_foreach
 from autowu.optim.rules import LARS_RULE, LarsNumbers
 
 __all__ = ["LARS"]
 
 _logger = logging.getLogger("autowu")
+
+SGD_RANGES: Final = {
+    "lr": checks.LR,
+    "momentum": checks.AT_LEAST_0,
+    "dampening": checks.FINITE,
+    "nesterov": checks.FLAG,
+    "maximize": checks.FLAG,
+    "foreach": checks.FLAG_OR_NONE,
+    "fused": checks.FLAG_OR_NONE,
+    "differentiable": checks.FLAG,
+}
+"""Of what torch's SGD has, whose step is made here."""
 
 
 class LARS(Layerwise):
@@ -60,8 +72,8 @@ class LARS(Layerwise):
             Triton, unless SGD was asked for another implementation or given step hooks.
 
     Raises:
-        TypeError: if `optimizer` is not an optimizer.
-        ValueError: if a number is out of its range.
+        TypeError, ValueError: for a value of another kind or out of its range, here, in a group or in a state that is loaded; for
+            parameters of a dtype that it does not take.
         RuntimeError: in `step`, for a sparse gradient.
 
     Example:
@@ -73,33 +85,54 @@ class LARS(Layerwise):
         ['0.0', '0.1']
     """
 
-    ranges: ClassVar[dict[str, checks.Range]] = {"adapt": checks.FLAG, "trust_coef": checks.ABOVE_0}
-    """Of what a group has."""
+    ranges: ClassVar[dict[str, checks.Range]] = {
+        "adapt": checks.FLAG,
+        "trust_coef": checks.ABOVE_0,
+        "weight_decay": checks.AT_LEAST_0,
+    }
+    """Of what a group has; its other keys are the wrapped optimizer's."""
 
     def __init__(self, optimizer: Optimizer, eps: float = 1e-8, trust_coef: float = 0.001, *, foreach: bool | None = None) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer={optimizer!r}: must be a torch.optim.Optimizer")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("optimizer: LBFGS evaluates the closure several times a step, which LARS cannot wrap")
-        self.__setstate__({"optim": optimizer, "eps": eps, "trust_coef": trust_coef, "foreach": foreach})
-        checks.check({"eps": checks.AT_LEAST_0}, {"eps": eps})
-        checks.check(self.ranges, {"trust_coef": trust_coef})
+        own = {"eps": eps, "trust_coef": trust_coef, "foreach": foreach}
+        checks.check({"eps": checks.AT_LEAST_0, "foreach": checks.FLAG_OR_NONE} | self.ranges, own)
+        self.__setstate__({"optim": optimizer, **own})
+        self._check(optimizer.param_groups)
+        check_dtypes("LARS", optimizer.param_groups, no_arithmetic)
         for group in optimizer.param_groups:
             self._complete(group)
         _warn_of_scale_free(optimizer)
 
-    # Groups, state and defaults have one home, the wrapped optimizer, which replaces them when it loads a state.
+    # Groups, state and defaults have one home, the wrapped optimizer, which replaces them when it loads a state. Hosts set them.
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.optim.param_groups
 
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
-        return self.optim.state
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._check(groups)
+        self.optim.param_groups = groups
+        for group in groups:
+            self._complete(group)
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
+        return self.optim.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.optim.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
         return self.optim.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optim.defaults = defaults
 
     def _update(self) -> list[LayerNorms]:
         taken: list[LayerNorms] = []
@@ -169,6 +202,8 @@ class LARS(Layerwise):
         if not torch.compiler.is_compiling() and _is_observed(optim):
             return None
         params = [param for group in optim.param_groups for param in group["params"] if param.grad is not None]
+        if any(param.grad.layout != torch.strided for param in params if param.grad is not None):
+            return None
         asked = [(group["fused"], group["foreach"]) for group in optim.param_groups]
         one_by_one = not self.foreach and all(fused or fused is foreach is None for fused, foreach in asked)
         at_once = self.foreach is not False and all(fused or foreach is not False for fused, foreach in asked)
@@ -202,14 +237,25 @@ class LARS(Layerwise):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
-        checks.check(self.ranges, param_group)
+        self._check([param_group])
         self.optim.add_param_group(param_group)
+        try:
+            check_dtypes("LARS", self.param_groups[-1:], no_arithmetic)
+        except TypeError:
+            self.param_groups.pop()
+            raise
         self._complete(self.param_groups[-1])
+
+    def _check(self, groups: Iterable[Any]) -> None:
+        """Raise for what a group must not have, before any is changed."""
+        for group in groups:
+            checks.check(self.ranges | (SGD_RANGES if isinstance(self.optim, SGD) else {}), group)
+            if isinstance(group, Mapping) and group.get("lr") is not None:  # None is left to the wrapped optimizer
+                checks.check({"lr": checks.LR}, group)
 
     def _complete(self, group: dict[str, Any]) -> None:
         group.setdefault("trust_coef", self.trust_coef)
         group.setdefault("adapt", True)
-        checks.check(self.ranges, group)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the wrapped optimizer, each group with its ``"trust_coef"`` and ``"adapt"``."""
@@ -218,7 +264,12 @@ class LARS(Layerwise):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of :meth:`state_dict`, or of the wrapped optimizer alone, which leaves what it does not have as it is."""
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        self.optim.load_state_dict(state_dict)
+        # The last of the hooks sees what is loaded.
+        last = self.optim.register_load_state_dict_pre_hook(lambda optim, state: self._check(state["param_groups"]))
+        try:
+            self.optim.load_state_dict(state_dict)
+        finally:
+            last.remove()
         for group, before in zip(self.param_groups, own, strict=True):
             for key, value in before.items():
                 group.setdefault(key, value)
@@ -291,8 +342,7 @@ class _Adapting:
 
 def _warn_of_scale_free(optimizer: Optimizer) -> None:
     """Say so where a scale of the gradient means nothing to an optimizer, or to what it wraps."""
-    inside: Optimizer | None = optimizer
-    while inside is not None:
+    for inside in chain(optimizer):
         if (instead := scale_free(type(inside))) is not None:
             _logger.warning(
                 "LARS around %s: a scale of the gradient means nothing to it, so trust ratios do next to nothing; "
@@ -301,4 +351,3 @@ def _warn_of_scale_free(optimizer: Optimizer) -> None:
                 instead,
             )
             return
-        inside = wrapped_optimizer(inside)

@@ -83,12 +83,15 @@ class TrustScaled(Layerwise):
     """Each steps the parameters that it takes of those that the ones before it leave; the last all that are left."""
     ranges: ClassVar[dict[str, checks.Range]] = {
         "adapt": checks.FLAG,
-        "lr": checks.AT_LEAST_0,
+        "lr": checks.LR,
         "betas": checks.BETAS,
         "eps": checks.ABOVE_0,
         "weight_decay": checks.AT_LEAST_0,
         "max_trust_ratio": checks.ABOVE_0_OR_INF,
         "momentum": checks.BELOW_1,
+        "bias_correction": checks.FLAG,
+        "capturable": checks.FLAG,
+        "foreach": checks.FLAG_OR_NONE,
     }
     """Of what a group may have."""
 
@@ -99,9 +102,23 @@ class TrustScaled(Layerwise):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it does not set is as in the constructor."""
-        own = {key: param_group.get(key, value) for key, value in self.defaults.items()}  # others' keys may mean anything
-        checks.check(self.ranges, own)
+        self._check(param_group)
         super().add_param_group(param_group)
+        try:
+            check_dtypes(type(self).__name__, self.param_groups[-1:], self.refusal)
+        except TypeError:
+            self.param_groups.pop()
+            raise
+
+    def refusal(self, param: Tensor, group: dict[str, Any]) -> str | None:
+        """Why a parameter of a group cannot be stepped, if so."""
+        if param.dtype.is_complex:
+            return "a complex parameter; Adam's second moment of one is not defined here"
+        return no_arithmetic(param, group)
+
+    def _check(self, group: Any) -> None:
+        """Raise for what a group must not have; keys that are others' may mean anything."""
+        checks.check({name: self.ranges[name] for name in self.defaults if name in self.ranges}, group)
 
     def _begin_step(self) -> None:
         check_capture(type(self).__name__, self.param_groups)
@@ -156,6 +173,9 @@ class TrustScaled(Layerwise):
         return {key: value for key, value in super().__getstate__().items() if not key.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.defaults: dict[str, Any] = state.get("defaults") or self.defaults
+        for group in state["param_groups"]:  # of a state that is loaded, before any of it is
+            self._check(group)
         super().__setstate__(state)
         self._set_up()
         for group in self.param_groups:
@@ -184,6 +204,19 @@ def _layer_stats(groups: Iterable[dict[str, Any]], taken: Sequence[LayerNorms]) 
         for i, param in enumerate(group["params"])
         if param in values
     ]
+
+
+def check_dtypes(name: str, groups: Iterable[dict[str, Any]], refusal: Callable[[Tensor, dict[str, Any]], str | None]) -> None:
+    """Raise TypeError for a parameter of a dtype that an optimizer does not take."""
+    for group in groups:
+        for param in group["params"]:
+            if (why := refusal(param, group)) is not None:
+                raise TypeError(f"params: {name}: {why}")
+
+
+def no_arithmetic(param: Tensor, group: dict[str, Any]) -> str | None:
+    """Why a parameter cannot be stepped by any optimizer: torch does not calculate with floating-point numbers of 8 bits."""
+    return f"a parameter of {param.dtype}; take bfloat16 or better" if param.dtype.itemsize == 1 else None
 
 
 def check_dense(name: str, grad: Tensor) -> None:

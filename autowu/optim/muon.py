@@ -70,7 +70,8 @@ class Muon(TrustScaled):
         betas, eps (both for AdamW), max_trust_ratio (no cap by default), capturable, foreach: see :class:`~autowu.optim.LAMB`.
 
     Raises:
-        ValueError: if a number is out of its range.
+        TypeError, ValueError: for a value of another kind or out of its range, here, in a group or in a state that is loaded; for
+            parameters of a dtype that it does not take.
         RuntimeError: in `step`, for a sparse gradient.
 
     Example:

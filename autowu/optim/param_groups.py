@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from autowu.optim import checks
+
 __all__ = ["linear_scaled_lr", "param_groups", "sqrt_scaled_lr"]
 
 _logger = logging.getLogger("autowu")
@@ -53,7 +55,7 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
         Groups with ``"params"``, ``"param_names"``, ``"weight_decay"`` and ``"adapt"``, for any torch optimizer.
 
     Raises:
-        TypeError: if `model` is no module.
+        TypeError: if `model` is no module, or `weight_decay` no number.
         ValueError: if `weight_decay` is out of its range, or a lazy module has not seen its first input yet.
 
     Example:
@@ -66,8 +68,7 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: must be a torch.nn.Module")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay={weight_decay!r}: must be at least 0 and finite")
+    checks.check({"weight_decay": checks.AT_LEAST_0}, {"weight_decay": weight_decay})
     model = _unwrapped(model)
     left_out = getattr(model, "no_weight_decay", ())
     patterns = list(left_out() if callable(left_out) else left_out)
@@ -139,7 +140,7 @@ def linear_scaled_lr(base_lr: float, batch_size: int, base_batch_size: int = 256
         base_batch_size: 1 or more.
 
     Raises:
-        TypeError: if a batch size is no integer.
+        TypeError: if the LR is no number, or a batch size no integer.
         ValueError: if a number is out of its range.
 
     Example:
@@ -161,7 +162,7 @@ def sqrt_scaled_lr(base_lr: float, batch_size: int, base_batch_size: int = 256) 
         base_batch_size: 1 or more.
 
     Raises:
-        TypeError: if a batch size is no integer.
+        TypeError: if the LR is no number, or a batch size no integer.
         ValueError: if a number is out of its range.
 
     Example:
@@ -172,8 +173,7 @@ def sqrt_scaled_lr(base_lr: float, batch_size: int, base_batch_size: int = 256) 
 
 
 def _batch_ratio(base_lr: float, batch_size: int, base_batch_size: int) -> float:
-    if not 0 < base_lr < math.inf:
-        raise ValueError(f"base_lr={base_lr!r}: must be above 0 and finite")
+    checks.check({"base_lr": checks.ABOVE_0}, {"base_lr": base_lr})
     for name, size in (("batch_size", batch_size), ("base_batch_size", base_batch_size)):
         try:
             operator.index(size)

@@ -11,7 +11,7 @@ from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
 
 from autowu.optim import checks
-from autowu.optim.lars import LARS
+from autowu.optim.lars import LARS, SGD_RANGES
 from autowu.optim.layerwise import check_capture
 
 __all__ = ["TVLARS"]
@@ -52,7 +52,8 @@ class TVLARS(LARS):
         foreach: see :class:`~autowu.optim.LARS`.
 
     Raises:
-        ValueError: if a number is out of its range.
+        TypeError, ValueError: for a value of another kind or out of its range, here, in a group or in a state that is loaded; for
+            parameters of a dtype that it does not take.
         RuntimeError: in `step`, for a sparse gradient.
 
     Example:
@@ -70,6 +71,8 @@ class TVLARS(LARS):
         "delay": checks.FINITE,
         "gamma_min": checks.AT_LEAST_0,
         "max_norm": checks.ABOVE_0_OR_INF,
+        "capturable": checks.FLAG,
+        "step": checks.STEP,
     }
 
     def __init__(
@@ -90,11 +93,12 @@ class TVLARS(LARS):
         capturable: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        own = {"lmbda": lmbda, "alpha": alpha, "delay": delay, "gamma_min": gamma_min, "max_norm": max_norm}
-        checks.check(self.ranges, own)
-        checks.check({"eta": checks.ABOVE_0}, {"eta": eta})
-        sgd = SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, foreach=foreach)
-        sgd.defaults.update(own, capturable=capturable)
+        own: dict[str, Any] = {"lmbda": lmbda, "alpha": alpha, "delay": delay, "gamma_min": gamma_min, "max_norm": max_norm}
+        own["capturable"] = capturable
+        sgds: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        checks.check(self.ranges | SGD_RANGES | {"eta": checks.ABOVE_0}, {**own, **sgds, "eta": eta})
+        sgd = SGD(params, **sgds, foreach=foreach)
+        sgd.defaults.update(own)
         super().__init__(sgd, eps, eta, foreach=foreach)
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -12,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 __all__ = ["RunError", "TrainConfig", "UsageError", "parse_args", "unknown_name"]
 
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
 _LARGEST_COUNT = 2**31 - 1
+_MOST_WORKERS = 1024
 _LARGEST_SEED = 2**63 - 1
 
 
@@ -188,21 +191,22 @@ def _check_numbers(config: TrainConfig) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     for name in ("epochs", "batch_size", "img_size", "log_layers", "workers"):
-        if (getattr(config, name) or 0) > _LARGEST_COUNT:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at most {_LARGEST_COUNT}")
+        largest = _MOST_WORKERS if name == "workers" else _LARGEST_COUNT
+        if (getattr(config, name) or 0) > largest:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at most {largest}")
     if not 0 <= config.seed <= _LARGEST_SEED:
         raise UsageError(f"--seed {config.seed}: must be at least 0 and at most {_LARGEST_SEED}")
     for name in ("weight_decay", "momentum", "label_smoothing", "workers"):
         if not (value := getattr(config, name)) >= 0:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 0")
-    if config.weight_decay == math.inf:
-        raise UsageError("--weight-decay inf: must be finite")
+    if config.weight_decay > _LARGEST_FLOAT:
+        raise UsageError(f"--weight-decay {config.weight_decay}: must be finite in float32")
     if config.momentum >= 1:
         raise UsageError(f"--momentum {config.momentum}: must be below 1")
     if config.label_smoothing > 1:
         raise UsageError(f"--label-smoothing {config.label_smoothing}: must be at most 1")
-    if config.lr is not None and not 0 < config.lr < math.inf:
-        raise UsageError(f"--lr {config.lr}: must be above 0 and finite")
+    if config.lr is not None and not 0 < config.lr <= _LARGEST_FLOAT:
+        raise UsageError(f"--lr {config.lr}: must be above 0 and finite in float32")
 
 
 def _check(config: TrainConfig) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from autowu.optim.batches import Batch, LayerNorms, dense_norm, note_writes, same_layout
+from autowu.optim.checks import LARGEST
 from autowu.optim.engines import fused
-from autowu.optim.rules import LAMB_RULE, LARS_RULE, LambNumbers, LarsNumbers, Rule
+from autowu.optim.rules import LAMB_RULE, LARS_RULE, LambNumbers, LarsNumbers, Rule, at_most
 
 _SMALL: Final = 1e-6
 """Of a ratio below this, 1 - ratio would not keep what float32 can."""
@@ -143,7 +144,7 @@ def lamb(columns: list[list[Any]], numbers: LambNumbers, passes: Passes) -> Tens
         update = scratch.as_strided(param.size(), param.stride())
         weight_norm, update_norm = passes.lamb_update(param, grad, first, second, update, count, numbers)
         ratio = LAMB_RULE.trust_ratio(weight_norm, update_norm, numbers)
-        param.add_(update, alpha=rate * ratio)
+        param.add_(update, alpha=at_most(rate * ratio, LARGEST))
         rows.append((weight_norm, update_norm, ratio))
     return _columns(rows)
 

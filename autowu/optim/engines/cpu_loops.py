@@ -10,8 +10,11 @@ import ctypes
 import functools
 import logging
 import math
+import os
+import stat
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, NamedTuple, get_type_hints
 
 import torch
@@ -127,13 +130,37 @@ class Loops(cpu.Passes):
         return math.sqrt(totals[0]), math.sqrt(totals[1])
 
 
+def check_cache(folder: str) -> None:
+    """Raise PermissionError for a cache where another user could put a library, which this process would load and run."""
+    if not hasattr(os, "geteuid"):  # Windows keeps a temporary folder for each user
+        return
+    path = Path(folder).absolute()
+    cure = "set TORCHINDUCTOR_CACHE_DIR to a folder of your own"
+    for owner in (path.lstat().st_uid, path.stat().st_uid):  # who owns a link may turn it elsewhere
+        if owner != os.geteuid():
+            raise PermissionError(f"torch's cache {path} belongs to user {owner}, not to {os.geteuid()}; {cure}")
+    mode, group = path.stat().st_mode, path.stat().st_gid
+    # By custom nobody else is in the group of one's own number.
+    if mode & stat.S_IWOTH or (mode & stat.S_IWGRP and group != os.geteuid()):
+        raise PermissionError(f"torch's cache {path} may be written by others (mode {stat.S_IMODE(mode):o}); {cure}")
+    for above in (*path.parents, *path.resolve().parents):
+        mode = above.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise PermissionError(f"torch's cache {path} may be replaced by others, who may write to {above}; {cure}")
+
+
 @functools.cache
 def build() -> cpu.Passes:
-    """The loops, or the passes of eager steps where torch cannot build them."""
+    """The loops, or the passes of eager steps where torch cannot build them, or where its cache is not this user's alone."""
     try:
         from torch._inductor.codecache import CppCodeCache
+        from torch._inductor.runtime.runtime_utils import cache_dir  # type: ignore[attr-defined]
 
+        check_cache(cache_dir())
         return Loops(CppCodeCache.load(_SOURCE))
+    except PermissionError as error:
+        _logger.warning("LARS and LAMB: no loops in C++, compiled steps are slower without: %s", error)
+        return cpu.Passes()
     except Exception as error:  # no compiler, or a torch that builds in another way: the step does without
         _logger.warning("LARS and LAMB: torch could not build their loops in C++, compiled steps are slower without: %s", error)
         return cpu.Passes()

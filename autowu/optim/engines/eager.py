@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from autowu.optim.batches import Batch, LayerNorms, host_norm, same_layout
+from autowu.optim.checks import LARGEST
 from autowu.optim.engines.fused import FusedLamb
-from autowu.optim.rules import Lars, LarsNumbers, Rule, StepRule, has_fused_adam
+from autowu.optim.rules import Lars, LarsNumbers, Rule, StepRule, at_most, has_fused_adam
 
 _FUSED: Final[dict[str, StepRule[Any]]] = {"lamb": FusedLamb()}
 
@@ -32,7 +33,7 @@ def step(rule: StepRule[Any], piece: Batch, numbers: Any) -> list[LayerNorms]:
 def _descend(piece: Batch, updates: list[Tensor], scale: Any, adapt: bool) -> None:
     weights = piece.columns[0]
     if piece.on_host():
-        weights[0].add_(updates[0], alpha=float(scale))
+        weights[0].add_(updates[0], alpha=at_most(float(scale), LARGEST))
         return
     if adapt:
         scale_(updates, scale)
