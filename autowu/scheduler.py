@@ -29,13 +29,10 @@ from autowu.ranks import Ranks
 from autowu.reader import Reader
 from autowu.rollback import NoRollback, Rollback
 from autowu.stages import Rooms, Stage, stage_of
-from autowu.states import VERSION, readable
+from autowu.states import VERSION, readable, whole_or_not
 from autowu.switching import SwitchDecision
 
 __all__ = ["AutoWU"]
-
-_OWN = ("config", "state", "last_epoch", "step_count", "base_lrs", "stage")
-"""What AutoWU itself saves and loads."""
 
 
 class AutoWU(LRScheduler):
@@ -374,21 +371,28 @@ class AutoWU(LRScheduler):
         over all steps after the switch, another begins anew when the last `cooldown_fraction` of the longer run does. The LR may
         therefore rise at the point of extension.
 
+        All entries are checked before anything is changed, and a state that is refused leaves this object as it was.
+
         Raises:
-            TypeError: if the state is no dictionary.
-            ValueError: if the state is of another scheduler, of a version that is not read, incomplete, of more parameter groups
-                than the optimizer has, or of an engine that this object was not given and that AutoWU cannot build.
+            TypeError, ValueError: naming the entry by its path, if the state is incomplete or damaged; if it is of another
+                scheduler, of a version that is not read, of more parameter groups than the optimizer has, or of an engine that this
+                object was not given and that AutoWU cannot build.
         """
-        state = readable(state_dict, type(self).__name__, self._rooms.ranks.alone, (*_OWN, *self._named_rooms()))
+        state = readable(state_dict, type(self).__name__)
         saved = len(state["base_lrs"])
         if saved > (groups := len(self.optimizer.param_groups)):
             cure = "add the groups that were added during the run before the state is loaded"
             raise ValueError(f"state_dict of {saved} parameter groups: the optimizer has {groups}; {cure}")
+        with whole_or_not([self, *self._named_rooms().values()], self.gp):
+            self._take_over(state)
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
+        """Load a state that was found readable."""
         for name, room in self._named_rooms().items():
             room.load_state_dict(state[name])
         config, self._state, self.last_epoch = Config(**state["config"]), state_of(state["state"]), state["last_epoch"]
         self._step_count = state["step_count"]
-        self.base_lrs = [*state["base_lrs"], *self.base_lrs[saved:]]
+        self.base_lrs = [*state["base_lrs"], *self.base_lrs[len(state["base_lrs"]) :]]
         self.config = extended(config, self.config)
         self._stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         # An epoch of the stable phase that the cooldown cut short is none of a longer run's.
