@@ -296,7 +296,7 @@ class AutoWU(LRScheduler):
 
         Raises:
             TypeError: if `loss` is not a floating-point number.
-            ValueError: if `loss` has several elements.
+            ValueError: if `loss` has several elements; at the first step of ranks that were given different arguments.
         """
         if torch.compiler.is_compiling():
             _step_untraced(self, loss)
@@ -304,6 +304,8 @@ class AutoWU(LRScheduler):
             self._step(loss)
 
     def _step(self, loss: float | Tensor | None) -> None:
+        if not (ranks := self._rooms.ranks).compared and not ranks.alone:  # all come to their first step, whatever they were given
+            ranks.compare(self._description())
         loss = self._micro_batches.loss_of_step(loss)
         step, before = self.last_epoch + 1, self._state
         if self._calls.took_step(self.optimizer, step):
@@ -318,6 +320,12 @@ class AutoWU(LRScheduler):
             self._state, self._stage = self._stage.after_skip(self.last_epoch, loss, before, self._calls.skipped)
             if self._state is not before:
                 self._write_lrs()
+
+    def _description(self) -> dict[str, Any]:
+        """What must be alike on all ranks."""
+        going_back = type(self._rooms.rollback) is not NoRollback
+        own = {"last_epoch": self.last_epoch, "gp": type(self.gp).__name__, "going back (model=)": going_back}
+        return asdict(self.config) | own
 
     def _initial_step(self) -> None:
         # Torch's constructor calls this to set the first LR; no loss has been seen.
@@ -378,13 +386,10 @@ class AutoWU(LRScheduler):
                 scheduler, of a version that is not read, of more parameter groups than the optimizer has, or of an engine that this
                 object was not given and that AutoWU cannot build.
         """
-        state = readable(state_dict, type(self).__name__)
-        saved = len(state["base_lrs"])
-        if saved > (groups := len(self.optimizer.param_groups)):
-            cure = "add the groups that were added during the run before the state is loaded"
-            raise ValueError(f"state_dict of {saved} parameter groups: the optimizer has {groups}; {cure}")
+        state = readable(state_dict, type(self).__name__, len(self.optimizer.param_groups))
         with whole_or_not([self, *self._named_rooms().values()], self.gp):
             self._take_over(state)
+        self._rooms.ranks.compared = False
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
         """Load a state that was found readable."""
@@ -396,10 +401,8 @@ class AutoWU(LRScheduler):
         self.config = extended(config, self.config)
         self._stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         # An epoch of the stable phase that the cooldown cut short is none of a longer run's.
-        if self.config == config or phase_at(config, self._state, self.last_epoch) == "stable":
-            self._stage.load_state_dict(state["stage"])
-        else:
-            self._stage.load_state_dict(state["stage"] | {"epoch": None})
+        whole = self.config == config or phase_at(config, self._state, self.last_epoch) == "stable"
+        self._stage.load_state_dict(state["stage"] if whole else {**state["stage"], "epoch": None})
         self._write_lrs()
 
     def __repr__(self) -> str:

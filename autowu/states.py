@@ -18,12 +18,12 @@ __all__ = ["VERSION", "readable", "whole_or_not"]
 VERSION: Final = 5
 
 
-def readable(state: Any, name: str) -> Mapping[str, Any]:
+def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
     """A saved state of a scheduler of class `name`, as one of :data:`VERSION`, every entry checked.
 
     Raises:
         TypeError, ValueError: in one line, if it is no state, of another class, of a version that is not read, incomplete or
-            damaged.
+            damaged, or of more than so many parameter `groups`.
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict={shown(state)}: must be a dictionary, as state_dict() gives it")
@@ -41,6 +41,9 @@ def readable(state: Any, name: str) -> Mapping[str, Any]:
     elif type(version) is not int or version != VERSION:
         raise ValueError(f"version={shown(version)}: this autowu reads versions 4 and {VERSION}")
     check_state(path, state)
+    if (saved := len(state["base_lrs"])) > groups:
+        cure = "add the groups that were added during the run before the state is loaded"
+        raise ValueError(f"state_dict of {saved} parameter groups: the optimizer has {groups}; {cure}")
     read: Mapping[str, Any] = state
     return read
 
