@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from autowu import checks
 from autowu.config import PUBLISHED, Config, checked, configure, cooldown_start, extended, forked
-from autowu.events import EventLog
+from autowu.events import EventLog, resume_message
 from autowu.gp import CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import PublishedGP
 from autowu.group_lrs import GroupLRs
@@ -377,22 +377,22 @@ class AutoWU(LRScheduler):
         Of this object's own arguments one matters: more `total_epochs` (or `total_steps`, where neither has epochs) than the
         state's extend the run. The warm-up stays as it is and the cooldown moves to the new end: an immediate one is stretched
         over all steps after the switch, another begins anew when the last `cooldown_fraction` of the longer run does. The LR may
-        therefore rise at the point of extension.
-
-        All entries are checked before anything is changed, and a state that is refused leaves this object as it was.
+        therefore rise at the point of extension. A run that is over, or not as long as this object's arguments say, is warned of.
 
         Raises:
             TypeError, ValueError: naming the entry by its path, if the state is incomplete or damaged; if it is of another
-                scheduler, of a version that is not read, of more parameter groups than the optimizer has, or of an engine that this
-                object was not given and that AutoWU cannot build.
+                scheduler, of a version that is not read, of more parameter groups than the optimizer has, or of an engine that was
+                not given and that AutoWU cannot build. This object is then as it was.
         """
+        planned = self.config
         state = readable(state_dict, type(self).__name__, len(self.optimizer.param_groups))
         with whole_or_not([self, *self._named_rooms().values()], self.gp):
             self._take_over(state)
         self._rooms.ranks.compared = False
+        if message := resume_message(self.config, self._state, self.last_epoch, planned):
+            self._rooms.log.warn("resume", self.last_epoch, message)
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
-        """Load a state that was found readable."""
         for name, room in self._named_rooms().items():
             room.load_state_dict(state[name])
         config, self._state, self.last_epoch = Config(**state["config"]), state_of(state["state"]), state["last_epoch"]
