@@ -39,6 +39,11 @@ class EventLog:
         if self._ranks.is_first:
             _logger.info(message)
 
+    def resumed(self, config: Config, state: State, step: int, planned: Config) -> None:
+        """Warn where a run goes on that is over, or that is not as long as the object was `planned` with that takes it up."""
+        if message := resume_message(config, state, step, planned):
+            self.warn("resume", step, message)
+
     def state_dict(self) -> list[dict[str, Any]]:
         """All events but those of kind "resume", which speak of the object that a state was loaded into, not of the run."""
         return [vars(event).copy() for event in self.events if event.kind != "resume"]

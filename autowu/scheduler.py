@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from autowu import checks
 from autowu.config import PUBLISHED, Config, checked, configure, cooldown_start, extended, forked
-from autowu.events import EventLog, resume_message
+from autowu.events import EventLog
 from autowu.gp import CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import PublishedGP
 from autowu.group_lrs import GroupLRs
@@ -136,6 +136,8 @@ class AutoWU(LRScheduler):
         self._micro_batches = MicroBatches()
         self._calls = OptimizerCalls(optimizer, log)
         self._groups = GroupLRs(optimizer)
+        if self._groups.resting:
+            log.once("frozen", 0, f"parameter groups {self._groups.resting} have an LR of 0, and keep it until it is set")
         self._stage: Stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         super().__init__(optimizer)
 
@@ -249,9 +251,14 @@ class AutoWU(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """LR of the coming optimizer step for each parameter group, as torch's schedulers compute it inside `step`."""
+        self._meet_groups()
+        return self._groups.of(self.lr_at(self.last_epoch))
+
+    def _meet_groups(self) -> None:
+        if told := self._groups.adopt(self.optimizer):
+            self._rooms.log.once("lr", self.last_epoch, told)
         if late := self._groups.join(self.optimizer):
             self.base_lrs += late
-        return self._groups.of(self.lr_at(self.last_epoch))
 
     def observe(self, loss: float | Tensor) -> None:
         """Record the loss of one micro-batch; the loss of an optimizer step is the mean of those observed since the last one.
@@ -305,7 +312,9 @@ class AutoWU(LRScheduler):
 
     def _step(self, loss: float | Tensor | None) -> None:
         if not (ranks := self._rooms.ranks).compared and not ranks.alone:  # all come to their first step, whatever they were given
-            ranks.compare(self._description())
+            goes_back = type(self._rooms.rollback) is not NoRollback
+            own = {"last_epoch": self.last_epoch, "gp": type(self.gp).__name__, "going back (model=)": goes_back}
+            ranks.compare(asdict(self.config) | own)
         loss = self._micro_batches.loss_of_step(loss)
         step, before = self.last_epoch + 1, self._state
         if self._calls.took_step(self.optimizer, step):
@@ -321,12 +330,6 @@ class AutoWU(LRScheduler):
             if self._state is not before:
                 self._write_lrs()
 
-    def _description(self) -> dict[str, Any]:
-        """What must be alike on all ranks."""
-        going_back = type(self._rooms.rollback) is not NoRollback
-        own = {"last_epoch": self.last_epoch, "gp": type(self.gp).__name__, "going back (model=)": going_back}
-        return asdict(self.config) | own
-
     def _initial_step(self) -> None:
         # Torch's constructor calls this to set the first LR; no loss has been seen.
         self._step_count = 0
@@ -334,8 +337,7 @@ class AutoWU(LRScheduler):
 
     def _write_lrs(self) -> None:
         """Set the LRs of the coming step: a restored run must not depend on the order in which its parts were restored."""
-        if late := self._groups.join(self.optimizer):
-            self.base_lrs += late
+        self._meet_groups()
         self._last_lr = self._groups.write(self.optimizer, self.lr_at(self.last_epoch))
 
     def state_dict(self) -> dict[str, Any]:
@@ -384,13 +386,10 @@ class AutoWU(LRScheduler):
                 scheduler, of a version that is not read, of more parameter groups than the optimizer has, or of an engine that was
                 not given and that AutoWU cannot build. This object is then as it was.
         """
-        planned = self.config
         state = readable(state_dict, type(self).__name__, len(self.optimizer.param_groups))
         with whole_or_not([self, *self._named_rooms().values()], self.gp):
             self._take_over(state)
         self._rooms.ranks.compared = False
-        if message := resume_message(self.config, self._state, self.last_epoch, planned):
-            self._rooms.log.warn("resume", self.last_epoch, message)
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
         for name, room in self._named_rooms().items():
@@ -398,12 +397,13 @@ class AutoWU(LRScheduler):
         config, self._state, self.last_epoch = Config(**state["config"]), state_of(state["state"]), state["last_epoch"]
         self._step_count = state["step_count"]
         self.base_lrs = [*state["base_lrs"], *self.base_lrs[len(state["base_lrs"]) :]]
-        self.config = extended(config, self.config)
+        planned, self.config = self.config, extended(config, self.config)
         self._stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         # An epoch of the stable phase that the cooldown cut short is none of a longer run's.
         whole = self.config == config or phase_at(config, self._state, self.last_epoch) == "stable"
         self._stage.load_state_dict(state["stage"] if whole else {**state["stage"], "epoch": None})
         self._write_lrs()
+        self._rooms.log.resumed(self.config, self._state, self.last_epoch, planned)
 
     def __repr__(self) -> str:
         config, switch = self.config, self.switch
