@@ -126,7 +126,7 @@ class GroupLRs:
         scale = saved[0] / (self._ratios[0] or 1.0)
         self._ratios = [*saved, *(ratio * scale for ratio in self._ratios[len(saved) :])]
         self.largest = state["largest"]
-        self._loaded = True
+        self._lr, self._loaded = None, True
 
 
 def _part(optimizer: Optimizer) -> None:
