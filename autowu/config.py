@@ -33,7 +33,7 @@ from autowu.families import lr_range, peak_factor, peak_lag
 from autowu.gp import LossCurveGP
 from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, decades
 
-__all__ = ["ARGUMENTS", "PUBLISHED", "Config", "checked", "configure", "cooldown_start", "extended", "forked"]
+__all__ = ["ARGUMENTS", "PUBLISHED", "Config", "check_together", "checked", "configure", "cooldown_start", "extended", "forked"]
 
 TESTS_PER_WARMUP: Final = 60
 MAX_LAG: Final = 0.5
@@ -205,6 +205,26 @@ def configure(arguments: Mapping[str, Any]) -> Config:
     }
     values = {**arguments, **resolved}
     return Config(**{field.name: values[field.name] for field in fields(Config)})
+
+
+def check_together(config: Mapping[str, Any]) -> None:
+    """Check that the values of a saved :class:`Config`, each in its own range, go together.
+
+    Raises:
+        ValueError: naming the values and what they may be.
+    """
+    _check_epochs(config)
+    _check_decay(config)
+    total, steps, limit, start = (config[name] for name in ("total_steps", "warmup_steps", "warmup_limit", "cooldown_start"))
+    if not config["min_lr"] < config["max_lr"]:
+        raise ValueError(f"min_lr={config['min_lr']!r}: must be below max_lr={config['max_lr']!r}")
+    if steps > total:
+        raise ValueError(f"warmup_steps={steps!r}: must be at most total_steps={total!r}")
+    if start >= total:
+        raise ValueError(f"cooldown_start={start!r}: must be below total_steps={total!r}")
+    latest = min(steps, total - 1) if config["immediate_cooldown"] else min(steps, start)
+    if limit > latest:
+        raise ValueError(f"warmup_limit={limit!r}: must be at most {latest}, by the steps of warm-up and cooldown")
 
 
 def _total_steps(steps_per_epoch: int | None, total_epochs: int | None, total_steps: int | None) -> int:

@@ -6,10 +6,10 @@ import logging
 from typing import Any
 
 from autowu.config import Config
-from autowu.phases import MAX_SETBACKS, Event, State, Switch, peak_lr
+from autowu.phases import MAX_SETBACKS, Event, State, Switch, base_lr, peak_lr, phase_at
 from autowu.ranks import Ranks
 
-__all__ = ["EventLog", "divergence_message", "switch_message"]
+__all__ = ["EventLog", "divergence_message", "resume_message", "switch_message"]
 
 _logger = logging.getLogger("autowu")
 
@@ -50,8 +50,14 @@ class EventLog:
         if self._ranks.is_first:
             _logger.info(message)
 
+    def resumed(self, config: Config, state: State, step: int, planned: Config) -> None:
+        """Warn where a run goes on that is over, or that is not as long as the object was `planned` with that takes it up."""
+        if message := resume_message(config, state, step, planned):
+            self.warn("resume", step, message)
+
     def state_dict(self) -> list[dict[str, Any]]:
-        return [vars(event).copy() for event in self.events]
+        """All events but those of kind "resume", which speak of the object that a state was loaded into, not of the run."""
+        return [vars(event).copy() for event in self.events if event.kind != "resume"]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         self.events = [Event(**event) for event in state]
@@ -72,6 +78,27 @@ def divergence_message(state: State, restored: int | None) -> str:
     lowered = f"training has diverged ({state.setbacks} of {MAX_SETBACKS}); the peak LR is now {peak_lr(state):.4g}"
     alone = "" if state.watched else "; from here on the run is left alone"
     return f"{lowered}{_back_at(restored)}{alone}"
+
+
+def resume_message(config: Config, state: State, step: int, planned: Config) -> str | None:
+    """What is said of a run that goes on from `step`, if it is over or not as long as `planned` by the object that takes it up."""
+    total = config.total_steps
+    lr = base_lr(config, state, total)
+    if step >= total:
+        cure = "more total_epochs, or total_steps, than the state's extend it"
+        return f"the run of this state is over, its {total} steps are taken; the LR stays at {lr:.4g}; {cure}"
+    end, own, other = planned.total_steps, config.steps_per_epoch, planned.steps_per_epoch
+    if own and other and own != other:
+        end = max(step, step + round(planned.total_steps - step * other / own))
+    if end == total:
+        return None
+    what = f"will stay at {lr:.4g} from step {total} on"
+    if end < total:
+        what = f"will be {base_lr(config, state, end):.4g} at the end, in {phase_at(config, state, end)}"
+    cure = f"take up the run with its {total} steps, or more to extend it"
+    if own != other:
+        cure = f"take it up with steps_per_epoch={own}, as it was begun, or let it take {total - step} steps more"
+    return f"the run of this state has {total} steps, that of the arguments given now ends at step {end}; the LR {what}; {cure}"
 
 
 def _back_at(restored: int | None) -> str:

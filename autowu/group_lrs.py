@@ -1,10 +1,12 @@
-"""State: the LRs of the parameter groups: their ratios to the largest, groups that join late, tensor LRs."""
+"""State: the LRs of the parameter groups: their ratios to the largest, groups that join late, LRs that are edited, tensor LRs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -26,10 +28,63 @@ class GroupLRs:
         scaled = [lr * group.get("lr_scale", 1.0) for lr, group in zip(initial, groups, strict=True)]
         top = max(scaled, default=0.0)
         self._ratios = [lr / top if top > 0 else 1.0 for lr in scaled]
+        self._lr: float | None = None  # that the groups' LRs were set by; None where they may be anything
+        self._loaded = False
+        self._tensors: dict[int, tuple[int, int]] = {}  # identity and version of the tensor LRs as they were set
+
+    @property
+    def resting(self) -> list[int]:
+        """The groups that begin at an LR of 0 beside others that do not, and stay there until it is edited."""
+        return [index for index, ratio in enumerate(self._ratios) if ratio == 0]
 
     def of(self, lr: float) -> list[float | Tensor]:
         """The LR of each group where that of the group with the largest is `lr`."""
+        self._lr = lr
+        self._tensors.clear()  # torch sets them by these
         return [lr * ratio for ratio in self._ratios]
+
+    def adopt(self, optimizer: Optimizer) -> str | None:
+        """Take over the LRs that were edited since they were set last, as ratios; what is to be said of it, None where none was.
+
+        An edit is clear where it brings a group to no more than the schedule's own LR, or sets the groups apart anew. A factor on
+        all groups alike is not: the LR itself is the schedule's. A tensor LR on a device is not read, which would wait for it.
+        """
+        if (lr := self._lr) is None:
+            return None
+        edited: list[int] = []
+        for index, (group, ratio) in enumerate(zip(optimizer.param_groups, self._ratios, strict=False)):
+            now = group["lr"]
+            if self._is_edited(index, now, lr * ratio) if isinstance(now, Tensor) else now != lr * ratio:
+                edited.append(index)
+        return self._adopt(optimizer, edited, lr) if edited else None
+
+    def _is_edited(self, index: int, now: Tensor, expected: float) -> bool:
+        """Whether a tensor LR is not as it was set."""
+        identity, version = self._tensors.get(index, (0, 0))
+        if not now.is_cpu:
+            return identity == id(now) and version != now._version
+        if (identity, version) == (id(now), now._version):
+            return False
+        return not math.isclose(float(now), expected, rel_tol=2 * torch.finfo(now.dtype).eps)
+
+    def _adopt(self, optimizer: Optimizer, edited: list[int], lr: float) -> str:
+        groups, top = optimizer.param_groups, max(self._ratios)
+        which = f"the LR of parameter group {', '.join(map(str, edited))} was set from outside"
+        if any(isinstance(groups[index]["lr"], Tensor) and not groups[index]["lr"].is_cpu for index in edited):
+            return f"{which}; a tensor on a device is not read, and the schedule's LR is set again"
+        values = {index: float(groups[index]["lr"]) for index in edited}
+        scale = lr
+        if len(edited) == len(self._ratios):  # only what sets them apart is new
+            scale = max(values.values()) / top if top > 0 else 0.0
+        ratios = {index: value / scale if scale > 0 else math.nan for index, value in values.items()}
+        clear = all(0 <= ratio <= max(top, 1.0) * (1 + 1e-6) for ratio in ratios.values())
+        new = any(not math.isclose(ratio, self._ratios[index], rel_tol=1e-6) for index, ratio in ratios.items())
+        if not (clear and new):
+            return f"{which}, which is not kept: the LR is the schedule's, here {lr:.4g}; what can be set is a share of it"
+        for index, ratio in ratios.items():
+            self._ratios[index] = ratio
+        kept = ", ".join(f"{ratio:.4g}" for ratio in ratios.values())
+        return f"{which}; it is kept as a share of the schedule's LR: {kept}"
 
     def join(self, optimizer: Optimizer) -> list[float | Tensor]:
         """Give the groups added since the last step their ratio: of their LR to the first group's now; their initial LRs."""
@@ -50,13 +105,16 @@ class GroupLRs:
     def write(self, optimizer: Optimizer, lr: float) -> list[float | Tensor]:
         """Set the LRs of the groups where that of the group with the largest is `lr`; copies of them."""
         written: list[float | Tensor] = []
-        for group, ratio in zip(optimizer.param_groups, self._ratios, strict=True):
+        for index, (group, ratio) in enumerate(zip(optimizer.param_groups, self._ratios, strict=True)):
             own: float | Tensor = lr * ratio
-            if isinstance(group["lr"], Tensor):
-                own = group["lr"].fill_(own).clone()
+            if isinstance(live := group["lr"], Tensor):
+                own = live.fill_(own).clone()
+                self._tensors[index] = id(live), live._version
             else:
                 group["lr"] = own
             written.append(own)
+        # After a load the optimizer's own state may still follow, with the LRs that it was saved with.
+        self._lr, self._loaded = None if self._loaded else lr, False
         return written
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,6 +126,7 @@ class GroupLRs:
         scale = saved[0] / (self._ratios[0] or 1.0)
         self._ratios = [*saved, *(ratio * scale for ratio in self._ratios[len(saved) :])]
         self.largest = state["largest"]
+        self._lr, self._loaded = None, True
 
 
 def _part(optimizer: Optimizer) -> None:

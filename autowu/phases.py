@@ -60,7 +60,7 @@ class Event:
 
     Attributes:
         kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; or the kind of a trouble
-            that was survived, told once a run: "loss", "fit", "rank", "snapshot", "optimizer".
+            that was survived, told once a run: "loss", "fit", "rank", "snapshot", "optimizer", "frozen", "lr", "resume".
         step: optimizer steps taken by then.
         message: what the log said.
     """

@@ -7,9 +7,10 @@ ring and tree reductions give it.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,10 +36,15 @@ class Heard(NamedTuple):
 
 
 class Ranks:
-    """The ranks of `group`, None for the default group where there is one."""
+    """The ranks of `group`, None for the default group where there is one.
+
+    Attributes:
+        compared: whether it is known that all were given the same arguments.
+    """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
         self.group = group
+        self.compared = False
 
     @property
     def size(self) -> int:
@@ -67,6 +73,29 @@ class Ranks:
         values = values.to(_device(values.device, self.group), copy=True)
         dist.all_reduce(values, group=self.group)
         return values
+
+    def compare(self, described: Mapping[str, Any]) -> None:
+        """Learn whether all ranks describe themselves in the same words; one collective, of the same size whatever they say.
+
+        Raises:
+            ValueError: on all ranks alike if they do not, naming what differs and the values.
+        """
+        digest = hashlib.sha256(repr(sorted(described.items())).encode()).digest()
+        own = torch.tensor(list(digest), dtype=torch.float64)  # whole numbers, whose sums are exact
+        total, squares = self.sum(torch.stack([own, own.square()])).cpu()
+        if not torch.equal(total.square(), self.size * squares):  # numbers are alike where their mean square is their squared mean
+            raise ValueError(self._differences(described))
+        self.compared = True
+
+    def _differences(self, described: Mapping[str, Any]) -> str:
+        all_described: list[Mapping[str, Any]] = [{}] * self.size
+        dist.all_gather_object(all_described, dict(described), group=self.group)
+        told = []
+        for name, value in all_described[0].items():
+            other = next((rank for rank, of_rank in enumerate(all_described) if of_rank.get(name) != value), None)
+            if other is not None:
+                told.append(f"{name}={value!r} on rank 0, {all_described[other].get(name)!r} on rank {other}")
+        return f"the ranks were given different arguments: {'; '.join(told)}; all must be given the same"
 
     def all_agree(self, yes: Tensor) -> bool:
         """Whether `yes`, (1,), is 1.0 on all ranks; one collective. Waits for the device."""

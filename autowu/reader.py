@@ -151,6 +151,7 @@ class Reader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.watch = LossWatch()
         self.watch.load_state_dict(state["watch"])
         self.forget()
         self._looked_at, self._unread, pending = state["looked_at"], list(state["unread"]), state["pending"]

@@ -30,13 +30,10 @@ from autowu.ranks import Ranks
 from autowu.reader import Reader
 from autowu.rollback import NoRollback, Rollback
 from autowu.stages import Rooms, Stage, stage_of
-from autowu.states import VERSION, readable
+from autowu.states import VERSION, readable, whole_or_not
 from autowu.switching import SwitchDecision
 
 __all__ = ["AutoWU"]
-
-_OWN = ("config", "state", "last_epoch", "step_count", "base_lrs", "stage")
-"""What AutoWU itself saves and loads."""
 
 
 class AutoWU(LRScheduler):
@@ -143,6 +140,8 @@ class AutoWU(LRScheduler):
         self._micro_batches = MicroBatches()
         self._calls = OptimizerCalls(optimizer, log)
         self._groups = GroupLRs(optimizer)
+        if self._groups.resting:
+            log.once("frozen", 0, f"parameter groups {self._groups.resting} have an LR of 0, and keep it until it is set")
         self._stage: Stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         super().__init__(optimizer)
 
@@ -258,9 +257,14 @@ class AutoWU(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """LR of the coming optimizer step for each parameter group, as torch's schedulers compute it inside `step`."""
+        self._meet_groups()
+        return self._groups.of(self.lr_at(self.last_epoch))
+
+    def _meet_groups(self) -> None:
+        if told := self._groups.adopt(self.optimizer):
+            self._rooms.log.once("lr", self.last_epoch, told)
         if late := self._groups.join(self.optimizer):
             self.base_lrs += late
-        return self._groups.of(self.lr_at(self.last_epoch))
 
     def observe(self, loss: float | Tensor) -> None:
         """Record the loss of one micro-batch; the loss of an optimizer step is the mean of those observed since the last one.
@@ -305,7 +309,7 @@ class AutoWU(LRScheduler):
 
         Raises:
             TypeError: if `loss` is not a floating-point number.
-            ValueError: if `loss` has several elements.
+            ValueError: if `loss` has several elements; at the first step of ranks that were given different arguments.
         """
         if torch.compiler.is_compiling():
             _step_untraced(self, loss)
@@ -313,6 +317,10 @@ class AutoWU(LRScheduler):
             self._step(loss)
 
     def _step(self, loss: float | Tensor | None) -> None:
+        if not (ranks := self._rooms.ranks).compared and not ranks.alone:  # all come to their first step, whatever they were given
+            goes_back = type(self._rooms.rollback) is not NoRollback
+            own = {"last_epoch": self.last_epoch, "gp": type(self.gp).__name__, "rollback": goes_back}
+            ranks.compare(asdict(self.config) | own)
         loss = self._micro_batches.loss_of_step(loss)
         step, before = self.last_epoch + 1, self._state
         if self._calls.took_step(self.optimizer, step):
@@ -335,8 +343,7 @@ class AutoWU(LRScheduler):
 
     def _write_lrs(self) -> None:
         """Set the LRs of the coming step: a restored run must not depend on the order in which its parts were restored."""
-        if late := self._groups.join(self.optimizer):
-            self.base_lrs += late
+        self._meet_groups()
         self._last_lr = self._groups.write(self.optimizer, self.lr_at(self.last_epoch))
 
     def state_dict(self) -> dict[str, Any]:
@@ -378,32 +385,32 @@ class AutoWU(LRScheduler):
         Of this object's own arguments one matters: more `total_epochs` (or `total_steps`, where neither has epochs) than the
         state's extend the run. The warm-up stays as it is and the cooldown moves to the new end: an immediate one is stretched
         over all steps after the switch, another begins anew when the last `cooldown_fraction` of the longer run does. The LR may
-        therefore rise at the point of extension.
+        therefore rise at the point of extension. A run that is over, or not as long as this object's arguments say, is warned of.
 
         Raises:
-            TypeError: if the state is no dictionary.
-            ValueError: if the state is of another scheduler, of a version that is not read, incomplete, of more parameter groups
-                than the optimizer has, or of an engine that this object was not given and that AutoWU cannot build.
+            TypeError, ValueError: naming the entry by its path, if the state is incomplete or damaged; if it is of another
+                scheduler, of a version that is not read, of more parameter groups than the optimizer has, or of an engine that was
+                not given and that AutoWU cannot build. This object is then as it was.
         """
-        state = readable(state_dict, type(self).__name__, self._rooms.ranks.alone, (*_OWN, *self._named_rooms()))
-        saved = len(state["base_lrs"])
-        if saved > (groups := len(self.optimizer.param_groups)):
-            cure = "add the groups that were added during the run before the state is loaded"
-            raise ValueError(f"state_dict of {saved} parameter groups: the optimizer has {groups}; {cure}")
+        state = readable(state_dict, type(self).__name__, len(self.optimizer.param_groups))
+        with whole_or_not([self, *self._named_rooms().values()], self.gp):
+            self._take_over(state)
+        self._rooms.ranks.compared = False
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
         for name, room in self._named_rooms().items():
             room.load_state_dict(state[name])
         config, self._state, self.last_epoch = Config(**state["config"]), state_of(state["state"]), state["last_epoch"]
         self._step_count = state["step_count"]
-        self.base_lrs = [*state["base_lrs"], *self.base_lrs[saved:]]
-        self.config = extended(config, self.config)
+        self.base_lrs = [*state["base_lrs"], *self.base_lrs[len(state["base_lrs"]) :]]
+        planned, self.config = self.config, extended(config, self.config)
         self._rooms.rollback.allow(self.config.rollback)
         self._stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         # An epoch of the stable phase that the cooldown cut short is none of a longer run's.
-        if self.config == config or phase_at(config, self._state, self.last_epoch) == "stable":
-            self._stage.load_state_dict(state["stage"])
-        else:
-            self._stage.load_state_dict(state["stage"] | {"epoch": None})
+        whole = self.config == config or phase_at(config, self._state, self.last_epoch) == "stable"
+        self._stage.load_state_dict(state["stage"] if whole else {**state["stage"], "epoch": None})
         self._write_lrs()
+        self._rooms.log.resumed(self.config, self._state, self.last_epoch, planned)
 
     def __repr__(self) -> str:
         config, switch = self.config, self.switch

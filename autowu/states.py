@@ -1,50 +1,84 @@
-"""Pure: the states that runs save, and those of older versions brought to the present one."""
+"""The states that runs save: read in any version, loaded whole or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from autowu.config import Config
 from autowu.history import LossHistory
 from autowu.phases import warmup_lr_at
+from autowu.schema import check_state, shown
+from autowu.watch import BLOCK
 
-__all__ = ["VERSION", "readable"]
+__all__ = ["VERSION", "readable", "whole_or_not"]
 
 VERSION: Final = 5
 
 
-def readable(state: Any, name: str, alone: bool, keys: Iterable[str]) -> Mapping[str, Any]:
-    """A saved state of a scheduler of class `name`, as one of :data:`VERSION` with `keys`; `alone`: for a run of one rank,
-    as the run that saved it was.
+def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
+    """A saved state of a scheduler of class `name`, as one of :data:`VERSION`, every entry checked.
 
     Raises:
-        TypeError: if it is no dictionary.
-        ValueError: if it is of another class or of a version that is not read, or incomplete.
+        TypeError, ValueError: in one line, if it is no state, of another class, of a version that is not read, incomplete or
+            damaged, or of more than so many parameter `groups`.
     """
     if not isinstance(state, Mapping):
-        raise TypeError(f"state_dict={state!r}: must be a dictionary, as state_dict() gives it")
-    if state.get("class") != name:
-        raise ValueError(f"class={state.get('class')!r}: the state is not of {name}")
+        raise TypeError(f"state_dict={shown(state)}: must be a dictionary, as state_dict() gives it")
+    if not isinstance(found := state.get("class"), str) or found != name:
+        raise ValueError(f"class={shown(found)}: the state is not of {name}")
+    version, path = state.get("version"), "state_dict"
+    if type(version) is int and version == 4:
+        path = "state_dict, of version 4, as version 5"
+        try:
+            state = _from_4(state)
+        except KeyError as error:
+            raise ValueError(f"state_dict without {shown(error.args[0])}: the state is incomplete") from None
+        except Exception as error:
+            raise _damaged(error) from None
+    elif type(version) is not int or version != VERSION:
+        raise ValueError(f"version={shown(version)}: this autowu reads versions 4 and {VERSION}")
+    check_state(path, state)
+    if (saved := len(state["base_lrs"])) > groups:
+        cure = "add the groups that were added during the run before the state is loaded"
+        raise ValueError(f"state_dict of {saved} parameter groups: the optimizer has {groups}; {cure}")
+    read: Mapping[str, Any] = state
+    return read
+
+
+def _damaged(error: Exception) -> ValueError:
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(f"state_dict: the state is damaged ({said[:200]})")
+
+
+@contextlib.contextmanager
+def whole_or_not(rooms: Iterable[Any], engine: Any) -> Iterator[None]:
+    """What is loaded within is loaded whole: where that fails `rooms`, what of ours they hold, and `engine` are as they were.
+
+    An error that speaks of the state goes on; any other says that the state is damaged.
+    """
+    held = [inner for room in rooms for inner in (room, *vars(room).values()) if hasattr(inner, "__dict__")]
+    before = [(room, vars(room).copy()) for room in held if type(room).__module__.startswith("autowu.")]
+    of_engine = copy.deepcopy(engine.state_dict()) if hasattr(engine, "state_dict") else None
     try:
-        if (version := state.get("version")) == 4:
-            state = _from_4(state, alone)
-        elif version != VERSION:
-            raise ValueError(f"version={version!r}: this autowu reads versions 4 and {VERSION}")
-    except KeyError as error:
-        raise ValueError(f"state_dict without {error}: the state is incomplete") from None
-    if missing := [key for key in keys if key not in state]:
-        raise ValueError(f"state_dict without {', '.join(map(repr, missing))}: the state is incomplete")
-    upgraded: Mapping[str, Any] = state
-    return upgraded
+        yield
+    except BaseException as error:
+        for room, attributes in before:
+            vars(room).clear()
+            vars(room).update(attributes)
+        if of_engine is not None:
+            engine.load_state_dict(of_engine)
+        if isinstance(error, ValueError | ImportError) or not isinstance(error, Exception):
+            raise
+        raise _damaged(error) from error
 
 
-def _from_4(state: Mapping[str, Any], alone: bool) -> Mapping[str, Any]:
+def _from_4(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Version 4, of autowu 0.1.0, had all rooms' values side by side."""
     kept = ("class", "config", "state", "last_epoch", "step_count", "base_lrs", "events")
-    watch, pending = state["watch"], state["watch"]["pending"]
-    if alone and pending is not None:
-        pending = [*pending, 0.0]  # a block now ends with a flag of the ranks, of one rank as well
+    watch = state["watch"]
     config = state["config"] | {"rollback": state["snapshot"] is not None}  # only runs that were given a model went back
     after_switch = {"losses": watch["losses"] or LossHistory(max_points=2).state_dict(), "epoch": state["epoch_losses"]}
     return {name: state[name] for name in kept} | {
@@ -61,10 +95,25 @@ def _from_4(state: Mapping[str, Any], alone: bool) -> Mapping[str, Any]:
             "decision": state["decision"],
             "posterior": state["posterior"],
         },
-        "reader": {"watch": watch["state"], "looked_at": watch["looked_at"], "unread": [], "pending": pending},
+        "reader": {"watch": watch["state"], "looked_at": watch["looked_at"], "unread": [], "pending": _block_from_4(state)},
         "stage": {} if state["state"]["switch"] is None else after_switch,
         "snapshot": _copies_from_4(Config(**config), state["snapshot"]),
     }
+
+
+def _block_from_4(state: Mapping[str, Any]) -> list[float] | None:
+    """The block that is still to be read ended with a flag where there were several ranks; now it does in any case.
+
+    How many losses are in it follows from where it ended: with a test, or 10 steps after the block before.
+    """
+    watch, interval, limit = state["watch"], state["config"]["test_interval"], state["config"]["warmup_limit"]
+    pending, end = watch["pending"], watch["looked_at"]
+    if pending is None:
+        return None
+    size = BLOCK
+    if state["state"]["switch"] is None and (end % interval == 0 or end == limit):
+        size = (end - 1) % interval % BLOCK + 1
+    return [*pending, 0.0] if len(pending) == size else list(pending)
 
 
 def _engine_from_4(engine: Mapping[str, Any]) -> Mapping[str, Any]:

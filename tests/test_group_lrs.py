@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from autowu import AutoWU
 from autowu.group_lrs import GroupLRs
 
 
@@ -71,3 +72,145 @@ def test_a_state_of_fewer_groups_keeps_the_ratio_of_the_others_to_the_first():
     lrs.load_state_dict(saved)
     assert lrs.of(1.0) == pytest.approx([0.5, 1.0, 0.25])
     assert lrs.largest == 0.2
+
+
+# ---------------------------------------------------------------- LRs that are edited
+
+
+def written(*options, lr=1.0):
+    optimizer = groups(*options)
+    lrs = GroupLRs(optimizer)
+    assert lrs.adopt(optimizer) is None  # nothing was set yet
+    lrs.write(optimizer, lr)
+    return optimizer, lrs
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("now", [0.0, 1e-3, 0.25, 0.75])
+def test_a_group_that_is_edited_keeps_its_new_share_of_the_schedules_lr(now, tensor):
+    optimizer, lrs = written({"lr": torch.tensor(0.1) if tensor else 0.1}, {"lr": 0.05})
+    if tensor:
+        optimizer.param_groups[0]["lr"].fill_(now)
+    else:
+        optimizer.param_groups[0]["lr"] = now
+    assert "parameter group 0 was set from outside; it is kept" in lrs.adopt(optimizer)
+    lrs.write(optimizer, 0.5)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.5 * now, 0.25])
+    assert lrs.adopt(optimizer) is None
+
+
+def test_a_group_that_begins_at_nothing_rests_until_it_is_set():
+    optimizer, lrs = written({"lr": 0.1}, {"lr": 0.0}, lr=0.4)
+    assert lrs.resting == [1]
+    assert optimizer.param_groups[1]["lr"] == 0.0
+    optimizer.param_groups[1]["lr"] = 0.1
+    assert "kept" in lrs.adopt(optimizer)
+    assert lrs.of(1.0) == pytest.approx([1.0, 0.25])
+    assert lrs.resting == []
+
+
+def test_a_frozen_group_can_be_thawed_up_to_the_schedules_lr():
+    optimizer, lrs = written({"lr": 0.1}, {"lr": 0.01})
+    for now, ratio in ((0.0, 0.0), (1.0, 1.0)):
+        optimizer.param_groups[0]["lr"] = now
+        lrs.adopt(optimizer)
+        assert lrs.of(1.0) == pytest.approx([ratio, 0.1])
+
+
+def test_groups_that_are_all_edited_are_set_apart_anew_below_the_schedules_lr():
+    optimizer, lrs = written({"lr": 0.1}, {"lr": 0.01})
+    optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = 0.02, 0.01
+    assert "kept" in lrs.adopt(optimizer)
+    assert lrs.of(1.0) == pytest.approx([1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("options", "edit"),
+    [
+        ([{"lr": 0.1}], [0.5]),  # the schedule's own
+        ([{"lr": 0.1}], [0.0]),
+        ([{"lr": 0.1}, {"lr": 0.01}], [0.5, 0.05]),  # both by half
+        ([{"lr": 0.1}, {"lr": 0.01}], [0.0, 0.0]),
+        ([{"lr": 0.1}, {"lr": 0.01}], [1.0, 7.0]),  # above the schedule's
+        ([{"lr": 0.1}, {"lr": 0.01}], [1.0, -1.0]),
+        ([{"lr": 0.1}, {"lr": 0.01}], [float("nan"), 0.1]),
+    ],
+)
+def test_what_is_not_clear_is_said_and_not_kept(options, edit):
+    optimizer, lrs = written(*options)
+    before = lrs.of(1.0)
+    for group, now in zip(optimizer.param_groups, edit, strict=True):
+        group["lr"] = now
+    assert "which is not kept: the LR is the schedule's" in lrs.adopt(optimizer)
+    assert lrs.of(1.0) == before
+
+
+def test_tensor_lrs_that_torch_sets_or_that_are_set_to_what_they_are_are_no_edits():
+    optimizer, lrs = written({"lr": torch.tensor(0.1)}, {"lr": torch.tensor(0.05)}, lr=0.3)
+    optimizer.load_state_dict(optimizer.state_dict())  # other tensors of the same value
+    assert lrs.adopt(optimizer) is None
+    for group, lr in zip(optimizer.param_groups, lrs.of(0.7), strict=True):
+        group["lr"].fill_(lr)
+    assert lrs.adopt(optimizer) is None
+
+
+class OnADevice(torch.Tensor):
+    """Stands for a tensor on a device: to read it fails."""
+
+    is_cpu = False
+
+    def __float__(self):
+        raise AssertionError("read")
+
+
+def test_a_tensor_lr_on_a_device_is_not_read():
+    optimizer, lrs = written({"lr": 0.1}, {"lr": 0.1})
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1).as_subclass(OnADevice)
+    lrs.write(optimizer, 0.5)
+    assert lrs.adopt(optimizer) is None
+    optimizer.param_groups[0]["lr"].fill_(0.01)
+    assert "a tensor on a device is not read" in lrs.adopt(optimizer)
+
+
+def test_after_a_load_the_optimizers_own_state_may_follow():
+    optimizer, lrs = written({"lr": 0.1}, {"lr": 0.01})
+    lrs.load_state_dict(lrs.state_dict())
+    lrs.write(optimizer, 0.5)
+    optimizer.param_groups[0]["lr"] = 0.2
+    assert lrs.adopt(optimizer) is None
+    lrs.write(optimizer, 0.4)
+    optimizer.param_groups[0]["lr"] = 0.2
+    assert "kept" in lrs.adopt(optimizer)
+
+
+def test_a_run_takes_an_edit_over_says_so_once_and_saves_it(caplog):
+    optimizer = groups({"lr": 0.1}, {"lr": 0.1}, {"lr": 0.0})
+    scheduler = AutoWU(optimizer, total_steps=100)
+    assert "parameter groups [2] have an LR of 0" in caplog.text
+
+    def go_on(steps):
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step(1 / (1 + scheduler.last_epoch))
+
+    optimizer.param_groups[1]["lr"] *= 0.5  # before the first step
+    go_on(5)
+    optimizer.param_groups[2]["lr"] = 0.25 * optimizer.param_groups[0]["lr"]
+    go_on(5)
+    first, second, third = (group["lr"] for group in optimizer.param_groups)
+    assert (second, third) == pytest.approx((first / 2, first / 4))
+    assert [event.kind for event in scheduler.events] == ["frozen", "lr"]
+    again = AutoWU(groups({"lr": 0.1}, {"lr": 0.1}, {"lr": 0.1}), total_steps=100)
+    again.load_state_dict(scheduler.state_dict())
+    assert again.get_last_lr() == [first, second, third]
+
+
+def test_an_lr_set_at_every_step_is_said_once(caplog):
+    optimizer = groups({"lr": 0.1})
+    scheduler = AutoWU(optimizer, total_steps=100)
+    for _ in range(10):
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.step()
+        scheduler.step(1 / (1 + scheduler.last_epoch))
+    assert [event.kind for event in scheduler.events] == ["lr"]
+    assert caplog.text.count("was set from outside") == 1

@@ -43,7 +43,8 @@ ROOMS = {
     "rollback": ("events", "live", "ranks", "snapshot"),
     "judge": ("config", "events", "gp", "gpytorch_engine", "history", "phases", "ranks", "schedules", "switching"),
     "stages": ("config", "events", "history", "judge", "phases", "ranks", "reader", "rollback", "switching", "watch"),
-    "states": ("config", "history", "phases"),
+    "schema": ("checks", "config", "gp", "phases", "watch"),
+    "states": ("config", "history", "phases", "schema", "watch"),
     "scheduler": (
         *("checks", "config", "events", "gp", "gpytorch_engine", "group_lrs", "history", "judge", "live"),
         *("micro_batches", "optimizer_calls", "phases", "ranks", "reader", "rollback", "stages", "states", "switching"),

@@ -562,6 +562,60 @@ def test_the_length_is_compared_in_epochs_or_in_steps(saved, now, total):
     assert scheduler.config.total_steps == total
 
 
+@pytest.mark.parametrize(
+    ("saved", "cut", "now", "said"),
+    [
+        (
+            (10, 30, None),
+            180,
+            (20, 30, None),
+            r"has 300 steps, .* ends at step 420; the LR will stay at .* from step 300 on; .* 120 steps more",
+        ),
+        ((10, 30, None), 180, (5, 30, None), r"ends at step 240; the LR will be .* at the end, in cooldown; .*steps_per_epoch=10"),
+        ((10, 30, None), 20, (5, 30, None), r"ends at step 160; .* in "),
+        ((10, 30, None), 180, (20, 31, None), r"has 310 steps, .* ends at step 440"),
+        ((10, 30, None), 180, (10, 12, None), r"ends at step 120; .* with its 300 steps, or more to extend it"),
+        ((10, 30, None), 180, (None, None, 400), r"ends at step 400; .* from step 300 on"),
+        ((10, 30, None), 300, (10, 30, None), r"is over, its 300 steps are taken; the LR stays at"),
+        ((10, 30, None), 320, (20, 30, None), r"is over"),
+        ((None, None, 300), 300, (None, None, 200), r"is over"),
+    ],
+)
+def test_a_run_that_is_over_or_not_as_long_as_planned_is_warned_of_once(saved, cut, now, said, caplog):
+    def make(steps_per_epoch, epochs, steps):
+        return AutoWU(sgd(), steps_per_epoch, epochs, total_steps=steps, min_lr=1e-5, max_lr=1.0, watch=False)
+
+    scheduler, resumed = make(*saved), make(*now)
+    advance(scheduler, VALLEY[:cut])
+    resumed.load_state_dict(scheduler.state_dict())
+    advance(resumed, VALLEY[cut : cut + 30])
+    (event,) = [event for event in resumed.events if event.kind == "resume"]
+    assert event.step == cut
+    assert re.search(said, event.message)
+    assert [record.levelname for record in caplog.records if event.message in record.getMessage()] == ["WARNING"]
+    assert "resume" not in [event["kind"] for event in resumed.state_dict()["events"]]  # it is of the object, not of the run
+
+
+def test_the_lr_at_the_end_is_as_the_warning_says():
+    scheduler, resumed = AutoWU(sgd(), 10, 30, watch=False), AutoWU(sgd(), 5, 30, watch=False)
+    advance(scheduler, VALLEY[:180])
+    resumed.load_state_dict(scheduler.state_dict())
+    lrs = advance(resumed, VALLEY[180:241])
+    assert f"the LR will be {lrs[-1]:.4g} at the end" in resumed.events[-1].message
+
+
+@pytest.mark.parametrize(
+    ("saved", "cut", "now"),
+    [((10, 30), 180, (10, 30)), ((10, 30), 180, (10, 40)), ((10, 30), 300, (10, 31)), ((10, 30), 0, (10, 30))],
+)
+def test_a_run_that_goes_on_as_planned_or_longer_is_not_warned_of(saved, cut, now, caplog):
+    scheduler, resumed = AutoWU(sgd(), *saved, watch=False), AutoWU(sgd(), *now, watch=False)
+    advance(scheduler, VALLEY[:cut])
+    resumed.load_state_dict(scheduler.state_dict())
+    assert not [event for event in resumed.events if event.kind == "resume"]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 @pytest.mark.parametrize("cut", [110, 180, 245])
 def test_decays_of_the_stable_phase_go_on_in_a_longer_run(cut, tmp_path):
     scheduler = planned(30, immediate_cooldown=False, cooldown_fraction=0.2, decay_phase_factor=0.9)

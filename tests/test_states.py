@@ -13,7 +13,7 @@ from torch import nn
 
 from autowu import AutoWU
 from autowu.gpytorch_engine import PublishedGP
-from autowu.states import VERSION
+from autowu.states import VERSION, readable
 
 FILE = Path(__file__).parent / "data" / "states_version_4.pt"
 STEPS = 200
@@ -113,6 +113,35 @@ def test_an_incomplete_state_is_refused_by_the_name_of_what_is_missing(key, save
     del case["scheduler"][key]
     with pytest.raises(ValueError, match=f"'{key}': the state is incomplete"):
         loaded(case, MAKE["in the warm-up"])
+
+
+@pytest.mark.parametrize(
+    ("block", "flag"),
+    [
+        ([1.5] * 5, None),  # a test every 5 steps ends a block: 5 losses of one rank
+        ([1.5] * 5, 0.0),  # of several
+        ([1.5] * 4 + [0.0], None),  # a loss of 0 that looks like a flag
+        ([1.5] * 5, 2.0),
+    ],
+)
+def test_the_block_of_a_run_of_one_rank_or_several_is_read_for_what_it_is(block, flag, saved):
+    case = saved["in the warm-up"]["scheduler"]
+    pending = block if flag is None else [*block, flag]
+    case["watch"] |= {"looked_at": 30, "pending": pending}
+    read = readable(case, "AutoWU", 1)
+    assert read["reader"]["pending"] == [*block, flag or 0.0]
+
+
+def test_a_block_of_several_ranks_adds_its_losses_and_no_other_on_one(saved):
+    case = saved["in the warm-up"]
+    before = case["scheduler"]["watch"]["state"]["count"]
+    case["scheduler"]["watch"] |= {"looked_at": 30, "pending": [1.2] * 5 + [0.0]}
+    _, _, scheduler = loaded(case, MAKE["in the warm-up"])
+    scheduler.optimizer.step()
+    scheduler.step(1.2)
+    watch = scheduler._rooms.reader.watch
+    assert (watch.count, watch.last) == (before + 6, 1.2)
+    assert scheduler._rooms.rollback.held is not None
 
 
 def test_a_version_that_is_not_read_is_refused(saved):
