@@ -33,7 +33,18 @@ from autowu.families import lr_range, peak_factor, peak_lag
 from autowu.gp import LossCurveGP
 from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, decades
 
-__all__ = ["ARGUMENTS", "PUBLISHED", "Config", "check_together", "checked", "configure", "cooldown_start", "extended", "forked"]
+__all__ = [
+    "ARGUMENTS",
+    "PUBLISHED",
+    "Config",
+    "check_together",
+    "checked",
+    "configure",
+    "cooldown_start",
+    "described",
+    "extended",
+    "forked",
+]
 
 TESTS_PER_WARMUP: Final = 60
 MAX_LAG: Final = 0.5
@@ -295,6 +306,12 @@ def cooldown_start(config: Config, cooldown_fraction: float) -> int:
         TypeError, ValueError: unless the fraction is a number above 0 and below 1.
     """
     return _cooldown_start(config.total_steps, fraction("cooldown_fraction", cooldown_fraction))
+
+
+def described(config: Config) -> dict[str, Any]:
+    """The values of a configuration, with the name of the argument beside that of a value that is called otherwise."""
+    called = {"warmup_steps": "warmup_steps (by max_warmup_fraction)"}
+    return {called.get(name, name): value for name, value in vars(config).items()}
 
 
 def extended(config: Config, other: Config) -> Config:

@@ -83,8 +83,8 @@ def divergence_message(state: State, restored: int | None) -> str:
 def resume_message(config: Config, state: State, step: int, planned: Config) -> str | None:
     """What is said of a run that goes on from `step`, if it is over or not as long as `planned` by the object that takes it up."""
     total = config.total_steps
-    lr = base_lr(config, state, total)
     if step >= total:
+        lr = base_lr(config, state, total)
         cure = "more total_epochs, or total_steps, than the state's extend it"
         return f"the run of this state is over, its {total} steps are taken; the LR stays at {lr:.4g}; {cure}"
     end, own, other = planned.total_steps, config.steps_per_epoch, planned.steps_per_epoch
@@ -92,13 +92,18 @@ def resume_message(config: Config, state: State, step: int, planned: Config) -> 
         end = max(step, step + round(planned.total_steps - step * other / own))
     if end == total:
         return None
-    what = f"will stay at {lr:.4g} from step {total} on"
+    what = f"will not change from step {total} on{_lr_at(config, state, total)}"
     if end < total:
-        what = f"will be {base_lr(config, state, end):.4g} at the end, in {phase_at(config, state, end)}"
+        what = f"will not have come to its end{_lr_at(config, state, end)}"
     cure = f"take up the run with its {total} steps, or more to extend it"
     if own != other:
         cure = f"take it up with steps_per_epoch={own}, as it was begun, or let it take {total - step} steps more"
     return f"the run of this state has {total} steps, that of the arguments given now ends at step {end}; the LR {what}; {cure}"
+
+
+def _lr_at(config: Config, state: State, step: int) -> str:
+    """The LR of a later step, where it is known: after the switch."""
+    return "" if state.switch is None else f" ({base_lr(config, state, step):.4g}, in {phase_at(config, state, step)})"
 
 
 def _back_at(restored: int | None) -> str:

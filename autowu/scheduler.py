@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from autowu import checks
-from autowu.config import PUBLISHED, Config, checked, configure, cooldown_start, extended, forked
+from autowu.config import PUBLISHED, Config, checked, configure, cooldown_start, described, extended, forked
 from autowu.events import EventLog
 from autowu.gp import CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import PublishedGP
@@ -320,7 +320,7 @@ class AutoWU(LRScheduler):
         if not (ranks := self._rooms.ranks).compared and not ranks.alone:  # all come to their first step, whatever they were given
             goes_back = type(self._rooms.rollback) is not NoRollback
             own = {"last_epoch": self.last_epoch, "gp": type(self.gp).__name__, "rollback": goes_back}
-            ranks.compare(asdict(self.config) | own)
+            ranks.compare(described(self.config) | own)
         loss = self._micro_batches.loss_of_step(loss)
         step, before = self.last_epoch + 1, self._state
         if self._calls.took_step(self.optimizer, step):
