@@ -103,6 +103,29 @@ def _dict_of(check: Check) -> Check:
     return run
 
 
+_PLACES: Final[Mapping[str, tuple[type | tuple[type, ...], ...]]] = {
+    "parameter": ((str, int),),
+    "buffer": (str,),
+    "extra": (str,),
+    "state": (int, (str, int), str),
+    "group": (int, int, str),
+}
+"""What follows in a key of a copy, see :data:`autowu.live.Key`, by its first word."""
+
+
+def _by_place(check: Check) -> Check:
+    """The check of a dictionary with an entry for each place of a run that a copy was made of."""
+
+    def run(path: str, value: Any) -> None:
+        for key in _mapping(path, value):
+            kinds = _PLACES.get(key[0]) if isinstance(key, tuple) and key and isinstance(key[0], str) else None
+            if kinds is None or len(key) != len(kinds) + 1 or not all(map(isinstance, key[1:], kinds)):
+                raise ValueError(f"{path}[{shown(key)}]: must be a place, as ('parameter', name) is")
+        _dict_of(check)(path, value)
+
+    return run
+
+
 def _list_of(check: Check, most: int = _LARGEST) -> Check:
     def run(path: str, value: Any) -> None:
         if not isinstance(value, (list, tuple)):
@@ -238,7 +261,7 @@ _WATCH: Final = _record(
 )
 
 _COPY: Final = _record(
-    {"step": _whole(0), "lr": _lr_or_0, "level": _loss, "tensors": _dict_of(_tensor()), "rest": _mapping}, more=True
+    {"step": _whole(0), "lr": _lr_or_0, "level": _loss, "tensors": _by_place(_tensor()), "rest": _by_place(_anything)}, more=True
 )
 
 _TABLE: Final = _record(
