@@ -95,9 +95,11 @@ class GroupLRs:
         late = groups[len(self._ratios) :]
         first, default = float(groups[0]["lr"]), optimizer.defaults.get("lr")
         for group in late:
+            if not isinstance(group.get("lr"), (int, float, Tensor)):  # an error would end the run: as if none had been given
+                group["lr"] = first
             lr = float(group["lr"])
             plain = default is not None and lr == float(default)
-            ratio = 1.0 if plain or first <= 0 else lr / first
+            ratio = 1.0 if plain or first <= 0 or not 0 <= lr < math.inf else lr / first
             self._ratios.append(ratio * self._ratios[0] * group.get("lr_scale", 1.0))
             group.setdefault("initial_lr", group["lr"])
         return [group["initial_lr"] for group in late]

@@ -1,5 +1,7 @@
 """The LRs of parameter groups: their ratios, groups that join late, tensor LRs."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -214,3 +216,17 @@ def test_an_lr_set_at_every_step_is_said_once(caplog):
         scheduler.step(1 / (1 + scheduler.last_epoch))
     assert [event.kind for event in scheduler.events] == ["lr"]
     assert caplog.text.count("was set from outside") == 1
+
+
+@pytest.mark.parametrize("lr", [None, "fast", math.nan, math.inf, -1.0])
+def test_a_group_that_joins_with_no_lr_that_can_be_set_trains_at_that_of_the_first(lr):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    scheduler = AutoWU(optimizer, total_steps=100)
+    for k in range(5):
+        optimizer.step()
+        scheduler.step(3.0 - k / 10)
+    optimizer.param_groups.append(optimizer.param_groups[0] | {"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr})
+    optimizer.step()
+    scheduler.step(2.0)
+    first, late = scheduler.get_last_lr()
+    assert late == first
