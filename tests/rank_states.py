@@ -23,7 +23,7 @@ UNLIKE = {
     "cooldown_type": {"cooldown_type": "sqrt"},
     "max_warmup_fraction": {"max_warmup_fraction": 0.2},
     "gp": {"gp": "gpytorch"},
-    "going back": {"model": None},
+    "rollback": {"rollback": False},
 }
 CUTS = (13, 25, 45)
 """In a block that has not been sent, with one that is to be read, with votes."""
