@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autowu.config import Config
 from autowu.events import EventLog, divergence_message, switch_message
-from autowu.history import LossHistory
+from autowu.history import MISSING, LossHistory
 from autowu.judge import Judge
 from autowu.phases import (
     State,
@@ -128,7 +128,7 @@ class WarmUp:
         """In a warm-up of a dozen steps the minimum may be past by the first fit. Ranks have nothing to agree by before it."""
         history = self.rooms.judge.history
         sound = self.rooms.rollback.sound(step) if self.rooms.ranks.alone else None
-        if sound is not None and bool(sound) and bool(history.staged[-1] <= history.mean()):
+        if sound is not None and bool(sound) and bool(MISSING < history.staged[-1] <= history.mean()):
             self._copy(step)
 
     def _copy(self, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -54,6 +55,8 @@ def _from_4(state: Mapping[str, Any], alone: bool) -> Mapping[str, Any]:
         "judge": {
             "gp": _engine_from_4(state["gp"]),
             "history": state["history"],
+            "previous": math.nan,
+            "repeated": 0,
             "last": state["verdict"],
             "next": state["next_verdict"],
             "decision": state["decision"],

@@ -82,8 +82,8 @@ def decide(
         confidence: a subsample finds the minimum past where its probability exceeds this, in (0.5, 1).
         patience: votes in a row that make a switch, at least 1.
         min_contrast: a subsample finds the minimum past only where :func:`valley_contrast` exceeds this as well, 0 or more.
-        silent: whether no finite loss came since the test before. A run that has blown up, or that stopped reporting, is past the
-            best that is known of it.
+        silent: whether losses came since the test before and none was finite. A run that has blown up is past the best that is
+            known of it.
 
     The test votes "past" where most of the subsamples do: where the medians exceed `confidence` and `min_contrast`.
 
