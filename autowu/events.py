@@ -9,7 +9,7 @@ from autowu.config import Config
 from autowu.phases import MAX_SETBACKS, Event, State, Switch, peak_lr
 from autowu.ranks import Ranks
 
-__all__ = ["EventLog", "divergence_message", "switch_message"]
+__all__ = ["EventLog", "divergence_message", "doubt_message", "switch_message"]
 
 _logger = logging.getLogger("autowu")
 
@@ -54,6 +54,17 @@ def switch_message(config: Config, switch: Switch, ended_by: str, restored: int 
         found = f"the loss was lowest at step {switch.minimum:.0f}{why}"
     where = f"AutoWU switched at step {switch.step} of {config.total_steps}: LR {switch.lr:.4g}"
     return f"{where}, {found}{_back_at(restored)}"
+
+
+def doubt_message(config: Config, switch: Switch) -> str | None:
+    """What is to be doubted of the LR that a switch goes on with; None for nothing."""
+    if switch.minimum is None:
+        cure = "pass a finite loss with every scheduler.step, or train for more steps"
+        return f"no loss curve could be fitted in the warm-up; the LR {switch.lr:.4g} is the optimizer's own and untested; {cure}"
+    if switch.lr <= config.min_lr:
+        cure = "see whether the loss falls at all, or pass a lower min_lr"
+        return f"the loss was lowest at the start of the warm-up, where no LR was found; the peak is held at min_lr; {cure}"
+    return None
 
 
 def divergence_message(state: State, restored: int | None) -> str:

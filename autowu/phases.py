@@ -60,7 +60,7 @@ class Event:
 
     Attributes:
         kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; or the kind of a trouble
-            that was survived, told once a run: "loss", "fit", "rank", "snapshot", "optimizer".
+            that was survived, told once a run: "loss", "fit", "rank", "snapshot", "optimizer", "peak".
         step: optimizer steps taken by then.
         message: what the log said.
     """
@@ -97,7 +97,7 @@ class Verdict:
         switch: whether to switch.
         votes: tests in a row, this one included, that found the minimum past.
         probability: of the minimum being past, in [0, 1].
-        lr: the peak LR that follows: `peak_factor` times the LR at the minimum, the mean over the subsamples.
+        lr: the peak LR that follows: `peak_factor` times the LR at the minimum, the mean over the subsamples, no less than `min_lr`.
         minimum: where the fitted curve is lowest, in steps, fractional.
     """
 
@@ -187,7 +187,7 @@ def verdict(config: Config, step: int, decision: SwitchDecision) -> Verdict:
     """What `decision`, on the losses of the first `step` steps, comes to."""
     minima = [min(m * config.warmup_steps, float(step)) for m in decision.minima]
     lr = config.peak_factor * sum(warmup_lr_at(config, m) for m in minima) / len(minima)
-    return Verdict(decision.switch, decision.votes, decision.probability, lr, sum(minima) / len(minima))
+    return Verdict(decision.switch, decision.votes, decision.probability, max(lr, config.min_lr), sum(minima) / len(minima))
 
 
 def falls(verdict: Verdict | None) -> bool:

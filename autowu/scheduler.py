@@ -54,7 +54,8 @@ class AutoWU(LRScheduler):
         immediate_cooldown: True decays from the switch on; False holds the peak and decays over the last `cooldown_fraction` of T.
         cooldown_type: "cosine", "half_cosine", "linear" or "sqrt"; see :func:`autowu.schedules.cooldown_factor`.
         cooldown_fraction: share of T, in (0, 1), for a cooldown that is not immediate.
-        min_lr: LR of step 0, above 0; None: by the optimizer's family, see :data:`autowu.families.LR_RANGES`.
+        min_lr: LR of step 0, above 0, and the lowest peak; None: by the optimizer's family, see
+            :data:`autowu.families.LR_RANGES`.
         max_lr: LR that a full warm-up would reach, above `min_lr`; None: by the optimizer's family.
         max_warmup_fraction: length W of a full warm-up as a share of T, in (0, 1].
         warmup_type: "two_speed", "exp" or "linear"; see :func:`autowu.schedules.warmup_lr`.

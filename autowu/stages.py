@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 from torch import Tensor
 
 from autowu.config import Config
-from autowu.events import EventLog, divergence_message, switch_message
+from autowu.events import EventLog, divergence_message, doubt_message, switch_message
 from autowu.history import MISSING, LossHistory
 from autowu.judge import Judge
 from autowu.phases import (
@@ -111,7 +111,8 @@ class WarmUp:
             after = self._ended(step, state, found)
             return self._leave(after, " (warm-up at its limit)", self._go_back_if_past(step, _switch(after).lr))
         self.rooms.judge.prepare(self.config, after, step)
-        if all_sound and (self.rooms.judge.last is None or falls(found)):
+        nothing_known = self.rooms.judge.last is None or (self.rooms.rollback.able and self.rooms.rollback.held is None)
+        if all_sound and (nothing_known or falls(found)):
             self._copy(step)
         return after, self
 
@@ -144,7 +145,13 @@ class WarmUp:
 
     def _ended(self, step: int, state: State, found: Verdict | None) -> State:
         """The state after a warm-up that ends whatever the last test found."""
-        return switched(self.config, state, step, found or self.rooms.judge.last, self.fallback_lr)
+        judge = self.rooms.judge
+        if (
+            found is None and judge.last is None and not self.rooms.ranks.alone
+        ):  # a verdict is a test late, and there is no next one
+            judge.prepare(self.config, state, step)
+            found, _ = self._verdict(step, state)
+        return switched(self.config, state, step, found or judge.last, self.fallback_lr)
 
     def _go_back(self, step: int, peak: float) -> Restored | None:
         """Undo the steps at too high an LR."""
@@ -165,6 +172,8 @@ class WarmUp:
         rooms.reader.begin(switch.step, None if restored is None else restored.level)
         message = switch_message(self.config, switch, ended_by, None if restored is None else restored.step)
         rooms.log.tell("switch", switch.step, message)
+        if doubt := doubt_message(self.config, switch):
+            rooms.log.warn("peak", switch.step, doubt)
         after = AfterSwitch(self.config, rooms)
         return state if self.config.watch else after.end_watch(state), after
 

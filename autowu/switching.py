@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,8 @@ __all__ = ["SwitchDecision", "decide", "probability_past_minimum", "valley_contr
 
 MIN_LOSSES = 10
 """With fewer finite losses a test has no vote: one can draw any curve through a handful of points."""
+MIN_FALL = 1.0
+"""Standard deviations that a curve must have fallen to its minimum: less is the noise of a curve that only rises."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,31 @@ def valley_contrast(posterior: CurvePosterior) -> FloatArray:
     return np.asarray(np.where(before, heights, 0.0).max(1) + heights[:, -1])
 
 
+def _valley(fit: CurvePosterior) -> CurvePosterior | None:
+    """The part of one fit, S = 1, whose minimum counts; None where the curve does not fall before it rises.
+
+    That is all of it, but for a curve that is lowest at its start and rises first, as where a queue fills. There it is what follows
+    the top from which the curve falls to its lowest point after a fall.
+    """
+    mean, variance = fit.mean[0], fit.variance[0]
+    highest = np.maximum.accumulate(mean)
+    top = np.maximum.accumulate(np.where(mean == highest, np.arange(len(mean)), 0))
+    fallen = _ratio(highest - mean, np.sqrt(variance + variance[top])) > MIN_FALL
+    if fallen[mean.argmin()]:
+        return fit
+    if not fallen.any():
+        return None
+    begin = top[np.where(fallen, mean, np.inf).argmin()]
+    curves = {name: getattr(fit, name)[:, begin:] for name in ("mean", "variance", "difference_variance")}
+    return replace(fit, grid=fit.grid[begin:], **curves)
+
+
+def _single_fits(posterior: CurvePosterior) -> list[CurvePosterior]:
+    """Each of the S fits as one of its own."""
+    curves = ("mean", "variance", "difference_variance")
+    return [replace(posterior, **{name: getattr(posterior, name)[k, None] for name in curves}) for k in range(len(posterior.mean))]
+
+
 def _ratio(difference: FloatArray, spread: FloatArray) -> FloatArray:
     """`difference / spread`; where nothing is uncertain, the sign of the difference times infinity."""
     certain = np.where(difference == 0, 0.0, np.copysign(np.inf, difference))
@@ -81,7 +108,8 @@ def decide(
         votes: votes in a row before this test.
         confidence: a subsample finds the minimum past where its probability exceeds this, in (0.5, 1).
         patience: votes in a row that make a switch, at least 1.
-        min_contrast: a subsample finds the minimum past only where :func:`valley_contrast` exceeds this as well, 0 or more.
+        min_contrast: a subsample finds the minimum past only where :func:`valley_contrast` exceeds this as well, 0 or more. Unless
+            it is 0, the curve must have fallen before it rises; where it rises first, its minimum is looked for after that.
         silent: whether losses came since the test before and none was finite. A run that has blown up is past the best that is
             known of it.
 
@@ -96,11 +124,17 @@ def decide(
         >>> decision.switch, decision.minima
         (True, (0.5,))
     """
-    probability = float(np.median(probability_past_minimum(posterior)))
-    past = probability > confidence and (min_contrast == 0 or float(np.median(valley_contrast(posterior))) > min_contrast)
+    fits = _single_fits(posterior)
+    valleys = [_valley(fit) for fit in fits] if min_contrast else fits
+    counted = [valley or fit for valley, fit in zip(valleys, fits, strict=True)]
+    probability = float(np.median([probability_past_minimum(fit)[0] for fit in counted]))
+    past = probability > confidence
+    if min_contrast:
+        contrasts = [0.0 if valley is None else valley_contrast(valley)[0] for valley in valleys]
+        past = past and float(np.median(contrasts)) > min_contrast
     if silent:
         probability, past = 1.0, True
     past = past and posterior.num_losses >= MIN_LOSSES
     votes = votes + 1 if past else 0
-    minima = tuple(posterior.grid[posterior.mean.argmin(1)].tolist())
+    minima = tuple(float(fit.grid[fit.mean[0].argmin()]) for fit in counted)
     return SwitchDecision(votes >= patience, votes, probability, minima)

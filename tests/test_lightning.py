@@ -351,7 +351,9 @@ def test_the_example_learns_in_two_processes():
     switch, total = map(int, re.search(r"peak LR \S+ from step (\d+) of (\d+)", done.stdout).groups())
     assert f"AutoWU switched at step {switch} of {total}" in done.stderr
     assert done.stdout.count("peak LR") == done.stderr.count("AutoWU switched") == 1
-    assert float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) > 75  # chance is 10; the last digits differ between machines
+    assert (
+        float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) > 75
+    )  # chance is 10; the last digits differ between machines
 
 
 if __name__ == "__main__":

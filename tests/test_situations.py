@@ -73,3 +73,62 @@ def test_losses_that_come_seldom_and_are_not_finite_end_the_warm_up(n, odd):
     scheduler = fed(lambda step, lr, noise: None if (step + 1) % n else odd if step > 300 else 2 - step / 640 + noise)
     assert scheduler.switch.step < 310 + 3 * n
     assert "explosion" in kinds(scheduler)
+
+
+# ---------------------------------------------------------------- losses that rise first
+
+
+def rises_first(then):
+    """A loss that doubles over 40 steps, and goes on as ``then(steps, lr)`` adds to it."""
+    return lambda step, lr, noise: 1 + min(step / 40, 1) + then(max(0, step - 40), lr) + noise
+
+
+@pytest.mark.parametrize("total", [300, 2000])
+def test_a_loss_that_rises_and_then_falls_for_good_ends_the_warm_up_at_its_limit(total):
+    scheduler = fed(rises_first(lambda steps, lr: -steps / 300), total)
+    assert scheduler.switch.step == scheduler.config.warmup_limit
+    assert scheduler.switch.minimum > 0.9 * scheduler.switch.step
+    assert kinds(scheduler) == ["switch"]
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])  # the valley lies above the first loss, and below it
+def test_a_valley_after_a_first_rise_is_found(factor):
+    scheduler = fed(rises_first(lambda steps, lr: (steps > 0) * factor * (by_lr(lr) - 2)), noise=0.02)
+    assert scheduler.switch.by_test
+    assert 0.1 < scheduler.switch.lr < 0.5
+    assert kinds(scheduler) == ["switch"]
+
+
+@pytest.mark.parametrize("end", [math.inf, 1000])
+def test_a_warm_up_that_only_rises_says_so_and_holds_min_lr(end, caplog):
+    scheduler = fed(lambda step, lr, noise: 1 + step / 600 + noise if step < end else math.nan, 2000)
+    switch = scheduler.switch
+    assert not switch.by_test
+    assert switch.lr == scheduler.config.min_lr == 1e-4
+    assert kinds(scheduler)[-2:] == ["switch", "peak"]
+    assert "lower min_lr" in scheduler.events[-1].message
+    assert [record.levelname for record in caplog.records if "min_lr" in record.getMessage()] == ["WARNING"]
+
+
+def test_a_run_whose_loss_only_rises_goes_back_to_a_copy_of_its_start():
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = AutoWU(optimizer, total_steps=400, model=model)
+    weights = []
+    for step in range(100):
+        optimizer.step()
+        with torch.no_grad():
+            model.weight += 1.0
+        weights.append(model.weight.item())
+        scheduler.step(1 + step / 50 if step < 90 else math.nan)
+    assert scheduler.switch.step == 93
+    assert scheduler._rooms.rollback.held < 20
+    assert model.weight.item() < weights[20] + 8
+
+
+@pytest.mark.parametrize("loss", [None, math.nan])
+def test_the_lr_of_a_run_without_any_loss_is_said_to_be_untested(loss):
+    scheduler = fed(lambda step, lr, noise: loss, 200)
+    assert scheduler.switch.lr == 0.1
+    assert kinds(scheduler)[-1] == "peak"
+    assert "untested" in scheduler.events[-1].message
