@@ -9,7 +9,7 @@ from autowu.config import Config
 from autowu.phases import MAX_SETBACKS, Event, State, Switch, peak_lr
 from autowu.ranks import Ranks
 
-__all__ = ["EventLog", "divergence_message", "doubt_message", "switch_message"]
+__all__ = ["EventLog", "divergence_message", "doubt_message", "loss_changed_message", "switch_message"]
 
 _logger = logging.getLogger("autowu")
 
@@ -72,6 +72,12 @@ def divergence_message(state: State, restored: int | None) -> str:
     lowered = f"training has diverged ({state.setbacks} of {MAX_SETBACKS}); the peak LR is now {peak_lr(state):.4g}"
     alone = "" if state.watched else "; from here on the run is left alone"
     return f"{lowered}{_back_at(restored)}{alone}"
+
+
+def loss_changed_message(state: State, now: float, at_copy: float) -> str:
+    """What is said where going back has not brought the loss back. The run has `state` after that."""
+    found = f"the loss is {now:.4g} on the weights of the copy, too, and was {at_copy:.4g} when it was made"
+    return f"{found}: the loss has changed, training has not diverged; the peak LR is {peak_lr(state):.4g} again"
 
 
 def _back_at(restored: int | None) -> str:

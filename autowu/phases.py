@@ -33,6 +33,7 @@ __all__ = [
     "set_back",
     "state_of",
     "switched",
+    "undo_set_back",
     "verdict",
     "warmup_lr_at",
     "watch_is_over",
@@ -59,8 +60,8 @@ class Event:
     """Something that befell a run.
 
     Attributes:
-        kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; or the kind of a trouble
-            that was survived, told once a run: "loss", "fit", "rank", "snapshot", "optimizer", "peak".
+        kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; "loss_changed", where the
+            last of these was none; or the kind of a trouble that was survived, told once a run: "loss", "fit", "rank", "snapshot", "optimizer", "peak".
         step: optimizer steps taken by then.
         message: what the log said.
     """
@@ -225,6 +226,11 @@ def set_back(state: State) -> State:
     """The state after a divergence: a lower peak, and after the last one that is borne no watch any longer."""
     setbacks = state.setbacks + 1
     return replace(state, setbacks=setbacks, watched=setbacks < MAX_SETBACKS)
+
+
+def undo_set_back(state: State) -> State:
+    """The state of a run whose last set-back was none of its own: the loss had changed."""
+    return replace(state, setbacks=max(0, state.setbacks - 1))
 
 
 def watch_is_over(config: Config, state: State, step: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 from torch import Tensor
 
 from autowu.config import Config
-from autowu.events import EventLog, divergence_message, doubt_message, switch_message
+from autowu.events import EventLog, divergence_message, doubt_message, loss_changed_message, switch_message
 from autowu.history import MISSING, LossHistory
 from autowu.judge import Judge
 from autowu.phases import (
@@ -29,6 +29,7 @@ from autowu.phases import (
     plateau_epoch_due,
     set_back,
     switched,
+    undo_set_back,
     warmup_lr_at,
     watch_is_over,
 )
@@ -231,6 +232,8 @@ class AfterSwitch:
         if copy_is_due:  # which waits for the device anyway
             reader.catch_up()
             self._heed_flag()
+        if reader.watch.changed:
+            state = self._undo_set_back(step, state)
         if reader.watch.diverged:
             return self._set_back(step, state)
         if since // BLOCK < step // BLOCK and watch_is_over(self.config, state, step):
@@ -264,6 +267,13 @@ class AfterSwitch:
         message = divergence_message(state, None if restored is None else restored.step)
         self.rooms.log.warn("divergence", step, message)
         return state if state.watched else self.end_watch(state)
+
+    def _undo_set_back(self, step: int, state: State) -> State:
+        """The loss is high on the weights of the copy, too: it has changed, and the peak was not too high."""
+        watch, state = self.rooms.reader.watch, undo_set_back(state)
+        watch.changed = False
+        self.rooms.log.warn("loss_changed", step, loss_changed_message(state, watch.level, watch.returned))
+        return state
 
     def _end_epoch(self, state: State) -> State:
         loss_sum, count = self.rooms.ranks.sum((self._epoch or LossHistory()).total()).tolist()

@@ -9,6 +9,7 @@ from typing import Any, Final
 from autowu.config import Config
 from autowu.history import LossHistory
 from autowu.phases import warmup_lr_at
+from autowu.watch import LossWatch
 
 __all__ = ["VERSION", "readable"]
 
@@ -62,7 +63,12 @@ def _from_4(state: Mapping[str, Any], alone: bool) -> Mapping[str, Any]:
             "decision": state["decision"],
             "posterior": state["posterior"],
         },
-        "reader": {"watch": watch["state"], "looked_at": watch["looked_at"], "unread": [], "pending": pending},
+        "reader": {
+            "watch": LossWatch().state_dict() | watch["state"],
+            "looked_at": watch["looked_at"],
+            "unread": [],
+            "pending": pending,
+        },
         "stage": {} if state["state"]["switch"] is None else after_switch,
         "snapshot": _copies_from_4(Config(**state["config"]), state["snapshot"]),
     }

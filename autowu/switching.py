@@ -80,6 +80,14 @@ def _valley(fit: CurvePosterior) -> CurvePosterior | None:
     return replace(fit, grid=fit.grid[begin:], **curves)
 
 
+def _valleys(posterior: CurvePosterior) -> tuple[list[CurvePosterior], float]:
+    """The part that counts of each fit, all of it where there is no valley, and the median contrast."""
+    fits = _single_fits(posterior)
+    valleys = [_valley(fit) for fit in fits]
+    contrast = float(np.median([0.0 if valley is None else valley_contrast(valley)[0] for valley in valleys]))
+    return [valley or fit for valley, fit in zip(valleys, fits, strict=True)], contrast
+
+
 def _single_fits(posterior: CurvePosterior) -> list[CurvePosterior]:
     """Each of the S fits as one of its own."""
     curves = ("mean", "variance", "difference_variance")
@@ -109,32 +117,25 @@ def decide(
         confidence: a subsample finds the minimum past where its probability exceeds this, in (0.5, 1).
         patience: votes in a row that make a switch, at least 1.
         min_contrast: a subsample finds the minimum past only where :func:`valley_contrast` exceeds this as well, 0 or more. Unless
-            it is 0, the curve must have fallen before it rises; where it rises first, its minimum is looked for after that.
-        silent: whether losses came since the test before and none was finite. A run that has blown up is past the best that is
-            known of it.
+            0, the curve must have fallen; where it rises first, its minimum is looked for after that.
+        silent: whether losses came since the test before and none was finite: a run that has blown up is past its best.
 
-    The test votes "past" where most of the subsamples do: where the medians exceed `confidence` and `min_contrast`.
+    The test votes "past" where most subsamples do: where the medians exceed `confidence` and `min_contrast`.
 
     Example:
         >>> import numpy as np
-        >>> rising = CurvePosterior(
-        ...     grid=np.linspace(0, 1, 3), end=1.0, mean=np.array([[2.0, 1.0, 3.0]]), variance=np.ones((1, 3)),
-        ...     difference_variance=np.array([[0.1, 0.1, 0.0]]), num_losses=50)
+        >>> mean, variance = np.array([[2.0, 1.0, 3.0]]), np.array([[0.1, 0.1, 0.0]])
+        >>> rising = CurvePosterior(np.linspace(0, 1, 3), 1.0, mean, np.ones((1, 3)), variance, num_losses=50)
         >>> decision = decide(rising, votes=2, confidence=0.95, patience=3)
         >>> decision.switch, decision.minima
         (True, (0.5,))
     """
-    fits = _single_fits(posterior)
-    valleys = [_valley(fit) for fit in fits] if min_contrast else fits
-    counted = [valley or fit for valley, fit in zip(valleys, fits, strict=True)]
-    probability = float(np.median([probability_past_minimum(fit)[0] for fit in counted]))
-    past = probability > confidence
-    if min_contrast:
-        contrasts = [0.0 if valley is None else valley_contrast(valley)[0] for valley in valleys]
-        past = past and float(np.median(contrasts)) > min_contrast
+    fits, contrast = _valleys(posterior) if min_contrast else (_single_fits(posterior), 0.0)
+    probability = float(np.median([probability_past_minimum(fit)[0] for fit in fits]))
+    past = probability > confidence and (min_contrast == 0 or contrast > min_contrast)
     if silent:
         probability, past = 1.0, True
     past = past and posterior.num_losses >= MIN_LOSSES
     votes = votes + 1 if past else 0
-    minima = tuple(float(fit.grid[fit.mean[0].argmin()]) for fit in counted)
+    minima = tuple(float(fit.grid[fit.mean[0].argmin()]) for fit in fits)
     return SwitchDecision(votes >= patience, votes, probability, minima)

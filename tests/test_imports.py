@@ -42,7 +42,7 @@ ROOMS = {
     "rollback": ("events", "ranks", "snapshot"),
     "judge": ("config", "events", "gp", "gpytorch_engine", "history", "phases", "ranks", "schedules", "switching"),
     "stages": ("config", "events", "history", "judge", "phases", "ranks", "reader", "rollback", "switching", "watch"),
-    "states": ("config", "history", "phases"),
+    "states": ("config", "history", "phases", "watch"),
     "scheduler": (
         *("checks", "config", "events", "gp", "gpytorch_engine", "group_lrs", "history", "judge", "micro_batches"),
         *("optimizer_calls", "phases", "ranks", "reader", "rollback", "stages", "states", "switching"),
