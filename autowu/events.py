@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from autowu.config import Config
-from autowu.phases import MAX_SETBACKS, Event, State, Switch, peak_lr
+from autowu.phases import MAX_SETBACKS, Event, State, Switch, first_switch, peak_lr
 from autowu.ranks import Ranks
 
 __all__ = ["EventLog", "divergence_message", "doubt_message", "loss_changed_message", "switch_message"]
@@ -26,6 +27,18 @@ class EventLog:
         if all(event.kind != kind for event in self.events):
             self.events.append(Event(kind, step, message))
             _logger.warning("AutoWU, step %d: %s", step, message)
+
+    def warn_of_a_short_run(self, config: Config) -> None:
+        """Say where the warm-up has too few losses for a verdict before its second half; no event, since nothing befell the run."""
+        if 2 * (needed := first_switch(config, alone=self._ranks.alone)) > config.warmup_limit and self._ranks.is_first:
+            least = math.ceil(2 * needed * config.total_steps / config.warmup_limit)
+            few = f"a warm-up of {config.warmup_limit} steps is too short to find an LR by; train for {least} steps or more"
+            _logger.warning("AutoWU: %s, in place of %d, or use another schedule", few, config.total_steps)
+
+    def warn_once(self, kind: str, step: int, message: str) -> None:
+        """A trouble of all ranks alike: the first warns of it, once a run and kind."""
+        if all(event.kind != kind for event in self.events):
+            self.warn(kind, step, message)
 
     def warn(self, kind: str, step: int, message: str) -> None:
         """What went wrong on all ranks alike: the first warns."""

@@ -85,7 +85,8 @@ class LossCurve:
 
         A run that explodes passes through losses of any size; above the start they say "past the minimum" and no more, and one
         of 1e30 would hide all the rest. The start is the median of the first 10 points that have a loss, or of all points where
-        most lie higher still than that: a loss that rises first. A curve that never was below it stays as it is. No synchronisation.
+        most lie higher still than that: a loss that rises first. A curve that never was below it stays as it is. No
+        synchronisation.
         """
         means = self.sums / self.counts  # NaN where a point has no finite loss
         seen = self.counts > 0

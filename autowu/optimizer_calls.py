@@ -17,6 +17,10 @@ from autowu.events import EventLog
 
 __all__ = ["OptimizerCalls"]
 
+_MANY: Final = 3
+"""Calls of the optimizer for one of the scheduler, that often in a row, that are no wrapper's."""
+_SKIPPED: Final = 100
+"""Calls of the scheduler in a row without one of the optimizer that are told."""
 _READ: Final = 1
 """Put for True into torch's flag: true as well, and known to have been seen."""
 
@@ -33,10 +37,17 @@ class OptimizerCalls:
         self._hooked, self._log = optimizer, log
         self._sees_calls = False  # after a step that trained something
         self._sees_past_wrapper = False
+        self._calls = _Calls()
+        self._crowded = 0  # steps in a row for which the optimizer was called many times
         self._hook()
 
     def took_step(self, optimizer: Optimizer, step: int) -> bool:
         """Whether `step` is one: the optimizer was called since the last time that this was asked."""
+        called, self._calls.number = self._calls.number, 0
+        self._crowded = self._crowded + 1 if called >= _MANY else 0
+        if self._crowded == _MANY:
+            cure = 'call scheduler.step(loss) after every optimizer.step (in Lightning with "interval": "step")'
+            self._log.warn_once("calls", step, f"the optimizer was called {called} times for one step of the scheduler; {cure}")
         is_wrapped = hasattr(optimizer.step, "_wrapped_by_lr_sched")
         if getattr(optimizer, "_opt_called", False) is True:
             optimizer._opt_called = _READ  # type: ignore[attr-defined]
@@ -46,6 +57,9 @@ class OptimizerCalls:
                 self._sees_past_wrapper = True
         elif self._means_something(optimizer, step, is_wrapped):
             self.skipped += 1
+            if self.skipped == _SKIPPED:
+                cure = "if a GradScaler skips, its gradients are never finite: look for the layer that overflows, or use bfloat16"
+                self._log.warn_once("skipped", step, f"{_SKIPPED} steps in a row without a call of the optimizer; {cure}")
             return False
         self.skipped = 0
         return True
@@ -68,7 +82,7 @@ class OptimizerCalls:
 
     def _hook(self) -> bool:
         with contextlib.suppress(AttributeError):  # some optimizers skip the constructor that makes room for hooks
-            self._hooked.register_step_post_hook(_note_call)
+            self._hooked.register_step_post_hook(self._calls)
             return True
         return False
 
@@ -88,6 +102,12 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def _note_call(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Step hook of the optimizer: set the flag of torch's schedulers."""
-    optimizer._opt_called = True  # type: ignore[attr-defined]
+class _Calls:
+    """Step hook of the optimizer: counts its calls, and sets the flag of torch's schedulers."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.number += 1
+        optimizer._opt_called = True  # type: ignore[attr-defined]

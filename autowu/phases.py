@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from autowu.config import Config
 from autowu.schedules import cooldown_factor, warmup_lr
-from autowu.switching import SwitchDecision
+from autowu.switching import MIN_LOSSES, SwitchDecision
 
 __all__ = [
     "Config",
@@ -26,6 +26,7 @@ __all__ = [
     "base_lr",
     "end_plateau_epoch",
     "falls",
+    "first_switch",
     "is_test_due",
     "peak_lr",
     "phase_at",
@@ -60,8 +61,9 @@ class Event:
     """Something that befell a run.
 
     Attributes:
-        kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; "loss_changed", where the
-            last of these was none; or the kind of a trouble that was survived, told once a run: "loss", "fit", "rank", "snapshot", "optimizer", "peak".
+        kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; "loss_changed", where
+            the last of these was none; or the kind of a trouble that was survived, told once a run: "loss", "fit", "rank",
+            "snapshot", "optimizer", "peak", "calls", "skipped".
         step: optimizer steps taken by then.
         message: what the log said.
     """
@@ -98,7 +100,7 @@ class Verdict:
         switch: whether to switch.
         votes: tests in a row, this one included, that found the minimum past.
         probability: of the minimum being past, in [0, 1].
-        lr: the peak LR that follows: `peak_factor` times the LR at the minimum, the mean over the subsamples, no less than `min_lr`.
+        lr: the peak LR that follows: `peak_factor` times the LR at the minimum, the mean over the subsamples, at least `min_lr`.
         minimum: where the fitted curve is lowest, in steps, fractional.
     """
 
@@ -182,6 +184,12 @@ def is_test_due(config: Config, state: State, step: int) -> bool:
     if state.switch is not None or step > config.warmup_limit:
         return False
     return step % config.test_interval == 0 or step == config.warmup_limit
+
+
+def first_switch(config: Config, *, alone: bool) -> int:
+    """The step of the earliest switch by test: enough losses, then votes in a row; of several ranks a verdict is a test late."""
+    first_vote = -(-MIN_LOSSES // config.test_interval) * config.test_interval
+    return first_vote + (config.patience - 1 + (not alone)) * config.test_interval
 
 
 def verdict(config: Config, step: int, decision: SwitchDecision) -> Verdict:

@@ -132,6 +132,7 @@ class AutoWU(LRScheduler):
         self._state = State()
         ranks = Ranks(process_group)
         log = EventLog(ranks)
+        log.warn_of_a_short_run(self.config)
         judge = Judge(self.config, engine(gp, self.config, arguments["seed"]), arguments["device"], ranks, log)
         rollback = NoRollback(ranks)
         if model is not None:

@@ -132,3 +132,63 @@ def test_the_lr_of_a_run_without_any_loss_is_said_to_be_untested(loss):
     assert scheduler.switch.lr == 0.1
     assert kinds(scheduler)[-1] == "peak"
     assert "untested" in scheduler.events[-1].message
+
+
+# ---------------------------------------------------------------- calls that are missing, or too many
+
+
+def called(calls_for_each_step, total=60):
+    """A schedule whose optimizer is called so many times for each of its steps."""
+    scheduler = AutoWU(sgd(), total_steps=total)
+    scheduler.optimizer.param_groups[0]["params"][0].grad = torch.ones(1)
+    for calls in calls_for_each_step:
+        for _ in range(calls):
+            scheduler.optimizer.step()
+        scheduler.step(1.0)
+    return scheduler
+
+
+def test_a_scheduler_that_is_called_once_an_epoch_says_so(caplog):
+    scheduler = called([20] * 10)
+    assert [(event.kind, event.step) for event in scheduler.events if event.kind == "calls"] == [("calls", 3)]
+    assert "after every optimizer.step" in caplog.text
+    assert '"interval": "step"' in caplog.text
+
+
+@pytest.mark.parametrize("calls", [[1] * 20, [2] * 20, [1, 0, 0, 0] * 10, [5, 5, 1] * 8, [30, 1, 1, 1], [3, 0] * 10])
+def test_wrappers_and_micro_batches_are_no_missing_calls(calls):
+    assert "calls" not in kinds(called(calls))
+
+
+def test_a_scaler_that_skips_for_ever_with_a_finite_loss_is_told_once():
+    assert "skipped" not in kinds(called([1] + [0] * 99))
+    scheduler = called([1] + [0] * 250)
+    assert kinds(scheduler).count("skipped") == 1
+    assert scheduler.last_epoch == 1
+
+
+def test_a_run_that_never_passes_a_loss_is_told_how():
+    scheduler = fed(lambda step, lr, noise: None, 400)
+    assert [(event.kind, event.step) for event in scheduler.events[:1]] == [("loss", 14)]
+    assert "scheduler.observe(loss)" in scheduler.events[0].message
+
+
+# ---------------------------------------------------------------- runs that are too short
+
+
+@pytest.mark.parametrize(("total", "told"), [(30, True), (63, True), (81, True), (82, False), (1000, False)])
+def test_a_run_too_short_for_its_warm_up_is_told_the_least_number_of_steps(total, told, caplog):
+    scheduler = AutoWU(sgd(), total_steps=total)
+    assert scheduler.events == []
+    assert ("too short" in caplog.text) == told
+    if told:
+        least = int(caplog.text.split("train for ")[1].split()[0])
+        caplog.clear()
+        AutoWU(sgd(), total_steps=least)
+        assert 81 <= least <= 90
+        assert caplog.text == ""
+
+
+def test_a_run_with_few_tests_is_too_short_for_its_patience(caplog):
+    AutoWU(sgd(), 50, 10, test_interval="epoch")
+    assert "too short" in caplog.text
