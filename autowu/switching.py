@@ -130,12 +130,13 @@ def decide(
         >>> decision.switch, decision.minima
         (True, (0.5,))
     """
-    fits, contrast = _valleys(posterior) if min_contrast else (_single_fits(posterior), 0.0)
+    enough = posterior.num_losses >= MIN_LOSSES
+    fits, contrast = _valleys(posterior) if min_contrast and enough else (_single_fits(posterior), 0.0)
     probability = float(np.median([probability_past_minimum(fit)[0] for fit in fits]))
     past = probability > confidence and (min_contrast == 0 or contrast > min_contrast)
     if silent:
         probability, past = 1.0, True
-    past = past and posterior.num_losses >= MIN_LOSSES
+    past = past and enough
     votes = votes + 1 if past else 0
     minima = tuple(float(fit.grid[fit.mean[0].argmin()]) for fit in fits)
     return SwitchDecision(votes >= patience, votes, probability, minima)
