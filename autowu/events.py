@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from autowu.config import Config
-from autowu.phases import MAX_SETBACKS, Event, State, Switch, base_lr, peak_lr, phase_at
+from autowu.phases import MAX_SETBACKS, Event, State, Switch, base_lr, first_switch, peak_lr, phase_at
 from autowu.ranks import Ranks
 
-__all__ = ["EventLog", "divergence_message", "resume_message", "switch_message"]
+__all__ = ["EventLog", "divergence_message", "doubt_message", "loss_changed_message", "resume_message", "switch_message"]
 
 _logger = logging.getLogger("autowu")
 
@@ -26,6 +27,18 @@ class EventLog:
         if all(event.kind != kind for event in self.events):
             self.events.append(Event(kind, step, message))
             _logger.warning("AutoWU, step %d: %s", step, message)
+
+    def warn_of_a_short_run(self, config: Config) -> None:
+        """Say where the warm-up has too few losses for a verdict before its second half; no event, since nothing befell the run."""
+        if 2 * (needed := first_switch(config, alone=self._ranks.alone)) > config.warmup_limit and self._ranks.is_first:
+            least = math.ceil(2 * needed * config.total_steps / config.warmup_limit)
+            few = f"a warm-up of {config.warmup_limit} steps is too short to find an LR by; train for {least} steps or more"
+            _logger.warning("AutoWU: %s, in place of %d, or use another schedule", few, config.total_steps)
+
+    def warn_once(self, kind: str, step: int, message: str) -> None:
+        """A trouble of all ranks alike: the first warns of it, once a run and kind."""
+        if all(event.kind != kind for event in self.events):
+            self.warn(kind, step, message)
 
     def warn(self, kind: str, step: int, message: str) -> None:
         """What went wrong on all ranks alike: the first warns."""
@@ -73,6 +86,17 @@ def switch_message(config: Config, switch: Switch, ended_by: str, restored: int 
     return f"{where}, {found}{_back_at(restored)}"
 
 
+def doubt_message(config: Config, switch: Switch) -> str | None:
+    """What is to be doubted of the LR that a switch goes on with; None for nothing."""
+    if switch.minimum is None:
+        cure = "pass a finite loss with every scheduler.step, or train for more steps"
+        return f"no loss curve could be fitted in the warm-up; the LR {switch.lr:.4g} is the optimizer's own and untested; {cure}"
+    if switch.lr <= config.min_lr:
+        cure = "see whether the loss falls at all, or pass a lower min_lr"
+        return f"the loss was lowest at the start of the warm-up, where no LR was found; the peak is held at min_lr; {cure}"
+    return None
+
+
 def divergence_message(state: State, restored: int | None) -> str:
     """What is said of a divergence, after which the run has `state`. `restored`: step of the copy that was put back."""
     lowered = f"training has diverged ({state.setbacks} of {MAX_SETBACKS}); the peak LR is now {peak_lr(state):.4g}"
@@ -104,6 +128,12 @@ def resume_message(config: Config, state: State, step: int, planned: Config) -> 
 def _lr_at(config: Config, state: State, step: int) -> str:
     """The LR of a later step, where it is known: after the switch."""
     return "" if state.switch is None else f" ({base_lr(config, state, step):.4g}, in {phase_at(config, state, step)})"
+
+
+def loss_changed_message(state: State, now: float, at_copy: float) -> str:
+    """What is said where going back has not brought the loss back. The run has `state` after that."""
+    found = f"the loss is {now:.4g} on the weights of the copy, too, and was {at_copy:.4g} when it was made"
+    return f"{found}: the loss has changed, training has not diverged; the peak LR is {peak_lr(state):.4g} again"
 
 
 def _back_at(restored: int | None) -> str:

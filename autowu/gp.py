@@ -84,13 +84,17 @@ class LossCurve:
         """The curve with its highest points brought down to as far above its start as its lowest point lies below it.
 
         A run that explodes passes through losses of any size; above the start they say "past the minimum" and no more, and one
-        of 1e30 would hide all the rest. The start is the median of the first 10 points; a curve that never was below it stays
-        as it is. No synchronisation.
+        of 1e30 would hide all the rest. The start is the median of the first 10 points that have a loss, or of all points where
+        most lie higher still than that: a loss that rises first. A curve that never was below it stays as it is. No
+        synchronisation.
         """
         means = self.sums / self.counts  # NaN where a point has no finite loss
-        start = means[:NUM_START_POINTS].nanmedian()
+        seen = self.counts > 0
+        start = torch.where(seen & (seen.cumsum(0) <= NUM_START_POINTS), means, torch.nan).nanmedian()
         lowest = torch.where(means.isnan(), torch.inf, means).amin()
         cap = 2 * start - lowest
+        middle = means.nanmedian()
+        cap = torch.where(middle > cap, 2 * middle - lowest, cap)
         high = (means > cap) & (cap > lowest)
         return replace(
             self,

@@ -43,6 +43,7 @@ class LossHistory:
         # Rows: sums, squares, counts.
         self._bins = torch.zeros(3, max_points or _STAGE, dtype=torch.float64)
         self._anchor = torch.tensor(torch.nan, dtype=torch.float64)
+        self._blown = torch.tensor(False)
 
     def _stage_in(self, room: Tensor) -> None:
         self._staged, self._room = room, len(room)
@@ -83,6 +84,11 @@ class LossHistory:
     def staged(self) -> Tensor:
         """The losses that have not been folded yet, (k,), a view that may be written to."""
         return self._staged[: self.steps - self._folded]
+
+    @property
+    def blown(self) -> bool:
+        """Whether a loss that came, among those folded last, was not finite. Waits for their device."""
+        return bool(self._blown)
 
     def curve(self, warmup_steps: int) -> LossCurve:
         """The losses so far as points of a warm-up of `warmup_steps` steps. No synchronisation."""
@@ -127,6 +133,7 @@ class LossHistory:
         width = self._width
         values = self.staged
         finite = values.isfinite()
+        self._blown = (~finite & (values != MISSING)).any()
         median = torch.where(finite, values, torch.nan).nanmedian()
         self._anchor = torch.where(self._anchor.isnan(), median, self._anchor)
         values = torch.where(finite, values - self._anchor, 0.0)

@@ -7,8 +7,9 @@ same bits everywhere, however the ranks' arithmetic differs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, fields
+from dataclasses import asdict, astuple, fields, replace
 from typing import Any, Final
 
 import numpy as np
@@ -18,7 +19,7 @@ from autowu.config import Config
 from autowu.events import EventLog
 from autowu.gp import MIN_LENGTHSCALE, ClosedFormGP, CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import GPyTorchGP, PublishedGP
-from autowu.history import LossHistory
+from autowu.history import MISSING, LossHistory
 from autowu.phases import State, Verdict, verdict
 from autowu.ranks import Heard, Ranks
 from autowu.schedules import decades
@@ -48,6 +49,8 @@ class Judge:
         self.posterior: CurvePosterior | None = None
         self.last: Verdict | None = None
         self._next: Verdict | None = None  # of the first rank of several, to travel with the next test
+        self._previous = torch.tensor(math.nan, dtype=torch.float64)  # the last loss of the interval before
+        self._repeated = torch.tensor(0)  # losses that were left out because they repeat the one before
         self._ranks, self._log = ranks, log
 
     def test(
@@ -58,9 +61,11 @@ class Judge:
         `sound` and `flag` are what this rank tells the others, see :meth:`~autowu.ranks.Ranks.exchange`.
         """
         if self._ranks.alone:
+            self._drop_repeats()
             self._next = self._verdict(config, state, step)
         words = None if self._next is None else [float(value) for value in astuple(self._next)]
         heard = self._ranks.exchange(self.history.staged, words, _WIDTH, sound, flag)
+        self._drop_repeats()
         self.history.fold()
         if heard.missing and self._ranks.is_first:
             few = f"{heard.missing} losses of the {self._ranks.size} ranks were missing or not finite"
@@ -70,6 +75,16 @@ class Judge:
             switch, votes, probability, lr, minimum = heard.words
             found = self.last = Verdict(bool(switch), int(votes), probability, lr, minimum)
         return found, heard
+
+    def _drop_repeats(self) -> None:
+        """Take a loss that equals the one before for missing: a metric that is logged now and then is passed again in between."""
+        staged = self.history.staged
+        if len(staged) == 0:
+            return
+        before = torch.cat([self._previous.to(staged)[None], staged[:-1]])
+        repeated = (staged == before) & (staged != MISSING)
+        self._previous, self._repeated = staged[-1].clone(), self._repeated.to(staged.device) + repeated.sum()
+        staged.masked_fill_(repeated, MISSING)
 
     def prepare(self, config: Config, state: State, step: int) -> None:
         """Of several ranks, have the first come to its verdict on the losses that the last test has averaged."""
@@ -81,14 +96,20 @@ class Judge:
         try:
             posterior, decision = self._decide(config, state)
         except Exception as error:  # a test must not end a run, whatever an engine raises
+            if self._waits_for_losses():
+                if 10 * step >= config.warmup_limit and not float(self.history.total()[1]):
+                    cure = "pass it to scheduler.step(loss), or to scheduler.observe(loss) for each micro-batch"
+                    self._log.once("loss", step, f"no loss came with the first {step} steps; {cure}")
+                return None
             self._log.once(
                 "fit",
                 step,
                 f"the loss curve could not be fitted ({error}); such a test is no evidence to switch, and the run goes on",
             )
             return None
-        if posterior.num_losses < self.history.steps:
-            missing = f"{self.history.steps - posterior.num_losses} of {self.history.steps} losses were missing or not finite"
+        steps = self.history.steps
+        if posterior.num_losses < steps and (number := steps - posterior.num_losses - int(self._repeated)):
+            missing = f"{number} of {steps} losses were missing or not finite"
             self._log.once("loss", step, f"{missing}; they are left out of the fit")
         self.posterior, self.decision = posterior, decision
         return verdict(config, step, decision)
@@ -98,22 +119,31 @@ class Judge:
         device = self.device or curve.sums.device
         posterior = self.gp.posterior(curve.to("cpu" if device.type == "mps" else device))  # MPS has no float64
         # An interval without a finite loss leaves the fitted curve that much behind.
-        behind = (curve.end - posterior.end) * config.warmup_steps
+        behind = (curve.end - posterior.end) * config.warmup_steps > config.test_interval - 0.5
+        silent = behind and self.history.blown
         decision = decide(
             posterior,
             state.votes,
             confidence=config.confidence,
             patience=config.patience,
             min_contrast=config.min_contrast,
-            silent=behind > config.test_interval - 0.5,
+            silent=silent,
         )
+        if behind and not silent:  # no loss came: neither a vote nor the end of the votes in a row
+            decision = replace(decision, switch=False, votes=state.votes)
         return posterior, decision
+
+    def _waits_for_losses(self) -> bool:
+        """Whether so few losses have come that there is nothing to fit yet."""
+        return not self.history.blown and float(self.history.total()[1]) < MIN_LOSSES
 
     def state_dict(self) -> dict[str, Any]:
         engine_state: dict[str, Any] = getattr(self.gp, "state_dict", dict)()
         return {
             "gp": {"class": type(self.gp).__name__, "state": engine_state},
             "history": self.history.state_dict(),
+            "previous": float(self._previous),
+            "repeated": int(self._repeated),
             "last": None if self.last is None else asdict(self.last),
             "next": None if self._next is None else asdict(self._next),
             "decision": None if self.decision is None else asdict(self.decision),
@@ -129,6 +159,8 @@ class Judge:
         self.gp = _loaded_engine(self.gp, state["gp"])
         self.history = LossHistory.from_state_dict(state["history"])
         self.last, self._next = (None if state[key] is None else Verdict(**state[key]) for key in ("last", "next"))
+        self._previous = torch.tensor(state["previous"], dtype=torch.float64)
+        self._repeated = torch.tensor(state["repeated"])
         decision, posterior = state["decision"], state["posterior"]
         self.decision = None if decision is None else SwitchDecision(**(decision | {"minima": tuple(decision["minima"])}))
         self.posterior = None

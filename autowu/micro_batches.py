@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,9 +44,9 @@ class MicroBatches:
         if loss is not None:
             loss = checks.loss(loss)
             if self._count == 0:
-                return loss.item() if isinstance(loss, Tensor) and loss.is_cpu else loss
+                return _came(loss.item() if isinstance(loss, Tensor) and loss.is_cpu else loss)
             self.observe(loss)
-        mean = self._sum / self._count if self._count else MISSING
+        mean = _came(self._sum / self._count) if self._count else MISSING
         self._sum, self._count = 0.0, 0
         return mean
 
@@ -54,3 +55,8 @@ class MicroBatches:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._sum, self._count = state["sum"], state["count"]
+
+
+def _came(loss: float | Tensor) -> float | Tensor:
+    """A loss on the host that is -inf as NaN: it is not finite, but it did come."""
+    return math.nan if not isinstance(loss, Tensor) and loss == MISSING else loss

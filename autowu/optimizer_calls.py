@@ -19,6 +19,10 @@ from autowu.kin import chain, family_of
 
 __all__ = ["OptimizerCalls"]
 
+_MANY: Final = 3
+"""Calls of the optimizer for one of the scheduler, that often in a row, that are no wrapper's."""
+_SKIPPED: Final = 100
+"""Calls of the scheduler in a row without one of the optimizer that are told."""
 _READ: Final = 1
 """Put for True into torch's flag: true as well, and known to have been seen."""
 
@@ -33,30 +37,44 @@ class OptimizerCalls:
     def __init__(self, optimizer: Optimizer, log: EventLog) -> None:
         self.skipped = 0
         # With what it wraps: the steps of SAM are those of its inner one. Not what LARS wraps: a hook would cost that its kernels.
-        wrappers = chain(optimizer)
-        inside = [inner for outer, inner in pairwise(wrappers) if family_of(type(outer)) != "lars"]
-        self._hooked = [optimizer, *inside]
-        self._log = log
+        inside = [inner for outer, inner in pairwise(chain(optimizer)) if family_of(type(outer)) != "lars"]
+        self._hooked, self._log = [optimizer, *inside], log
+        self._hooks = [_Calls() for _ in self._hooked]
         self._sees_calls = False  # after a step that trained something
         self._sees_past_wrapper = False
+        self._crowded = 0  # steps in a row for which the optimizer was called many times
         self._hook()
 
     def took_step(self, optimizer: Optimizer, step: int) -> bool:
         """Whether `step` is one: the optimizer was called since the last time that this was asked."""
+        calls = 0
+        for hook in self._hooks:
+            if hook.number:
+                calls, hook.number = max(calls, hook.number), 0
+        if calls >= _MANY or self._crowded:
+            self._tell_of_many(calls, step)
         is_wrapped = hasattr(optimizer.step, "_wrapped_by_lr_sched")
-        called = [hooked for hooked in (optimizer, *self._hooked[1:]) if getattr(hooked, "_opt_called", False) is True]
-        if called:
-            for hooked in (optimizer, *called):  # torch asks the outer one
-                hooked._opt_called = _READ  # type: ignore[attr-defined]
+        if calls or getattr(optimizer, "_opt_called", False) is True:
+            optimizer._opt_called = _READ  # type: ignore[attr-defined]
             if not self._sees_calls:
                 self._sees_calls = any(hooked.state for hooked in self._hooked) or bool(_gradients(optimizer))
             if not is_wrapped:
                 self._sees_past_wrapper = True
         elif self._means_something(optimizer, step, is_wrapped):
             self.skipped += 1
+            if self.skipped == _SKIPPED:
+                cure = "if a GradScaler skips, its gradients are never finite: look for the layer that overflows, or use bfloat16"
+                self._log.warn_once("skipped", step, f"{_SKIPPED} steps in a row without a call of the optimizer; {cure}")
             return False
         self.skipped = 0
         return True
+
+    def _tell_of_many(self, calls: int, step: int) -> None:
+        """Warn where the optimizer is called many times for each call of the scheduler."""
+        self._crowded = self._crowded + 1 if calls >= _MANY else 0
+        if self._crowded == _MANY:
+            cure = 'call scheduler.step(loss) after every optimizer.step (in Lightning with "interval": "step")'
+            self._log.warn_once("calls", step, f"the optimizer was called {calls} times for one step of the scheduler; {cure}")
 
     def _means_something(self, optimizer: Optimizer, step: int, is_wrapped: bool) -> bool:
         """Whether the absence of the flag does: whether the optimizer skipped a step.
@@ -76,9 +94,9 @@ class OptimizerCalls:
 
     def _hook(self) -> bool:
         seen = False
-        for hooked in self._hooked:
+        for hooked, hook in zip(self._hooked, self._hooks, strict=True):
             with contextlib.suppress(AttributeError):  # some optimizers skip the constructor that makes room for hooks
-                hooked.register_step_post_hook(_note_call)
+                hooked.register_step_post_hook(hook)
                 seen = True
         return seen
 
@@ -98,6 +116,12 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def _note_call(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Step hook of the optimizer: set the flag of torch's schedulers."""
-    optimizer._opt_called = True  # type: ignore[attr-defined]
+class _Calls:
+    """Step hook of the optimizer: counts its calls, and sets the flag of torch's schedulers."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.number += 1
+        optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from autowu.config import Config
 from autowu.schedules import cooldown_factor, warmup_lr
-from autowu.switching import SwitchDecision
+from autowu.switching import MIN_LOSSES, SwitchDecision
 
 __all__ = [
     "Config",
@@ -26,6 +26,7 @@ __all__ = [
     "base_lr",
     "end_plateau_epoch",
     "falls",
+    "first_switch",
     "is_test_due",
     "peak_lr",
     "phase_at",
@@ -33,6 +34,7 @@ __all__ = [
     "set_back",
     "state_of",
     "switched",
+    "undo_set_back",
     "verdict",
     "warmup_lr_at",
     "watch_is_over",
@@ -59,8 +61,9 @@ class Event:
     """Something that befell a run.
 
     Attributes:
-        kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; or the kind of a trouble
-            that was survived, told once a run: "loss", "fit", "rank", "snapshot", "optimizer", "frozen", "lr", "resume".
+        kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; "loss_changed", where
+            the last of these was none; "lost", weights that no copy mends; or the kind of a trouble that was survived, told once:
+            "loss", "fit", "rank", "snapshot", "on_rollback", "optimizer", "peak", "calls", "skipped", "frozen", "lr", "resume".
         step: optimizer steps taken by then.
         message: what the log said.
     """
@@ -97,7 +100,7 @@ class Verdict:
         switch: whether to switch.
         votes: tests in a row, this one included, that found the minimum past.
         probability: of the minimum being past, in [0, 1].
-        lr: the peak LR that follows: `peak_factor` times the LR at the minimum, the mean over the subsamples.
+        lr: the peak LR that follows: `peak_factor` times the LR at the minimum, the mean over the subsamples, at least `min_lr`.
         minimum: where the fitted curve is lowest, in steps, fractional.
     """
 
@@ -183,11 +186,17 @@ def is_test_due(config: Config, state: State, step: int) -> bool:
     return step % config.test_interval == 0 or step == config.warmup_limit
 
 
+def first_switch(config: Config, *, alone: bool) -> int:
+    """The step of the earliest switch by test: enough losses, then votes in a row; of several ranks a verdict is a test late."""
+    first_vote = -(-MIN_LOSSES // config.test_interval) * config.test_interval
+    return first_vote + (config.patience - 1 + (not alone)) * config.test_interval
+
+
 def verdict(config: Config, step: int, decision: SwitchDecision) -> Verdict:
     """What `decision`, on the losses of the first `step` steps, comes to."""
     minima = [min(m * config.warmup_steps, float(step)) for m in decision.minima]
     lr = config.peak_factor * sum(warmup_lr_at(config, m) for m in minima) / len(minima)
-    return Verdict(decision.switch, decision.votes, decision.probability, lr, sum(minima) / len(minima))
+    return Verdict(decision.switch, decision.votes, decision.probability, max(lr, config.min_lr), sum(minima) / len(minima))
 
 
 def falls(verdict: Verdict | None) -> bool:
@@ -225,6 +234,11 @@ def set_back(state: State) -> State:
     """The state after a divergence: a lower peak, and after the last one that is borne no watch any longer."""
     setbacks = state.setbacks + 1
     return replace(state, setbacks=setbacks, watched=setbacks < MAX_SETBACKS)
+
+
+def undo_set_back(state: State) -> State:
+    """The state of a run whose last set-back was none of its own: the loss had changed."""
+    return replace(state, setbacks=max(0, state.setbacks - 1))
 
 
 def watch_is_over(config: Config, state: State, step: int) -> bool:

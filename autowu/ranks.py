@@ -109,19 +109,15 @@ class Ranks:
         raised = losses.new_full((1,), float(flag))
         if self.alone:
             return torch.cat([losses, raised])
-        finite = losses.isfinite()
-        blown = ~finite & (losses != MISSING)
-        packed = self.sum(torch.cat([torch.where(finite, losses, 0.0), finite.to(losses), blown.to(losses), raised]))
-        sums, counts, blown_sums = packed[:-1].view(3, len(losses))
-        silent = torch.where(blown_sums > 0, math.nan, MISSING)
-        return torch.cat([torch.where(counts > 0, sums / counts, silent), packed[-1:]])
+        packed = self.sum(torch.cat([*_summands(losses), raised]))
+        return torch.cat([_means(packed[:-1].view(3, len(losses))), packed[-1:]])
 
     def exchange(self, losses: Tensor, words: Sequence[float] | None, width: int, sound: Tensor | None, flag: bool) -> Heard:
         """Average `losses`, in place, and learn what the others have to say; one collective.
 
         Args:
             losses: (n,) the last losses of this rank, n the same on all ranks; those not finite are left out of the mean, which is
-                NaN where no rank has a finite one.
+                NaN where no rank has a finite one, MISSING where none has any.
             words: what this rank has to say, `width` numbers, or None; only the first rank is heard.
             width: how many numbers are said.
             sound: (1,) 1.0 where this rank's weights are finite, else 0.0; None where it does not matter.
@@ -131,14 +127,25 @@ class Ranks:
             return Heard(0, list(words or ()), sound is None or bool(sound), flag)
         own = losses.new_ones(1) if sound is None else sound.to(losses)
         spoken = [1.0, *words] if self.is_first and words is not None else [0.0] * (width + 1)
-        finite = losses.isfinite()
-        packed = torch.cat([torch.where(finite, losses, 0.0), finite.to(losses), own, losses.new_tensor([float(flag), *spoken])])
-        packed = self.sum(packed)
-        n = len(losses)
-        sums, counts = packed[: 2 * n].view(2, n)
-        losses.copy_(sums / counts)  # 0 / 0 is NaN
-        number, are_sound, flags, given, *heard = torch.cat([counts.sum()[None], packed[2 * n :]]).tolist()
+        n, summands = len(losses), _summands(losses)
+        packed = self.sum(torch.cat([*summands, own, losses.new_tensor([float(flag), *spoken])]))
+        sums = packed[: 3 * n].view(3, n)
+        losses.copy_(_means(sums))
+        number, are_sound, flags, given, *heard = torch.cat([sums[1].sum()[None], packed[3 * n :]]).tolist()
         return Heard(self.size * n - int(number), heard if given else [], are_sound == self.size, flags > 0)
+
+
+def _summands(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the ranks sum of their losses: those that are finite, how many these are, how many came and are not; (n,) each."""
+    finite = losses.isfinite()
+    blown = ~finite & (losses != MISSING)
+    return torch.where(finite, losses, 0.0), finite.to(losses), blown.to(losses)
+
+
+def _means(sums: Tensor) -> Tensor:
+    """The mean losses (n,) of the sums (3, n) of :func:`_summands`: NaN where none was finite, MISSING where none came."""
+    total, finite, blown = sums
+    return torch.where(finite > 0, total / finite, torch.where(blown > 0, math.nan, MISSING))
 
 
 _AVAILABLE: Final = dist.is_available()

@@ -121,7 +121,7 @@ class Reader:
 
     def go_back(self, level: float | None) -> None:
         """The run was put back to where the loss was `level`; None where it goes on from here."""
-        self.watch.go_back(level)
+        self.watch.go_back(level, trial=True)
         self.forget()
 
     def begin(self, step: int, level: float | None) -> None:

@@ -52,7 +52,8 @@ class AutoWU(LRScheduler):
         immediate_cooldown: True decays from the switch on; False holds the peak and decays over the last `cooldown_fraction` of T.
         cooldown_type: "cosine", "half_cosine", "linear" or "sqrt"; see :func:`autowu.schedules.cooldown_factor`.
         cooldown_fraction: share of T, in (0, 1), for a cooldown that is not immediate.
-        min_lr: LR of step 0, above 0; None: by the optimizer's family, see :data:`autowu.families.LR_RANGES`.
+        min_lr: LR of step 0, above 0, and the lowest peak; None: by the optimizer's family, see
+            :data:`autowu.families.LR_RANGES`.
         max_lr: LR that a full warm-up would reach, above `min_lr`; None: by the optimizer's family.
         max_warmup_fraction: length W of a full warm-up as a share of T, in (0, 1].
         warmup_type: "two_speed", "exp" or "linear"; see :func:`autowu.schedules.warmup_lr`.
@@ -133,6 +134,7 @@ class AutoWU(LRScheduler):
         self._state = State()
         ranks = Ranks(process_group)
         log = EventLog(ranks)
+        log.warn_of_a_short_run(self.config)
         judge = Judge(self.config, engine(gp, self.config, arguments["seed"]), arguments["device"], ranks, log)
         live = LiveRun(optimizer, model)
         copies = Rollback(live, ranks, log, arguments["snapshot_device"], on_rollback) if rollback else NoRollback(live, ranks, log)

@@ -276,6 +276,8 @@ _TABLE: Final = _record(
             {
                 "gp": _record({"class": _plain(_text), "state": _mapping}),
                 "history": _HISTORY,
+                "previous": _number,
+                "repeated": _whole(0),
                 "last": optional(_VERDICT),
                 "next": optional(_VERDICT),
                 "decision": optional(_DECISION),

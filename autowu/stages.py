@@ -14,8 +14,8 @@ from typing import Any, Final, TypeAlias
 from torch import Tensor
 
 from autowu.config import Config
-from autowu.events import EventLog, divergence_message, switch_message
-from autowu.history import LossHistory
+from autowu.events import EventLog, divergence_message, doubt_message, loss_changed_message, switch_message
+from autowu.history import MISSING, LossHistory
 from autowu.judge import Judge
 from autowu.phases import (
     State,
@@ -29,6 +29,7 @@ from autowu.phases import (
     plateau_epoch_due,
     set_back,
     switched,
+    undo_set_back,
     warmup_lr_at,
     watch_is_over,
 )
@@ -111,7 +112,8 @@ class WarmUp:
             after = self._ended(step, state, found)
             return self._leave(after, " (warm-up at its limit)", self._go_back_if_past(step, _switch(after).lr))
         self.rooms.judge.prepare(self.config, after, step)
-        if all_sound and (self.rooms.judge.last is None or falls(found)):
+        nothing_known = self.rooms.judge.last is None or (self.rooms.rollback.able and self.rooms.rollback.held is None)
+        if all_sound and (nothing_known or falls(found)):
             self._copy(step)
         return after, self
 
@@ -128,7 +130,7 @@ class WarmUp:
         """In a warm-up of a dozen steps the minimum may be past by the first fit. Ranks have nothing to agree by before it."""
         history = self.rooms.judge.history
         sound = self.rooms.rollback.sound(step) if self.rooms.ranks.alone else None
-        if sound is not None and bool(sound) and bool(history.staged[-1] <= history.mean()):
+        if sound is not None and bool(sound) and bool(MISSING < history.staged[-1] <= history.mean()):
             self._copy(step)
 
     def _copy(self, step: int) -> None:
@@ -147,7 +149,13 @@ class WarmUp:
 
     def _ended(self, step: int, state: State, found: Verdict | None) -> State:
         """The state after a warm-up that ends whatever the last test found."""
-        return switched(self.config, state, step, found or self.rooms.judge.last, self.fallback_lr)
+        judge = self.rooms.judge
+        if (
+            found is None and judge.last is None and not self.rooms.ranks.alone
+        ):  # a verdict is a test late, and there is no next one
+            judge.prepare(self.config, state, step)
+            found, _ = self._verdict(step, state)
+        return switched(self.config, state, step, found or judge.last, self.fallback_lr)
 
     def _go_back(self, step: int, peak: float) -> Restored | None:
         """Undo the steps at too high an LR."""
@@ -168,6 +176,8 @@ class WarmUp:
         rooms.reader.begin(switch.step, None if restored is None else restored.level)
         message = switch_message(self.config, switch, ended_by, None if restored is None else restored.step)
         rooms.log.tell("switch", switch.step, message)
+        if doubt := doubt_message(self.config, switch):
+            rooms.log.warn("peak", switch.step, doubt)
         after = AfterSwitch(self.config, rooms)
         return state if self.config.watch and state.watched else after.end_watch(state), after
 
@@ -225,6 +235,8 @@ class AfterSwitch:
         if copy_is_due:  # which waits for the device anyway
             reader.catch_up()
             self._heed_flag()
+        if reader.watch.changed:
+            state = self._undo_set_back(step, state)
         if reader.watch.diverged:
             return self._set_back(step, state)
         if since // BLOCK < step // BLOCK and watch_is_over(self.config, state, step):
@@ -260,6 +272,13 @@ class AfterSwitch:
         message = divergence_message(state, None if restored is None else restored.step)
         self.rooms.log.warn("divergence", step, message)
         return state if state.watched else self.end_watch(state)
+
+    def _undo_set_back(self, step: int, state: State) -> State:
+        """The loss is high on the weights of the copy, too: it has changed, and the peak was not too high."""
+        watch, state = self.rooms.reader.watch, undo_set_back(state)
+        watch.changed = False
+        self.rooms.log.warn("loss_changed", step, loss_changed_message(state, watch.level, watch.returned))
+        return state
 
     def _end_epoch(self, state: State) -> State:
         loss_sum, count = self.rooms.ranks.sum((self._epoch or LossHistory()).total()).tolist()

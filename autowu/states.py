@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from autowu.config import Config
 from autowu.history import LossHistory
 from autowu.phases import warmup_lr_at
 from autowu.schema import check_state, shown
-from autowu.watch import BLOCK
+from autowu.watch import BLOCK, LossWatch
 
 __all__ = ["VERSION", "readable", "whole_or_not"]
 
@@ -90,12 +91,19 @@ def _from_4(state: Mapping[str, Any]) -> Mapping[str, Any]:
         "judge": {
             "gp": _engine_from_4(state["gp"]),
             "history": state["history"],
+            "previous": math.nan,
+            "repeated": 0,
             "last": state["verdict"],
             "next": state["next_verdict"],
             "decision": state["decision"],
             "posterior": state["posterior"],
         },
-        "reader": {"watch": watch["state"], "looked_at": watch["looked_at"], "unread": [], "pending": _block_from_4(state)},
+        "reader": {
+            "watch": LossWatch().state_dict() | watch["state"],
+            "looked_at": watch["looked_at"],
+            "unread": [],
+            "pending": _block_from_4(state),
+        },
         "stage": {} if state["state"]["switch"] is None else after_switch,
         "snapshot": _copies_from_4(Config(**config), state["snapshot"]),
     }

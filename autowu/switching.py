@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,8 @@ __all__ = ["SwitchDecision", "decide", "probability_past_minimum", "valley_contr
 
 MIN_LOSSES = 10
 """With fewer finite losses a test has no vote: one can draw any curve through a handful of points."""
+MIN_FALL = 1.0
+"""Standard deviations that a curve must have fallen to its minimum: less is the noise of a curve that only rises."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,39 @@ def valley_contrast(posterior: CurvePosterior) -> FloatArray:
     return np.asarray(np.where(before, heights, 0.0).max(1) + heights[:, -1])
 
 
+def _valley(fit: CurvePosterior) -> CurvePosterior | None:
+    """The part of one fit, S = 1, whose minimum counts; None where the curve does not fall before it rises.
+
+    That is all of it, but for a curve that is lowest at its start and rises first, as where a queue fills. There it is what follows
+    the top from which the curve falls to its lowest point after a fall.
+    """
+    mean, variance = fit.mean[0], fit.variance[0]
+    highest = np.maximum.accumulate(mean)
+    top = np.maximum.accumulate(np.where(mean == highest, np.arange(len(mean)), 0))
+    fallen = _ratio(highest - mean, np.sqrt(variance + variance[top])) > MIN_FALL
+    if fallen[mean.argmin()]:
+        return fit
+    if not fallen.any():
+        return None
+    begin = top[np.where(fallen, mean, np.inf).argmin()]
+    curves = {name: getattr(fit, name)[:, begin:] for name in ("mean", "variance", "difference_variance")}
+    return replace(fit, grid=fit.grid[begin:], **curves)
+
+
+def _valleys(posterior: CurvePosterior) -> tuple[list[CurvePosterior], float]:
+    """The part that counts of each fit, all of it where there is no valley, and the median contrast."""
+    fits = _single_fits(posterior)
+    valleys = [_valley(fit) for fit in fits]
+    contrast = float(np.median([0.0 if valley is None else valley_contrast(valley)[0] for valley in valleys]))
+    return [valley or fit for valley, fit in zip(valleys, fits, strict=True)], contrast
+
+
+def _single_fits(posterior: CurvePosterior) -> list[CurvePosterior]:
+    """Each of the S fits as one of its own."""
+    curves = ("mean", "variance", "difference_variance")
+    return [replace(posterior, **{name: getattr(posterior, name)[k, None] for name in curves}) for k in range(len(posterior.mean))]
+
+
 def _ratio(difference: FloatArray, spread: FloatArray) -> FloatArray:
     """`difference / spread`; where nothing is uncertain, the sign of the difference times infinity."""
     certain = np.where(difference == 0, 0.0, np.copysign(np.inf, difference))
@@ -81,26 +116,27 @@ def decide(
         votes: votes in a row before this test.
         confidence: a subsample finds the minimum past where its probability exceeds this, in (0.5, 1).
         patience: votes in a row that make a switch, at least 1.
-        min_contrast: a subsample finds the minimum past only where :func:`valley_contrast` exceeds this as well, 0 or more.
-        silent: whether no finite loss came since the test before. A run that has blown up, or that stopped reporting, is past the
-            best that is known of it.
+        min_contrast: a subsample finds the minimum past only where :func:`valley_contrast` exceeds this as well, 0 or more. Unless
+            0, the curve must have fallen; where it rises first, its minimum is looked for after that.
+        silent: whether losses came since the test before and none was finite: a run that has blown up is past its best.
 
-    The test votes "past" where most of the subsamples do: where the medians exceed `confidence` and `min_contrast`.
+    The test votes "past" where most subsamples do: where the medians exceed `confidence` and `min_contrast`.
 
     Example:
         >>> import numpy as np
-        >>> rising = CurvePosterior(
-        ...     grid=np.linspace(0, 1, 3), end=1.0, mean=np.array([[2.0, 1.0, 3.0]]), variance=np.ones((1, 3)),
-        ...     difference_variance=np.array([[0.1, 0.1, 0.0]]), num_losses=50)
+        >>> mean, variance = np.array([[2.0, 1.0, 3.0]]), np.array([[0.1, 0.1, 0.0]])
+        >>> rising = CurvePosterior(np.linspace(0, 1, 3), 1.0, mean, np.ones((1, 3)), variance, num_losses=50)
         >>> decision = decide(rising, votes=2, confidence=0.95, patience=3)
         >>> decision.switch, decision.minima
         (True, (0.5,))
     """
-    probability = float(np.median(probability_past_minimum(posterior)))
-    past = probability > confidence and (min_contrast == 0 or float(np.median(valley_contrast(posterior))) > min_contrast)
+    enough = posterior.num_losses >= MIN_LOSSES
+    fits, contrast = _valleys(posterior) if min_contrast and enough else (_single_fits(posterior), 0.0)
+    probability = float(np.median([probability_past_minimum(fit)[0] for fit in fits]))
+    past = probability > confidence and (min_contrast == 0 or contrast > min_contrast)
     if silent:
         probability, past = 1.0, True
-    past = past and posterior.num_losses >= MIN_LOSSES
+    past = past and enough
     votes = votes + 1 if past else 0
-    minima = tuple(posterior.grid[posterior.mean.argmin(1)].tolist())
+    minima = tuple(float(fit.grid[fit.mean[0].argmin()]) for fit in fits)
     return SwitchDecision(votes >= patience, votes, probability, minima)

@@ -27,6 +27,10 @@ HUGE: Final = 1e150
 """A loss from here on counts as not finite: the square of a difference would not be."""
 _SETTLING: Final = 20
 """Losses after which the mean of a run that was not put back has caught up with it."""
+_TRIAL: Final = 3
+"""Losses after going back that tell whether the loss is what it was."""
+_TOLERANCE: Final = 1.5
+"""Times a change of the loss that a later rise must amount to, to be more than another such change."""
 BLOCK: Final = 10
 """Losses that are read together, at most."""
 _FADED: Final = math.sqrt(_NOISE_DECAY**BLOCK)
@@ -52,9 +56,14 @@ class LossWatch:
         mean: exponential mean of the losses, decay 0.9, from `start`.
         best: lowest `mean` so far.
         level: exponential mean with decay 0.7: noisier, but it does not lag behind a steep fall.
+        changed: whether going back has not brought the loss back: the loss has changed, not the weights. Since then all is measured
+            anew. Whoever heeds it takes it down.
     """
 
-    __slots__ = ("above", "best", "count", "high", "last", "level", "mean", "noise", "settling", "silent", "start")
+    __slots__ = (
+        *("above", "best", "changed", "count", "high", "kept", "last", "level", "lowest", "mean", "noise"),
+        *("returned", "rise", "settling", "silent", "slack", "start", "trial"),
+    )
 
     def __init__(self) -> None:
         self.count = 0
@@ -65,6 +74,13 @@ class LossWatch:
         self.above = 0  # losses in a row far above the start
         self.high = 0  # losses in a row that would each be a divergence
         self.settling = 0  # losses until `best` is one again
+        self.trial = 0  # losses to come that tell whether going back has brought the loss back
+        self.returned = 0.0  # what the loss was at the copy
+        self.rise = 0.0  # by how much it had risen from there
+        self.lowest = math.inf  # of the losses since
+        self.changed = False
+        self.slack = 0.0  # what must be lost, at least, in a run whose loss has changed before
+        self.kept = 0.0  # progress made before it did
 
     def push(self, loss: float) -> None:
         """Take the loss of one step; -inf stands for one that is missing and says nothing."""
@@ -73,9 +89,31 @@ class LossWatch:
     def follow(self, losses: Iterable[float]) -> None:
         """Take the losses of some steps, one after the other."""
         rest = iter(losses)
-        while self.count < _START and (loss := next(rest, None)) is not None:
-            self._begin(loss)
+        while (self.trial or self.count < _START) and (loss := next(rest, None)) is not None:
+            if self.trial:
+                self._try(loss)
+            else:
+                self._begin(loss)
         self._go_on(rest)
+
+    def _try(self, loss: float) -> None:
+        """Take one of the first losses after going back."""
+        self._go_on((loss,))
+        if not -HUGE < loss < HUGE:
+            return
+        self.trial -= 1
+        self.lowest = min(self.lowest, loss)
+        if self.trial == 0 and self.lowest - self.returned > max(self.rise, LOST * self.progress) / 2:
+            self._measure_anew()
+
+    def _measure_anew(self) -> None:
+        """The loss is another one: its start and its noise are those of the losses to come."""
+        self.changed = True
+        self.slack = max(self.slack, _TOLERANCE * (self.lowest - self.returned))
+        self.kept = self.progress
+        self.mean = self.level = self.last
+        self.start, self.noise, self.best = 0.0, 0.0, math.inf
+        self.count = self.above = self.high = self.settling = 0
 
     def _begin(self, loss: float) -> None:
         """Take one of the losses that say where the run starts."""
@@ -93,11 +131,13 @@ class LossWatch:
             self.settling -= 1
         if self.count == _START:
             self.best = self.mean
+            self.start += self.kept
 
     def _go_on(self, losses: Iterable[float]) -> None:
         """Take later losses; every step of a run comes through here, so all is at hand in local variables."""
         start, best, mean, level, noise = self.start, self.best, self.mean, self.level, self.noise
         above, high, silent, settling, last, count = self.above, self.high, self.silent, self.settling, self.last, self.count
+        slack = self.slack
         for loss in losses:
             if not -HUGE < loss < HUGE:
                 silent += loss != -inf
@@ -110,6 +150,8 @@ class LossWatch:
             allowed = LOST * progress
             if sure > allowed:
                 allowed = sure
+            if slack > allowed:
+                allowed = slack
             high = high + 1 if loss > best + allowed else 0
             far = loss > start + 2 * progress + SURE * error
             above = above + 1 if far else 0
@@ -133,7 +175,7 @@ class LossWatch:
 
         That holds for any of a block that has not been taken yet, none of which is below `low`.
         """
-        if self.count < _START or self.settling:
+        if self.count < _START or self.settling or self.trial:
             return -math.inf
         error = _FADED * math.sqrt(self.noise)
         return low + max(LOST * (self.start - low), _SURE_OF_MEAN * error)
@@ -156,8 +198,8 @@ class LossWatch:
 
     @property
     def near_best(self) -> bool:
-        """Whether no more than 10 % of the progress, or 4 standard errors, are lost: a run worth copying."""
-        return self.silent == 0 and self._lost <= max(NEAR * self.progress, self._error(NEAR_SURE))
+        """Whether no more than 10 % of the progress, or 4 standard errors, are lost, and none by far: a run worth copying."""
+        return self.silent == self.high == 0 and self._lost <= max(NEAR * self.progress, self._error(NEAR_SURE))
 
     @property
     def _lost(self) -> float:
@@ -165,17 +207,22 @@ class LossWatch:
 
     @property
     def _far_from_best(self) -> float:
-        return max(LOST * self.progress, self._error(SURE))
+        return max(LOST * self.progress, self._error(SURE), self.slack)
 
     def _error(self, times: float) -> float:
         """So many standard errors of the exponential mean."""
         return times * _STANDARD_ERROR * math.sqrt(self.noise)
 
-    def go_back(self, level: float | None = None, *, settling: int = _SETTLING) -> None:
+    def go_back(self, level: float | None = None, *, settling: int = _SETTLING, trial: bool = False) -> None:
         """The run was put back to where `level` was the one given; None where it goes on from here, for better or worse.
 
-        In that case the next `settling` losses say where it stands.
+        In that case the next `settling` losses say where it stands. With `trial` the run was put back because its loss had risen:
+        where the first losses have not come back at least half of the way, it is the loss that has changed.
         """
+        self.trial = 0
+        if trial and level is not None and self.silent < IN_A_ROW:
+            self.trial, self.returned, self.lowest = _TRIAL, level, math.inf
+            self.rise = max(self.mean, self.level) - level
         self.silent = self.above = self.high = 0
         if level is None:
             self.settling = settling

@@ -9,6 +9,7 @@ import torch
 from autowu.config import ARGUMENTS, checked, configure
 from autowu.events import EventLog
 from autowu.gp import ClosedFormGP
+from autowu.history import MISSING
 from autowu.judge import Judge, engine
 from autowu.phases import State
 from autowu.ranks import Ranks
@@ -74,6 +75,60 @@ def test_a_fit_that_fails_is_no_verdict_and_the_last_one_stays():
     judge.gp = None  # raises in the fit, as any engine may
     assert [judged(judge, config, State(), 80)[0] for _ in range(3)] == [None] * 3
     assert judge.last == last
+    assert [event.kind for event in judge._log.events] == ["fit"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "votes"),
+    [([MISSING] * 3, 2), ([math.nan] * 3, 3), ([MISSING, math.nan, MISSING], 3), ([math.inf] * 3, 3), ([0.1] * 3, 0)],
+)
+def test_an_interval_without_any_loss_is_no_evidence_and_one_without_a_finite_one_is_a_vote(interval, votes):
+    config, judge = judge_of(np.linspace(2, 1, 60), patience=9)  # falls: no test would vote
+    judged(judge, config, State(), 60)
+    for loss in interval:
+        judge.history.append(loss)
+    found, _ = judged(judge, config, State(votes=2), 63)
+    assert (found.switch, found.votes) == (False, votes)
+
+
+def test_votes_that_the_patience_is_reached_by_are_not_counted_again_without_a_loss():
+    config, judge = judge_of([*valley(120), *[MISSING] * 5])
+    found, _ = judged(judge, config, State(votes=2), 125)
+    assert (found.switch, found.votes) == (False, 2)
+
+
+@pytest.mark.parametrize("every", [3, 20])
+def test_a_loss_that_repeats_is_one_loss(every):
+    losses = valley(120)
+    passed = [losses[k // every * every] for k in range(120)]
+    once = [loss if k % every == 0 else MISSING for k, loss in enumerate(passed)]
+    curves = []
+    for given in (passed, once):
+        config, judge = judge_of([])
+        for start, stop in ((0, 50), (50, 90), (90, 120)):  # tests in the middle of the repeats
+            for loss in given[start:stop]:
+                judge.history.append(loss)
+            judged(judge, config, State(), stop)
+            _, other = judge_of([])
+            other.load_state_dict(judge.state_dict())
+            judge = other
+        curves.append(judge.history.curve(200))
+    for name in ("counts", "sums", "squares"):
+        assert torch.equal(getattr(curves[0], name), getattr(curves[1], name))
+
+
+def test_losses_that_repeat_are_not_told_as_missing():
+    config, judge = judge_of(np.repeat(valley(60), 2))
+    judged(judge, config, State(), 120)
+    assert judge._log.events == []
+
+
+def test_too_few_losses_are_no_trouble_of_the_fit():
+    config, judge = judge_of([MISSING] * 9 + [1.0])
+    assert judged(judge, config, State(), 10)[0] is None
+    assert judge._log.events == []
+    config, judge = judge_of([math.nan] * 10)
+    assert judged(judge, config, State(), 10)[0] is None
     assert [event.kind for event in judge._log.events] == ["fit"]
 
 

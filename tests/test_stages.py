@@ -102,15 +102,27 @@ def after_switch(watched=True, **arguments):
 
 def test_a_divergence_sets_a_run_back_and_a_third_ends_the_watch():
     _, rooms, stage, state = after_switch()
-    good, bad = [1.0, 1.01, 0.99] * 10, [5.0] * 200
-    passed = run(stage, [*np.linspace(3, 1, 40), *good, *bad], state, first=61)
-    assert [state.setbacks for state, _ in passed][69] == 0
-    assert 131 < rooms.log.events[0].step <= 140  # losses are bad from step 131 on
-    last = passed[-1][0]
-    assert (last.setbacks, last.watched) == (3, False)
+    good = [1.0, 1.01, 0.99] * 10
+    state, stage = run(stage, [*np.linspace(3, 1, 40), *good], state, first=61)[-1]
+    assert state.setbacks == 0
+    bad_from = 131
+    for step in range(131, 331):
+        before = state.setbacks
+        state, stage = stage.after_step(step, 5.0 if step >= bad_from else 1.0, state)
+        if state.setbacks > before:
+            bad_from = step + 6  # the copy is good, and comes apart again
+    assert 131 < rooms.log.events[0].step <= 140
+    assert (state.setbacks, state.watched) == (3, False)
     assert kinds(rooms) == ["divergence"] * 3
     assert all("back at step" in event.message for event in rooms.log.events)
     assert rooms.rollback.held is None
+
+
+def test_a_loss_that_going_back_leaves_where_it_is_is_no_set_back():
+    _, rooms, stage, state = after_switch()
+    last, _ = run(stage, [*np.linspace(3, 1, 40), *[1.0, 1.01, 0.99] * 10, *[5.0, 5.01, 4.99] * 60], state, first=61)[-1]
+    assert (last.setbacks, last.watched) == (0, True)
+    assert kinds(rooms) == ["divergence", "loss_changed"]
 
 
 def test_the_watch_ends_in_the_cooldown_at_half_the_peak_and_gives_the_copies_back():

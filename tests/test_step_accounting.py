@@ -138,7 +138,7 @@ def test_a_step_records_the_mean_of_whatever_forms_its_losses_had(steps):
 
 
 def test_nothing_observed_is_a_missing_loss_and_the_schedule_goes_on(caplog):
-    silent, told = autowu(), autowu()
+    silent, told = (autowu(test_interval=3) for _ in range(2))  # with a loss in every interval
     for k, loss in enumerate(CURVE):
         for scheduler, missing in ((silent, ()), (told, (math.nan,))):
             scheduler.optimizer.step()

@@ -139,3 +139,35 @@ def test_a_shallow_valley_has_no_vote(min_contrast, votes):
     )
     decision = decide(posterior, 0, confidence=0.95, patience=3, min_contrast=min_contrast)
     assert decision.votes == votes
+
+
+def curve_of(mean, std=0.1):
+    mean = np.asarray(mean, dtype=float)[None]
+    variance = np.full_like(mean, std**2)
+    difference = 2 * variance
+    difference[:, -1] = 0
+    return CurvePosterior(np.linspace(0, 1, mean.shape[1]), 1.0, mean, variance, difference, 100)
+
+
+RULE = {"confidence": 0.95, "patience": 3, "min_contrast": 6.0}
+
+
+@pytest.mark.parametrize(
+    ("mean", "votes", "minimum"),
+    [
+        ([3, 2, 1, 2, 3], 1, 0.5),
+        ([1, 2, 3, 4, 5], 0, 0.0),  # only rises
+        ([1, 3, 5, 4, 3], 0, 1.0),  # rises, then falls
+        ([1, 5, 3, 4, 5], 1, 0.5),  # rises, then a valley, up to where it fell from
+        ([1, 5, 3, 4, 9], 1, 0.5),
+        ([2, 5, 1, 2, 3], 1, 0.5),
+        ([1.05, 1, 2, 3, 4], 0, 0.25),  # a fall that may be noise
+    ],
+)
+def test_a_valley_has_a_fall_and_a_rise(mean, votes, minimum):
+    decision = decide(curve_of(mean), 0, **RULE)
+    assert (decision.votes, decision.minima) == (votes, (minimum,))
+
+
+def test_a_rise_alone_is_enough_for_the_published_rule():
+    assert decide(curve_of([1, 2, 3]), 0, confidence=0.95, patience=3).votes == 1

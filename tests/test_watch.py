@@ -222,6 +222,57 @@ def test_where_there_is_no_copy_the_watch_begins_anew_from_the_present():
     assert first(followed([2.5] * 50, watch), DIVERGED) is None
 
 
+def put_back_at_alarm(watch, losses, level, back):
+    """Follow `losses` to the divergence, go back to where the loss was `level`, and follow those of `back`."""
+    assert first(followed(losses, watch), DIVERGED) is not None
+    watch.go_back(level, trial=True)
+    return followed(back, watch)
+
+
+@pytest.mark.parametrize("jump", [1.0, 5.0, 50.0])
+def test_a_loss_that_going_back_does_not_bring_back_has_changed(jump):
+    watch = trained()
+    said = put_back_at_alarm(watch, [1 + jump] * 8, 1.0, [1 + jump] * 3)
+    assert watch.changed
+    assert not said[-1][DIVERGED]
+    watch.changed = False
+    noise = 0.05 * np.random.default_rng(1).normal(size=200)
+    assert first(followed(1 + jump + noise, watch), DIVERGED) is None
+    assert watch.progress == pytest.approx(1.0, abs=0.2)  # what was reached before still counts
+    assert first(followed([1 + 5 * jump] * 10, watch), DIVERGED) is not None
+
+
+@pytest.mark.parametrize("back", [[1.0, 1.5, 4.0], [1.1, 0.9, 1.0], [3.0, 1.0, 3.0]])
+def test_a_loss_that_comes_back_for_once_has_not_changed(back):
+    watch = trained()
+    put_back_at_alarm(watch, [3.0] * 8, 1.0, back)
+    assert not watch.changed
+
+
+def test_a_loss_that_was_not_finite_has_not_changed():
+    watch = trained()
+    put_back_at_alarm(watch, [math.nan] * 3, 1.0, [1.1] * 3)
+    assert not watch.changed
+
+
+def test_a_change_that_comes_again_is_no_divergence():
+    watch = trained()
+    put_back_at_alarm(watch, [2.0] * 8, 1.0, [2.0] * 3)
+    watch.changed = False
+    sources = np.resize([*[2.0] * 20, *[1.0] * 20], 400) + 0.05 * np.random.default_rng(2).normal(size=400)
+    assert first(followed(sources, watch), DIVERGED) is None
+
+
+def test_a_watch_on_trial_is_saved_and_loaded():
+    watch, other = trained(), LossWatch()
+    put_back_at_alarm(watch, [3.0] * 8, 1.0, [3.0])
+    other.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    for which in (watch, other):
+        followed([3.0] * 2, which)
+    assert watch.changed
+    assert other.state_dict() == watch.state_dict()
+
+
 # ---------------------------------------------------------------- AutoWU
 
 
@@ -248,6 +299,7 @@ class Run:
             "peak_factor": 1.0,
         }
         self.scheduler = AutoWU(self.optimizer, total_steps=total, model=self.model if keeps else None, **(fixed | arguments))
+        self.also = lambda scheduler: 0.0  # a term of the loss
         self.spoil, self.lrs, self.losses, self.weights, self.copies = spoil, [], [], [], {}
 
     def advance(self, stop):
@@ -259,6 +311,7 @@ class Run:
             (loss * self.spoil(self.scheduler)).backward()
             self.lrs.append(self.optimizer.param_groups[0]["lr"])
             self.optimizer.step()
+            loss = loss + self.also(self.scheduler)
             self.scheduler.step(loss)
             self.losses.append(loss.item())
             self.weights.append(nn.utils.parameters_to_vector(self.model.parameters()).detach().clone())
@@ -354,6 +407,36 @@ def test_without_the_model_the_peak_is_halved_all_the_same():
 def test_one_divergence_without_the_model_is_one():
     run = Run(400, keeps=False, spoil=up_the_hill(1, slope=0.3), **STABLE).advance(400)
     assert run.kinds() == ["switch", "divergence"]
+
+
+CHANGES = {
+    "a term joins": lambda since: 1.5 * (since > 25),
+    "two terms join, one after the other": lambda since: 1.0 * (since > 25) + 1.0 * (since > 80),
+    "a term ramps up": lambda since: 0.03 * max(0, since - 20),
+    "two sources alternate": lambda since: 1.5 * (since > 20 and since // 20 % 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_loss_that_changes_leaves_the_peak(change):
+    run = Run(500, **STABLE)
+    run.also = lambda scheduler: change(scheduler.last_epoch - scheduler.switch.step) if scheduler.switch else 0.0
+    run.advance(500)
+    kinds = run.kinds()
+    assert kinds[0] == "switch"
+    assert kinds[1:] == ["divergence", "loss_changed"] * (len(kinds) // 2)
+    assert 1 <= len(kinds) // 2 <= 4
+    assert "the loss has changed" in run.scheduler.events[2].message
+    assert run.lrs[349] == pytest.approx(run.scheduler.switch.lr)
+    assert run.accuracy() > 0.9
+
+
+def test_a_divergence_after_a_change_of_the_loss_is_still_seen():
+    run = Run(500, spoil=up_the_hill(1, slope=0.5, wait=120), **STABLE)
+    run.also = lambda scheduler: 1.5 * (scheduler.switch is not None and scheduler.last_epoch > scheduler.switch.step + 25)
+    run.advance(500)
+    assert run.kinds() == ["switch", "divergence", "loss_changed", "divergence"]
+    assert run.accuracy() > 0.9
 
 
 @pytest.mark.parametrize("keeps", [True, False])
