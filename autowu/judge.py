@@ -50,6 +50,7 @@ class Judge:
         self.last: Verdict | None = None
         self._next: Verdict | None = None  # of the first rank of several, to travel with the next test
         self._previous = torch.tensor(math.nan, dtype=torch.float64)  # the last loss of the interval before
+        self._varied = torch.tensor(False)  # whether two losses in a row have differed
         self._repeated = torch.tensor(0)  # losses that were left out because they repeat the one before
         self._ranks, self._log = ranks, log
 
@@ -82,7 +83,10 @@ class Judge:
         if len(staged) == 0:
             return
         before = torch.cat([self._previous.to(staged)[None], staged[:-1]])
-        repeated = (staged == before) & (staged != MISSING)
+        same = staged.isfinite() & (staged == before)
+        # Losses that are all equal so far are what they are.
+        self._varied = self._varied.to(staged.device) | (staged.isfinite() & before.isfinite() & ~same).any()
+        repeated = same & self._varied
         self._previous, self._repeated = staged[-1].clone(), self._repeated.to(staged.device) + repeated.sum()
         staged.masked_fill_(repeated, MISSING)
 
@@ -144,6 +148,7 @@ class Judge:
             "history": self.history.state_dict(),
             "previous": float(self._previous),
             "repeated": int(self._repeated),
+            "varied": bool(self._varied),
             "last": None if self.last is None else asdict(self.last),
             "next": None if self._next is None else asdict(self._next),
             "decision": None if self.decision is None else asdict(self.decision),
@@ -160,7 +165,7 @@ class Judge:
         self.history = LossHistory.from_state_dict(state["history"])
         self.last, self._next = (None if state[key] is None else Verdict(**state[key]) for key in ("last", "next"))
         self._previous = torch.tensor(state["previous"], dtype=torch.float64)
-        self._repeated = torch.tensor(state["repeated"])
+        self._repeated, self._varied = torch.tensor(state["repeated"]), torch.tensor(state["varied"])
         decision, posterior = state["decision"], state["posterior"]
         self.decision = None if decision is None else SwitchDecision(**(decision | {"minima": tuple(decision["minima"])}))
         self.posterior = None

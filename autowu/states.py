@@ -93,6 +93,7 @@ def _from_4(state: Mapping[str, Any]) -> Mapping[str, Any]:
             "history": state["history"],
             "previous": math.nan,
             "repeated": 0,
+            "varied": True,
             "last": state["verdict"],
             "next": state["next_verdict"],
             "decision": state["decision"],
