@@ -278,6 +278,7 @@ _TABLE: Final = _record(
                 "history": _HISTORY,
                 "previous": _number,
                 "repeated": _whole(0),
+                "varied": _flag,
                 "last": optional(_VERDICT),
                 "next": optional(_VERDICT),
                 "decision": optional(_DECISION),
