@@ -250,12 +250,18 @@ _POSTERIOR: Final = _record(
     }
 )
 
+
+def _like(fresh: float) -> Check:
+    """The check of a number of the watch, by what it is at first."""
+    if isinstance(fresh, bool):
+        return _flag
+    if isinstance(fresh, int):
+        return _whole(0)
+    return _loss_or_inf if fresh == math.inf else _loss
+
+
 _WATCH: Final = _record(
-    {
-        name: _whole(0) if isinstance(fresh, int) else _loss_or_inf if fresh == math.inf else _loss
-        for name, fresh in LossWatch().state_dict().items()
-        if isinstance(fresh, (int, float))
-    }
+    {name: _like(fresh) for name, fresh in LossWatch().state_dict().items() if isinstance(fresh, (int, float))}
     | {"noise": _plain(between(f"from 0 to {HUGE**2:g}", lambda value: 0 <= value <= HUGE**2))},
     more=True,
 )

@@ -178,7 +178,8 @@ class LossWatch:
         if self.count < _START or self.settling or self.trial:
             return -math.inf
         error = _FADED * math.sqrt(self.noise)
-        return low + max(LOST * (self.start - low), _SURE_OF_MEAN * error)
+        far = self.start + 2 * self.progress + SURE * error
+        return min(far, low + max(LOST * (self.start - low), _SURE_OF_MEAN * error))
 
     @property
     def progress(self) -> float:

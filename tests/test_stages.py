@@ -12,6 +12,7 @@ from torch import nn
 from autowu.events import EventLog
 from autowu.gp import ClosedFormGP
 from autowu.judge import Judge
+from autowu.live import LiveRun
 from autowu.phases import State, Switch
 from autowu.ranks import Ranks
 from autowu.reader import Reader
@@ -22,9 +23,9 @@ from autowu.stages import AfterSwitch, Rooms, WarmUp, stage_of
 def rooms_of(config, model=None):
     ranks = Ranks()
     log = EventLog(ranks)
-    rollback = NoRollback(ranks)
+    rollback = NoRollback(LiveRun(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)), ranks, log)
     if model is not None:
-        rollback = Rollback(model, torch.optim.SGD(model.parameters(), lr=0.1), None, ranks, log)
+        rollback = Rollback(LiveRun(torch.optim.SGD(model.parameters(), lr=0.1), model), ranks, log)
     return Rooms(ranks, log, Judge(config, ClosedFormGP(0.1), None, ranks, log), Reader(ranks), rollback)
 
 

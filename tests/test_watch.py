@@ -298,7 +298,7 @@ class Run:
             "patience": 3,
             "peak_factor": 1.0,
         }
-        self.scheduler = AutoWU(self.optimizer, total_steps=total, model=self.model if keeps else None, **(fixed | arguments))
+        self.scheduler = AutoWU(self.optimizer, total_steps=total, model=self.model, rollback=keeps, **(fixed | arguments))
         self.also = lambda scheduler: 0.0  # a term of the loss
         self.spoil, self.lrs, self.losses, self.weights, self.copies = spoil, [], [], [], {}
 
@@ -439,14 +439,21 @@ def test_a_divergence_after_a_change_of_the_loss_is_still_seen():
     assert run.accuracy() > 0.9
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_after_the_third_divergence_the_run_is_left_alone(keeps):
-    run = Run(400, keeps=keeps, spoil=up_the_hill(9, slope=0.3), **STABLE).advance(400)
+def test_after_the_third_divergence_the_run_is_left_alone():
+    run = Run(400, spoil=up_the_hill(9, slope=0.3), **STABLE).advance(400)
     switch = run.scheduler.switch
     assert run.kinds() == ["switch"] + ["divergence"] * 3
     last = run.scheduler.events[-1]
     assert "left alone" in last.message
     assert run.lrs[last.step : 280] == pytest.approx([switch.lr / 8] * (280 - last.step))
+    assert run.scheduler.phase == "done"
+
+
+def test_weights_that_are_lost_where_nothing_goes_back_cost_no_further_halving():
+    run = Run(400, keeps=False, spoil=up_the_hill(9, slope=0.1), **STABLE).advance(400)
+    assert run.kinds() == ["switch", "divergence", "lost"]
+    assert run.weights[-1].isnan().any()
+    assert run.lrs[279] == pytest.approx(run.scheduler.switch.lr / 2)
     assert run.scheduler.phase == "done"
 
 
@@ -475,10 +482,10 @@ def test_a_loss_that_turns_nan_ends_the_warmup_at_the_third():
     assert run.accuracy() > 0.9
 
 
-def test_a_nan_that_comes_without_the_model_ends_it_too():
+def test_a_nan_that_comes_where_nothing_goes_back_ends_it_too_and_the_weights_are_said_to_be_lost():
     run = Run(2000, keeps=False, spoil=nan_at(600)).advance(640)
     told = [(event.kind, event.step) for event in run.scheduler.events if event.kind != "loss"]
-    assert told == [("explosion", 604), ("switch", 604), ("divergence", 607), ("divergence", 610), ("divergence", 613)]
+    assert told == [("explosion", 604), ("lost", 604), ("switch", 604)]
     assert run.weights[-1].isnan().any()
 
 
@@ -614,7 +621,7 @@ def test_a_run_that_is_cut_goes_on_as_the_uncut_one(cut):
     assert again.lrs == whole.lrs[step:]
     assert len(again.weights) == len(whole.weights) - step
     torch.testing.assert_close(again.weights, whole.weights[step:], rtol=0, atol=0, equal_nan=True)
-    assert again.scheduler.events == whole.scheduler.events
+    assert [event for event in again.scheduler.events if event.kind != "resume"] == whole.scheduler.events
     assert again.scheduler._rooms.rollback.held is None
 
 
