@@ -44,19 +44,18 @@ class MicroBatches:
         if loss is not None:
             loss = checks.loss(loss)
             if self._count == 0:
-                return _came(loss.item() if isinstance(loss, Tensor) and loss.is_cpu else loss)
+                if isinstance(loss, Tensor) and loss.is_cpu:
+                    loss = loss.item()
+                return math.nan if type(loss) is float and loss == MISSING else loss  # not finite, but it did come
             self.observe(loss)
-        mean = _came(self._sum / self._count) if self._count else MISSING
+        if self._count == 0:
+            return MISSING
+        mean = self._sum / self._count
         self._sum, self._count = 0.0, 0
-        return mean
+        return math.nan if type(mean) is float and mean == MISSING else mean
 
     def state_dict(self) -> dict[str, Any]:
         return {"sum": float(self._sum), "count": self._count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._sum, self._count = state["sum"], state["count"]
-
-
-def _came(loss: float | Tensor) -> float | Tensor:
-    """A loss on the host that is -inf as NaN: it is not finite, but it did come."""
-    return math.nan if not isinstance(loss, Tensor) and loss == MISSING else loss

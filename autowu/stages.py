@@ -13,10 +13,11 @@ from typing import Any, Final, TypeAlias
 
 from torch import Tensor
 
-from autowu.config import Config
+from autowu.config import Config, described
 from autowu.events import EventLog, divergence_message, doubt_message, loss_changed_message, switch_message
 from autowu.history import MISSING, LossHistory
-from autowu.judge import Judge
+from autowu.judge import Judge, engine
+from autowu.live import LiveRun
 from autowu.phases import (
     State,
     Switch,
@@ -35,11 +36,11 @@ from autowu.phases import (
 )
 from autowu.ranks import Ranks
 from autowu.reader import Reader
-from autowu.rollback import NoRollback, Restored
+from autowu.rollback import NoRollback, Restored, Rollback
 from autowu.switching import MIN_LOSSES
 from autowu.watch import BLOCK
 
-__all__ = ["AfterSwitch", "Rooms", "Stage", "WarmUp", "stage_of"]
+__all__ = ["AfterSwitch", "Rooms", "Stage", "WarmUp", "rooms_of", "stage_of"]
 
 _SKIPPED: Final = 20
 """Calls without an optimizer step after which the loss is looked at."""
@@ -54,6 +55,29 @@ class Rooms:
     judge: Judge
     reader: Reader
     rollback: NoRollback
+
+    def compare(self, config: Config, step: int) -> None:
+        """Learn whether all ranks were given the same arguments, after `step` steps; all come there, whatever they were given.
+
+        Raises:
+            ValueError: if not, on all ranks alike.
+        """
+        goes_back = isinstance(self.rollback, Rollback)
+        own = {"last_epoch": step, "gp": type(self.judge.gp).__name__, "rollback": goes_back}
+        self.ranks.compare(described(config) | own)
+
+
+def rooms_of(config: Config, arguments: Mapping[str, Any]) -> Rooms:
+    """The rooms of a new run with these arguments of the scheduler, checked and resolved."""
+    ranks = Ranks(arguments["process_group"])
+    log = EventLog(ranks)
+    log.warn_of_a_short_run(config)
+    judge = Judge(config, engine(arguments["gp"], config, arguments["seed"]), arguments["device"], ranks, log)
+    live = LiveRun(arguments["optimizer"], arguments["model"])
+    rollback = NoRollback(live, ranks, log)
+    if config.rollback:
+        rollback = Rollback(live, ranks, log, arguments["snapshot_device"], arguments["on_rollback"])
+    return Rooms(ranks, log, judge, Reader(ranks), rollback)
 
 
 class WarmUp:

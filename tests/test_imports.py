@@ -42,12 +42,12 @@ ROOMS = {
     "optimizer_calls": ("events", "kin"),
     "rollback": ("events", "live", "ranks", "snapshot"),
     "judge": ("config", "events", "gp", "gpytorch_engine", "history", "phases", "ranks", "schedules", "switching"),
-    "stages": ("config", "events", "history", "judge", "phases", "ranks", "reader", "rollback", "switching", "watch"),
+    "stages": ("config", "events", "history", "judge", "live", "phases", "ranks", "reader", "rollback", "switching", "watch"),
     "schema": ("checks", "config", "gp", "phases", "watch"),
     "states": ("config", "history", "phases", "schema", "watch"),
     "scheduler": (
-        *("checks", "config", "events", "gp", "gpytorch_engine", "group_lrs", "history", "judge", "live"),
-        *("micro_batches", "optimizer_calls", "phases", "ranks", "reader", "rollback", "stages", "states", "switching"),
+        *("checks", "config", "gp", "gpytorch_engine", "group_lrs", "history", "micro_batches", "optimizer_calls"),
+        *("phases", "stages", "states", "switching"),
     ),
     "plotting": ("gp", "scheduler"),
 }
