@@ -25,6 +25,7 @@ OPTIMIZERS = {
     "lbfgs-like lists": lambda p: Listing(p),
     "lars": lambda p: LARS(torch.optim.SGD(p, lr=1.0, momentum=0.9)),
     "lamb": lambda p: timm.optim.Lamb(p, lr=0.01),
+    "sam": lambda p: Sharpened(p),
     "lookahead": lambda p: timm.optim.Lookahead(torch.optim.SGD(p, lr=0.1, momentum=0.9), k=3),
 }
 
@@ -43,6 +44,21 @@ class Listing(torch.optim.Optimizer):
                 last = self.state[p].setdefault("last", [])
                 last.append(p.grad.clone())
                 p -= group["lr"] * group["growth"] * torch.stack(last[-5:]).mean(0)
+
+
+class Sharpened(torch.optim.Optimizer):
+    """As SAM does, it holds the optimizer that takes its steps as `base_optimizer` and shares its groups with it."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.01, "rho": 0.05})
+        self.base_optimizer = torch.optim.AdamW(self.param_groups, lr=0.01)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["rises"] = self.state[p].get("rises", 0) + 1
+        self.base_optimizer.step()
 
 
 class Training:
@@ -181,11 +197,12 @@ def trained(make=OPTIMIZERS["adamw"], given=True):
 def test_without_the_model_parameters_and_their_state_go_back(name):
     run, snapshot = trained(OPTIMIZERS[name], given=False)
     weights = [p.clone() for p in run.model.parameters()]
-    state = copy.deepcopy([run.optimizer.state[p] for p in run.model.parameters()])
+    inner = getattr(run.optimizer, "base_optimizer", run.optimizer)
+    state = copy.deepcopy([inner.state[p] for p in run.model.parameters()])
     mean = run.steps(3, 6).model[1].running_mean.clone()
     assert snapshot.restore() == []
     assert_equal(list(run.model.parameters()), weights)
-    torch.testing.assert_close([run.optimizer.state[p] for p in run.model.parameters()], state, rtol=0, atol=0)
+    torch.testing.assert_close([inner.state[p] for p in run.model.parameters()], state, rtol=0, atol=0)
     assert torch.equal(run.model[1].running_mean, mean)
 
 
