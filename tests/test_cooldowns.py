@@ -203,11 +203,12 @@ def weights(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
 
 
-def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_path, capsys, steps):
+def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_path, request, capsys, steps):
     command = [*OPTIONS, *SEVERAL, "--run-dir", str(tmp_path / "all")]
     assert main(command) == 0
     assert [steps.trained.count(f) for f in FOLDERS] == [60, 15, 30]
     said = capsys.readouterr().out
+    request.getfixturevalue("blank_figures")  # those of the other runs are not looked at
     for fraction, name in FOLDERS.items():
         folder, single = tmp_path / "all" / name, tmp_path / str(fraction)
         assert main([*OPTIONS, "--cooldown-fraction", str(fraction), "--run-dir", str(single)]) == 0
@@ -248,6 +249,7 @@ def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_p
     assert steps.trained == []
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_signal_in_trunk_or_branch_costs_no_step(tmp_path, steps):
     command = [*OPTIONS, "--cooldown-fraction", "0.1", "0.5", "--run-dir"]
     assert main([*command, str(tmp_path / "all")]) == 0
