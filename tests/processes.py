@@ -75,6 +75,7 @@ class Forked:
 
 def _run(command, files, env):
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # loader processes start as they do in any other process
     for number, file in enumerate(files, 1):
         opened = os.open(file, os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, number)
