@@ -22,3 +22,12 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def blank_figures():
+    """The figures of train.py's runs are left blank."""
+    import figures
+
+    with figures.blank():
+        yield

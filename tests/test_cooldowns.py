@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from PIL import Image
-from processes import torchrun
+from processes import ranks
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -148,23 +148,21 @@ def test_a_start_of_no_cooldown_is_refused(fraction):
 
 
 # 6 epochs of 10 steps; the branches leave after steps 45, in an epoch, and 30, between two. Batch norm and dropout are in it.
-OPTIONS = ["--batch-size", "128", "--epochs", "6", "--img-size", "16", "--device", "cpu", "--opt", "sgd"]
+OPTIONS = ["--batch-size", "128", "--epochs", "6", "--device", "cpu", "--opt", "sgd"]
 SEVERAL = ["--cooldown-fraction", "0.5", "0.1", "0.25"]
 FOLDERS = {0.1: ".", 0.25: "cooldown-0.25", 0.5: "cooldown-0.5"}
 
 
 @pytest.fixture(autouse=True)
-def _dropout(monkeypatch):
-    """A model that draws in every step, so that the random states count."""
-    build_model = build.build_model
+def _small_model(monkeypatch):
+    """In the place of timm's: a model that draws in every step, so that the random states count."""
 
-    def with_dropout(*arguments):
-        built = build_model(*arguments)
-        built.module.drop_rate = 0.3
-        return built
+    def small(*arguments):
+        parts = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(8 * 36, 10)]
+        return build.Model(nn.Sequential(*parts), 8, {})
 
     for module in (build, cooldowns):
-        monkeypatch.setattr(module, "build_model", with_dropout)
+        monkeypatch.setattr(module, "build_model", small)
 
 
 class Steps:
@@ -205,11 +203,12 @@ def weights(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
 
 
-def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_path, capsys, steps):
+def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_path, request, capsys, steps):
     command = [*OPTIONS, *SEVERAL, "--run-dir", str(tmp_path / "all")]
     assert main(command) == 0
     assert [steps.trained.count(f) for f in FOLDERS] == [60, 15, 30]
     said = capsys.readouterr().out
+    request.getfixturevalue("blank_figures")  # those of the other runs are not looked at
     for fraction, name in FOLDERS.items():
         folder, single = tmp_path / "all" / name, tmp_path / str(fraction)
         assert main([*OPTIONS, "--cooldown-fraction", str(fraction), "--run-dir", str(single)]) == 0
@@ -250,6 +249,7 @@ def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_p
     assert steps.trained == []
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_signal_in_trunk_or_branch_costs_no_step(tmp_path, steps):
     command = [*OPTIONS, "--cooldown-fraction", "0.1", "0.5", "--run-dir"]
     assert main([*command, str(tmp_path / "all")]) == 0
@@ -269,9 +269,9 @@ def test_a_signal_in_trunk_or_branch_costs_no_step(tmp_path, steps):
 
 def test_two_processes_branch_as_one_run(tmp_path):
     # 4 epochs of 10 steps, with batch norm; the branch leaves after step 25.
-    options = ["train.py", "--batch-size", "64", "--epochs", "4", *OPTIONS[4:], "--cooldown-fraction", "0.37"]
-    torchrun(2, *options, "0.1", "--run-dir", tmp_path / "all")
-    torchrun(2, *options, "--run-dir", tmp_path / "single")
+    options = ["train.py", "--batch-size", "64", "--epochs", "4", "--img-size", "8", *OPTIONS[4:], "--cooldown-fraction", "0.37"]
+    ranks(tmp_path, 2, *options, "0.1", "--run-dir", tmp_path / "all")
+    ranks(tmp_path, 2, *options, "--run-dir", tmp_path / "single")
     assert records(tmp_path / "all" / "cooldown-0.37") == records(tmp_path / "single")
     assert_same(weights(tmp_path / "all" / "cooldown-0.37"), weights(tmp_path / "single"))
 

@@ -2,10 +2,6 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT, launch, torchrun
+from processes import Forked, ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from autowu.optim import LARS, param_groups
@@ -29,9 +25,10 @@ from autowu.training.process import join
 from autowu.training.run import train_run
 
 # A model without batch norm, so that two processes compute what one does; 10 steps an epoch, of which every third is logged.
-SHORT = ["--model", "test_convnext", "--batch-size", "128", "--epochs", "4", "--device", "cpu"]
+SMALL = ["--model", "test_vit", "--img-size", "16", "--epochs", "6", "--device", "cpu"]
+SHORT = [*SMALL, "--batch-size", "128"]
 EVERY = ["--log-layers", "3"]
-LOGGED = list(range(0, 40, 3))
+LOGGED = list(range(0, 60, 3))
 COLUMNS = ["step", "layer", "weight_norm", "grad_norm", "trust_ratio", "lr"]
 
 
@@ -93,9 +90,10 @@ def test_the_folder_holds_one_file_and_a_picture(whole):
         assert image.width > 500
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("opt", ["lars", "lamb", "tvlars"])
 def test_values_are_those_of_the_definition(tmp_path, opt):
-    config = parse_args([*SHORT[:4], "--epochs", "2", "--device", "cpu", *EVERY, "--opt", opt, "--run-dir", str(tmp_path / "run")])
+    config = parse_args([*SHORT, "--epochs", "2", *EVERY, "--opt", opt, "--run-dir", str(tmp_path / "run")])
     expected = []
 
     def before_the_step(optimizer, args, kwargs):
@@ -128,13 +126,13 @@ def test_values_are_those_of_the_definition(tmp_path, opt):
     assert len({round(row["trust_ratio"], 6) for row in rows}) > layers
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_killed_run_keeps_its_parts_and_goes_on_without_gap_or_repetition(tmp_path, whole):
     folder = tmp_path / "cut"
-    command = [sys.executable, "train.py", *SHORT, *EVERY, "--run-dir", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert any(line.startswith("epoch   2/4") for line in process.stdout)
-        process.send_signal(signal.SIGKILL)
+    run = Forked(tmp_path, "train.py", *SHORT, *EVERY, "--run-dir", folder)
+    run.wait_for_line("epoch   2/6")
+    run.process.kill()
+    assert run.end() < 0
     assert not (folder / "layers.parquet").exists()
     parts = sorted((folder / "layers").glob("*.parquet"))
     kept = pa.concat_tables([pq.ParquetFile(part).read() for part in parts])
@@ -201,16 +199,17 @@ def test_a_run_cut_off_while_its_parts_were_joined_goes_on(tmp_path):
     assert not last.exists()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_every_cooldown_has_the_steps_of_all_its_run(tmp_path):
-    options = ["--model", "test_convnext", "--batch-size", "64", "--epochs", "4", "--device", "cpu", "--log-layers", "5"]
+    options = [*SMALL, "--epochs", "4", "--batch-size", "128", "--log-layers", "3"]
     folder = tmp_path / "run"
     assert main([*options, "--cooldown-fraction", "0.2", "0.37", "--max-warmup-fraction", "0.4", "--run-dir", str(folder)]) == 0
     runs = json.loads((folder / "cooldowns.json").read_text())["runs"]
     first = runs[1]["first_step"]
-    assert first % 21 != 0  # within an epoch
+    assert first % 10 != 0  # within an epoch
     trunk, branch = (table(folder / run["folder"]) for run in runs)
     for rows in (trunk, branch):
-        assert sorted(set(rows["step"].to_pylist())) == list(range(0, 84, 5))
+        assert sorted(set(rows["step"].to_pylist())) == list(range(0, 40, 3))
         assert len(rows) == len(trunk)
     same = sum(step < first for step in trunk["step"].to_pylist())
     assert trunk.slice(0, same) == branch.slice(0, same)
@@ -220,8 +219,7 @@ def test_every_cooldown_has_the_steps_of_all_its_run(tmp_path):
 
 
 def test_two_processes_write_one_file_of_what_one_process_computes(tmp_path, whole):
-    two = ["--batch-size", "64", *SHORT[:2], *SHORT[4:]]
-    torchrun(2, "train.py", *two, *EVERY, "--run-dir", tmp_path / "two")
+    ranks(tmp_path, 2, "train.py", *SMALL, "--batch-size", "64", *EVERY, "--run-dir", tmp_path / "two")
     rows = table(tmp_path / "two")
     assert len(list((tmp_path / "two").rglob("*.parquet"))) == len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
     assert rows.select(COLUMNS[:2]) == table(whole).select(COLUMNS[:2])
@@ -256,15 +254,19 @@ def test_what_cannot_be_logged_is_refused_at_the_start(tmp_path, monkeypatch, ca
 def test_packages_that_are_not_there_are_named_and_not_needed_otherwise(tmp_path):
     code = f"""
 import sys
+for name in [name for name in sys.modules if name.startswith("autowu")]:
+    del sys.modules[name]
 sys.modules["tensorboard"] = sys.modules["pyarrow.parquet"] = None
 from autowu.training.main import main
-options = {[*SHORT[:4], "--epochs", "1", "--device", "cpu", "--run-dir"]}
-assert main([*options, {str(tmp_path / "plain")!r}]) == 0
-assert main([*options, {str(tmp_path / "logged")!r}, "--log-layers", "3"]) == 2
+options = {[*SHORT, "--epochs", "1", "--run-dir"]}
+assert main([*options, {str(tmp_path / "runs" / "plain")!r}]) == 0
+assert main([*options, {str(tmp_path / "runs" / "logged")!r}, "--log-layers", "3"]) == 2
 """
-    assert "--log-layers 3: needs tensorboard: pip install tensorboard" in launch("-c", code).stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
-    assert not list((tmp_path / "plain").glob("layers*"))
+    hidden = Forked(tmp_path, "-c", code)
+    assert hidden.end() == 0, hidden.stderr
+    assert "--log-layers 3: needs tensorboard: pip install tensorboard" in hidden.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["plain"]
+    assert not list((tmp_path / "runs" / "plain").glob("layers*"))
 
 
 @pytest.mark.parametrize(("layers", "named"), [(1, 1), (40, 40), (160, 40)])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from processes import ROOT, launch
+from processes import ROOT, Forked
 from sklearn.datasets import load_digits
 from timm.optim import Lamb, Lars, create_optimizer, create_optimizer_v2, list_optimizers
 from timm.optim._optim_factory import default_registry
@@ -30,12 +30,12 @@ def registry(monkeypatch):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return timm.create_model("test_vit", img_size=32, num_classes=10, in_chans=1)
+    return timm.create_model("test_vit", img_size=16, num_classes=10, in_chans=1)
 
 
 DIGITS = load_digits()
-IMAGES = torch.nn.functional.interpolate(torch.tensor(DIGITS.images, dtype=torch.float32)[:128, None] / 16, size=(32, 32))
-LABELS = torch.tensor(DIGITS.target)[:128]
+IMAGES = torch.nn.functional.interpolate(torch.tensor(DIGITS.images, dtype=torch.float32)[:64, None] / 16, size=(16, 16))
+LABELS = torch.tensor(DIGITS.target)[:64]
 
 
 def loss_of(model):
@@ -47,7 +47,7 @@ def backward(model):
     loss_of(model).backward()
 
 
-def test_nothing_is_registered_unless_asked_for():
+def test_nothing_is_registered_unless_asked_for(tmp_path):
     code = """
 import autowu.integrations.timm
 from timm.optim import Lars, create_optimizer_v2, list_optimizers
@@ -55,7 +55,8 @@ import torch
 assert type(create_optimizer_v2(torch.nn.Linear(1, 1), "lars")) is Lars
 assert "tvlars" not in list_optimizers()
 """
-    launch("-c", code)
+    asked = Forked(tmp_path, "-c", code)
+    assert asked.end() == 0, asked.stderr
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -12,24 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from figures import blank
 from PIL import Image
+from processes import ROOT, Forked, launch
 from sklearn.datasets import load_digits
 
 from autowu.training.main import main
 
-ROOT = Path(__file__).parent.parent
-# A model without batch norm, so that two processes compute what one does.
-SHORT = ["--model", "test_convnext", "--batch-size", "128", "--epochs", "4", "--device", "cpu"]
+# A small model without batch norm, so that two processes compute what one does; 6 epochs of 10 steps.
+SMALL = ["--model", "test_vit", "--img-size", "16", "--epochs", "6", "--device", "cpu"]
+SHORT = [*SMALL, "--batch-size", "128"]
 
 
 def rows(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def launch(*command, **options):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +45,7 @@ def image_folder(tmp_path_factory):
 
 
 def test_without_arguments_it_learns_the_digits(tmp_path):
-    result = launch("-W", "error", str(ROOT / "train.py"), "--device", "cpu", "--run-dir", str(tmp_path / "run"), timeout=300)
-    assert result.returncode == 0, result.stderr
+    result = launch("-W", "error", "train.py", "--device", "cpu", "--run-dir", tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["test_accuracy"] > 0.97
     assert summary["total_steps"] == 30 * (1347 // 64)
@@ -69,67 +65,72 @@ def test_without_arguments_it_learns_the_digits(tmp_path):
         assert word in result.stdout
 
 
-LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run"],
-    "launch": ["-m", "torch.distributed.launch"],
-}
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_train_as_one(tmp_path, launcher):
-    two = ["--batch-size", "64", *SHORT[:2], *SHORT[4:]]
-    command = [*LAUNCHERS[launcher], "--standalone", "--nproc-per-node", "2", "train.py", *two]
-    result = launch(*command, "--run-dir", str(tmp_path / "two"), timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert main([*SHORT, "--run-dir", str(tmp_path / "one")]) == 0
-    one, two = (rows(tmp_path / name / "metrics.csv") for name in ("one", "two"))
-    assert len(one) == len(two) == 4 * 10
-    # Rounding grows along the run; a rank that saw other data or kept its own loss would differ from the start.
-    for key in ("lr", "loss"):
-        assert [float(r[key]) for r in two[:12]] == pytest.approx([float(r[key]) for r in one[:12]], rel=1e-3)
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
-    assert summaries[1]["world_size"] == 2
-    assert summaries[1]["switch_step"] == summaries[0]["switch_step"]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, image_folder):
     """The options and the folder of a run from beginning to end, by its data."""
-    common = ["--model", "test_convnext", "--epochs", "6", "--device", "cpu"]
-    folder = ["--data-dir", str(image_folder), "--img-size", "32", "--batch-size", "16", "--workers", "1"]
+    folder = [*SMALL, "--data-dir", str(image_folder), "--batch-size", "8", "--workers", "1"]
     runs = {}
-    for data, options in (("digits", common), ("folder", common + folder)):
+    for data, options in (("digits", SHORT), ("folder", folder)):
         path = tmp_path_factory.mktemp("whole") / data
-        assert main([*options, "--run-dir", str(path)]) == 0
+        with blank():
+            assert main([*options, "--run-dir", str(path)]) == 0
         runs[data] = options, path
     return runs
 
 
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run"],
+    "launch": ["-m", "torch.distributed.launch"],
+}
+TWO = [*SMALL, "--batch-size", "64", "--run-dir"]
+
+
+def launched(launcher, run):
+    return [*LAUNCHERS[launcher], "--standalone", "--nproc-per-node", "2", "train.py", *TWO, str(run)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of a run of two processes from beginning to end."""
+    path = tmp_path_factory.mktemp("two")
+    launch(*launched("torchrun", path / "run"))
+    return path / "run"
+
+
+def test_two_processes_train_as_one(two, whole):
+    folders = whole["digits"][1], two
+    one, two = (rows(folder / "metrics.csv") for folder in folders)
+    assert len(one) == len(two) == 6 * 10
+    # Rounding grows along the run; a rank that saw other data or kept its own loss would differ from the start.
+    for key in ("lr", "loss"):
+        assert [float(r[key]) for r in two[:12]] == pytest.approx([float(r[key]) for r in one[:12]], rel=1e-3)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    assert summaries[1]["world_size"] == 2
+    assert summaries[1]["switch_step"] == summaries[0]["switch_step"]
+
+
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize(
-    ("data", "number", "code"),
+    ("data", "number", "code", "epoch"),
     [
-        ("digits", signal.SIGKILL, -signal.SIGKILL),
-        ("folder", signal.SIGKILL, -signal.SIGKILL),
-        ("digits", signal.SIGINT, 130),
-        ("folder", signal.SIGTERM, 143),
+        ("digits", signal.SIGKILL, -signal.SIGKILL, 1),  # in the warm-up
+        ("folder", signal.SIGKILL, -signal.SIGKILL, 1),
+        ("digits", signal.SIGINT, 130, 2),
+        ("folder", signal.SIGTERM, 143, 1),
     ],
 )
-def test_a_killed_run_goes_on_exactly(tmp_path, whole, data, number, code):
+def test_a_killed_run_goes_on_exactly(tmp_path, whole, data, number, code, epoch):
     options, uncut = whole[data]
-    cut = [sys.executable, "train.py", *options, "--run-dir", str(tmp_path / "cut")]
-    with subprocess.Popen(
-        cut, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        assert any(line.startswith("epoch   2/6") for line in process.stdout)
-        if number == signal.SIGKILL:
-            process.send_signal(number)
-        else:
-            os.killpg(process.pid, number)  # as a terminal and launchers do it: the loader processes have it too
-        _, error = process.communicate(timeout=120)
-    assert process.returncode == code
+    cut = Forked(tmp_path, "train.py", *options, "--run-dir", tmp_path / "cut")
+    cut.wait_for_line(f"epoch   {epoch}/6")
+    if number == signal.SIGKILL:
+        os.kill(cut.process.pid, number)
+    else:
+        os.killpg(cut.process.pid, number)  # as a terminal and launchers do it: the loader processes have it too
+    assert cut.end() == code, cut.stderr
     if number != signal.SIGKILL:
         lines = [f"interrupted; go on with the same options and --run-dir {tmp_path / 'cut'} --resume"]
-        assert [line for line in error.splitlines() if "Warning" not in line] == lines
+        assert [line for line in cut.stderr.splitlines() if "Warning" not in line] == lines
     assert not (tmp_path / "cut" / "summary.json").exists()
     assert main([*options, "--run-dir", str(tmp_path / "cut"), "--resume"]) == 0
     assert rows(tmp_path / "cut" / "metrics.csv") == rows(uncut / "metrics.csv")
@@ -138,46 +139,53 @@ def test_a_killed_run_goes_on_exactly(tmp_path, whole, data, number, code):
         assert torch.equal(weight, resumed["model"][name])
 
 
-def test_two_processes_that_were_killed_go_on_exactly(tmp_path):
+def test_two_processes_that_were_killed_go_on_exactly_under_either_launcher(tmp_path, two):
     # Cut early in the warm-up: a verdict is on its way from the first rank to the others.
-    options = ["train.py", "--model", "test_convnext", "--batch-size", "20", "--epochs", "3", "--device", "cpu", "--run-dir"]
-    launcher = [*LAUNCHERS["torchrun"], "--standalone", "--nproc-per-node", "2"]
-    whole = launch(*launcher, *options, str(tmp_path / "whole"), timeout=300)
-    assert whole.returncode == 0, whole.stderr
-    cut = [sys.executable, *launcher, *options, str(tmp_path / "cut")]
+    cut = [sys.executable, *launched("torchrun", tmp_path / "cut")]
     with subprocess.Popen(cut, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert any(line.startswith("epoch   1/3") for line in process.stdout)
+        assert any(line.startswith("epoch   1/6") for line in process.stdout)
         process.terminate()  # the launcher hands it on, and they save
     assert not (tmp_path / "cut" / "summary.json").exists()
-    resumed = launch(*launcher, *options, str(tmp_path / "cut"), "--resume", timeout=300)
-    assert resumed.returncode == 0, resumed.stderr
-    assert rows(tmp_path / "cut" / "metrics.csv") == rows(tmp_path / "whole" / "metrics.csv")
+    launch(*launched("launch", tmp_path / "cut"), "--resume")
+    assert rows(tmp_path / "cut" / "metrics.csv") == rows(two / "metrics.csv")
 
 
-def test_a_run_goes_on_under_its_own_options_only(tmp_path, capsys):
-    assert main([*SHORT, "--run-dir", str(tmp_path / "run")]) == 0
+def test_a_run_goes_on_under_its_own_options_only(whole, capsys):
+    options, folder = whole["digits"]
     for option, value in (("--epochs", "3"), ("--opt", "lamb"), ("--sched", "cosine")):
-        assert main([*SHORT, option, value, "--run-dir", str(tmp_path / "run"), "--resume"]) == 2
+        assert main([*options, option, value, "--run-dir", str(folder), "--resume"]) == 2
         assert f"{option} is {value}, but the run was started with" in capsys.readouterr().err
 
 
+ONE_EPOCH = [*SHORT, "--epochs", "1", "--max-warmup-fraction", "0.5", "--run-dir"]
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory):
+    """The folder of a run of one epoch."""
+    path = tmp_path_factory.mktemp("one-epoch") / "run"
+    with blank():
+        assert main([*ONE_EPOCH, str(path)]) == 0
+    return path
+
+
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("left", [[], [".lock", "config.json.partial"], [".lock", "config.json", "metrics.csv", "epochs.csv"]])
-def test_a_run_killed_before_its_first_checkpoint_is_started_by_resume(tmp_path, left):
-    command = [*SHORT[:4], "--epochs", "1", "--device", "cpu", "--max-warmup-fraction", "0.5", "--run-dir"]
-    assert main([*command, str(tmp_path / "whole")]) == 0
+def test_a_run_killed_before_its_first_checkpoint_is_started_by_resume(tmp_path, one_epoch, left):
     (tmp_path / "cut").mkdir()
     for name in left:
-        if (tmp_path / "whole" / name).exists():
-            shutil.copy(tmp_path / "whole" / name, tmp_path / "cut")
+        if (one_epoch / name).exists():
+            shutil.copy(one_epoch / name, tmp_path / "cut")
         else:
             (tmp_path / "cut" / name).write_text("{")
-    assert main([*command, str(tmp_path / "cut"), "--resume"]) == 0
-    assert rows(tmp_path / "cut" / "metrics.csv") == rows(tmp_path / "whole" / "metrics.csv")
-    assert main([*command, str(tmp_path / "nowhere"), "--resume"]) == 2
+    assert main([*ONE_EPOCH, str(tmp_path / "cut"), "--resume"]) == 0
+    assert rows(tmp_path / "cut" / "metrics.csv") == rows(one_epoch / "metrics.csv")
+    assert main([*ONE_EPOCH, str(tmp_path / "nowhere"), "--resume"]) == 2
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_later(tmp_path, capsys):
-    command = [*SHORT[:4], "--epochs", "2", "--device", "cpu", "--run-dir", str(tmp_path / "run")]
+    command = [*SHORT, "--epochs", "2", "--run-dir", str(tmp_path / "run")]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
@@ -192,19 +200,18 @@ def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_later(tmp_path, cap
     assert len(rows(tmp_path / "run" / "metrics.csv")) == 20
 
 
-def test_a_damaged_run_is_said_in_one_line(tmp_path, capsys):
-    command = [*SHORT[:4], "--epochs", "1", "--device", "cpu", "--max-warmup-fraction", "0.5", "--run-dir", str(tmp_path / "run")]
-    assert main(command) == 0
-    capsys.readouterr()
+def test_a_damaged_run_is_said_in_one_line(tmp_path, one_epoch, capsys):
+    shutil.copytree(one_epoch, tmp_path / "run")
     for name in ("checkpoint.pt", "config.json"):
         whole = (tmp_path / "run" / name).read_bytes()
         (tmp_path / "run" / name).write_bytes(whole[: len(whole) // 2])
-        assert main([*command, "--resume"]) == 2
+        assert main([*ONE_EPOCH, str(tmp_path / "run"), "--resume"]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert name in error
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_corrupt_image_is_named_and_skipped_if_asked(tmp_path, image_folder, capfd, workers):
     shutil.copytree(image_folder, tmp_path / "images")
@@ -237,23 +244,8 @@ def test_help_names_each_default_once(capsys):
         assert option.count("(default") <= 1
 
 
-def test_image_folder(tmp_path, image_folder):
-    options = [
-        "--data-dir",
-        str(image_folder),
-        "--img-size",
-        "32",
-        "--batch-size",
-        "16",
-        "--epochs",
-        "2",
-        "--workers",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    assert main([*options, "--run-dir", str(tmp_path / "run")]) == 0
-    assert len(rows(tmp_path / "run" / "metrics.csv")) == 2 * (80 // 16)
+def test_image_folder(whole):
+    assert len(rows(whole["folder"][1] / "metrics.csv")) == 6 * (80 // 8)
 
 
 @pytest.mark.parametrize(
@@ -267,15 +259,16 @@ def test_image_folder(tmp_path, image_folder):
     ids=" ".join,
 )
 def test_options(tmp_path, options):
-    assert main([*SHORT, *options, "--run-dir", str(tmp_path / "run")]) == 0
+    assert main([*SHORT, "--epochs", "2", *options, "--run-dir", str(tmp_path / "run")]) == 0
     lrs = [float(row["lr"]) for row in rows(tmp_path / "run" / "metrics.csv")]
-    assert len(lrs) == 40
+    assert len(lrs) == 20
     assert 0 < lrs[-1] < max(lrs) / 5
     assert (tmp_path / "run" / "figure.png").exists()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_model_of_fixed_input_size_gets_it(tmp_path):
-    options = ["--model", "test_vit3", "--batch-size", "600", "--epochs", "1", "--device", "cpu"]
+    options = ["--model", "test_vit", "--batch-size", "600", "--epochs", "1", "--device", "cpu"]
     assert main([*options, "--run-dir", str(tmp_path / "run")]) == 0
 
 

@@ -9,10 +9,7 @@ import os
 import random
 import resource
 import signal
-import socket
 import struct
-import subprocess
-import sys
 import termios
 import time
 from contextlib import contextmanager
@@ -21,7 +18,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT, torchrun
+from processes import Forked, ranks, ranks_started
 from test_imports import MODULES, modules_used
 from torch import nn
 
@@ -665,8 +662,9 @@ def test_what_other_processes_have_says_and_writes_nothing(tmp_path, monkeypatch
 
 def test_a_terminal_has_a_progress_bar(tmp_path):
     code = """
-import time
+import sys, time
 from test_training import ALONE, EPOCH, Console, configured, small_model
+sys.stderr = open(sys.argv[1], "w")
 console = Console(configured("run"), ALONE, small_model(), 10, 5)
 with console:
     for step in range(5):
@@ -676,16 +674,16 @@ with console:
 """
     terminal, end = os.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 25, 120, 0, 0))
-    command, env = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
-    done = subprocess.run(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=end, text=True, timeout=120)
+    shown = Forked(tmp_path, "-c", code, os.ttyname(end))
+    code = shown.end()
     os.set_blocking(terminal, False)
     bar = os.read(terminal, 100_000).decode()
     os.close(end)
     os.close(terminal)
-    assert done.returncode == 0, bar
+    assert code == 0, bar + shown.stderr
     assert "| 8/30 [" in bar
     assert "epoch 1, LR 0.5 warmup" in bar
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["test_resnet", "epoch"]
+    assert [line.split()[0] for line in shown.stdout.splitlines()] == ["test_resnet", "epoch"]
 
 
 # Folder
@@ -711,21 +709,19 @@ def test_a_folder_is_begun_in_once_and_gone_on_with_under_its_options(tmp_path):
 
 def test_a_folder_is_used_by_one_process_until_it_dies(tmp_path):
     code = """
-import sys
+import sys, time
 from test_training import RunFolder, configured
 RunFolder(configured(sys.argv[1]), 1).claim()
 print("claimed", flush=True)
-sys.stdin.read()
+time.sleep(600)
 """
-    env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-c", code, tmp_path / "run"]
     folder = RunFolder(configured(tmp_path / "run"), 1)
-    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "claimed\n"
-        with pytest.raises(UsageError, match="in use by another process"):
-            folder.claim()
-        process.kill()
-        process.wait()
+    other = Forked(tmp_path / "other", "-c", code, tmp_path / "run")
+    other.wait_for_line("claimed")
+    with pytest.raises(UsageError, match="in use by another process"):
+        folder.claim()
+    other.process.kill()
+    other.end()
     folder.claim()
     folder.start(0)
     folder.release()
@@ -757,10 +753,8 @@ else:
     csv.DictWriter.writerows = killed
 RunFolder(configured(sys.argv[1]), 1).start(4)
 """
-    env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
     for where in ("json", "csv"):
-        done = subprocess.run([sys.executable, "-c", code, folder.path, where], env=env, timeout=120)
-        assert done.returncode == -signal.SIGKILL
+        assert Forked(tmp_path / where, "-c", code, folder.path, where).end() == -signal.SIGKILL
         assert {name: (folder.path / name).read_bytes() for name in before} == before
     folder.start(4)
     assert [row["step"] for row in folder.rows("metrics.csv")] == ["0", "1", "2", "3"]
@@ -798,11 +792,11 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, file_limit):
 
 
 def test_processes_share_losses_statistics_tests_and_checkpoints(tmp_path):
-    torchrun(2, ROOT / "tests" / "training_ranks.py", tmp_path)
+    ranks(tmp_path, 2, "tests/training_ranks.py", tmp_path)
 
 
 @pytest.mark.parametrize("who", ["1", "01"])
-def test_an_error_is_printed_once_with_the_rank_of_its_process(who):
+def test_an_error_is_printed_once_with_the_rank_of_its_process(tmp_path, who):
     code = f"""
 import sys
 from autowu.training.config import RunError
@@ -815,14 +809,9 @@ try:
 except RunError:
     sys.exit(1)
 """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", code]
-    processes = [subprocess.Popen(command, env=env | {"RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"]
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1]
+    with ranks_started(tmp_path, 2, "-c", code) as processes:
+        assert [process.end() for process in processes] == [1, 1]
+    said = [process.stderr for process in processes]
     lines = [line for text in said for line in text.splitlines() if line.startswith("train.py: error:")]
     assert lines in [[f"train.py: error: rank {rank}: cannot go on"] for rank in who]
     assert "Traceback" not in "".join(said)
