@@ -273,13 +273,15 @@ CASES = {
     "ddp": ddp,
     "fsdp2": fsdp2,
 }
+# What depends on how many ranks there are; the rest is run by two.
+OF_FOUR = ("different_losses", "a_rank_of_nans_and_a_silent_one", "groups_of_two")
 
 
 def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    results = {name: case(rank, size) for name, case in CASES.items()}
+    results = {name: case(rank, size) for name, case in CASES.items() if size == 2 or name in OF_FOUR}
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     dist.barrier()
     os._exit(0)  # gloo's threads now and then abort an interpreter that takes itself down

@@ -24,7 +24,7 @@ from autowu.families import LR_RANGES
 from autowu.optim import LARS
 
 PAGE = (ROOT / "docs" / "accelerate.md").read_text()
-EPOCHS = 20
+EPOCHS = 10
 BUILDS = ["before", "after", "unwrapped"]
 
 
@@ -146,7 +146,7 @@ def test_accumulation_advances_once_an_optimizer_step(build):
 
 @pytest.mark.parametrize("build", ["before", "after"])
 def test_a_skipped_step_does_not_count(build):
-    run = Run(build, scaler=torch.amp.GradScaler("cpu"), overflows=(0, 1, 50, 300)).train()
+    run = Run(build, scaler=torch.amp.GradScaler("cpu"), overflows=(0, 1, 50, 150)).train()
     assert run.skipped == 4
     assert len(run.lrs) == run.autowu.last_epoch == 20 * EPOCHS - 4
     warmup, switch = AutoWU(sgd(network()), 20, EPOCHS), run.autowu.switch.step
@@ -307,13 +307,13 @@ def assert_learned(done):
 def test_the_example_learns():
     command = "examples/accelerate_digits.py"
     assert f"\npython {command}\n" in PAGE
-    assert_learned(launch(command))
+    assert_learned(launch(command, "--epochs", 6))
 
 
 def test_the_example_learns_in_two_processes():
     command = "examples/accelerate_digits.py --accumulate 2"
     assert f"\ntorchrun --nproc-per-node 2 {command}\n" in PAGE
-    assert_learned(torchrun(2, *command.split()))
+    assert_learned(torchrun(2, *command.split(), "--epochs", 6))
 
 
 if __name__ == "__main__":
