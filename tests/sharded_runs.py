@@ -1,10 +1,11 @@
-"""What tests/test_optim_sharded.py runs on every rank: `torchrun --nproc-per-node 4 tests/sharded_runs.py FOLDER`."""
+"""What tests/test_optim_sharded.py runs on every rank of four: `python tests/sharded_runs.py FOLDER`."""
 
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked import run_ranks
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
@@ -93,4 +94,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_ranks(4, main, sys.argv[1])

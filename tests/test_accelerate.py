@@ -1,8 +1,9 @@
 """AutoWU under Accelerate: it counts optimizer steps, however often the prepared scheduler calls it.
 
-Run as a script, `torchrun --nproc-per-node 2 tests/test_accelerate.py FOLDER`, it is one rank of the test with two processes.
+Run as a script, `python tests/test_accelerate.py FOLDER`, it is the two ranks of the tests with two processes.
 """
 
+import functools
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
+from forked import run_ranks
 from processes import ROOT, launch, torchrun
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
@@ -88,6 +90,7 @@ class Run:
         return self
 
 
+@functools.cache
 def plain_run(size=90, accumulate=1):
     """A loop without a framework: its model, its scheduler and the LRs that its steps ran at."""
     model, loader = network(), DataLoader(data(), size)
@@ -124,15 +127,9 @@ def assert_same_run(run, plain):
     assert_same_weights(run.accelerator.unwrap_model(run.model), model)
 
 
-@pytest.fixture(scope="module")
-def plain():
-    return plain_run()
-
-
-@pytest.mark.parametrize("observes", [False, True])
-@pytest.mark.parametrize("build", BUILDS)
-def test_the_run_is_that_of_a_plain_loop(build, observes, plain):
-    assert_same_run(Run(build).train(observes), plain)
+@pytest.mark.parametrize(("build", "observes"), [("before", False), ("after", False), ("after", True), ("unwrapped", True)])
+def test_the_run_is_that_of_a_plain_loop(build, observes):
+    assert_same_run(Run(build).train(observes), plain_run())
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -194,7 +191,7 @@ def test_the_lr_range_is_that_of_the_wrapped_optimizer(family):
 def test_a_run_that_goes_on_is_the_uncut_one(build, tmp_path):
     seeded = {"shuffle": True, "dataloader_config": DataLoaderConfiguration(use_seedable_sampler=True)}
     uncut = Run(build, **seeded).train()
-    epochs = 3, uncut.autowu.switch.step // 20 + 2
+    epochs = 1, uncut.autowu.switch.step // 20 + 2
     for epoch in epochs:
         first = Run(build, **seeded)
         for done in range(epoch):
@@ -235,12 +232,12 @@ def run_rank(folder):
             arguments = arguments | {"scaler": torch.amp.GradScaler("cpu")}
         run = Run(**arguments)
         if name == "resumed":
-            run.train(end=5)
+            run.train(end=2)
             state = run.accelerator.save_state(Path(folder) / "state")
             before, run = run, Run(**arguments)
             run.accelerator.load_state(state)
             run.lrs, run.losses = before.lrs, before.losses
-        run.train(observes=name == "observed", start=5 if name == "resumed" else 0)
+        run.train(observes=name == "observed", start=2 if name == "resumed" else 0)
         seen = {
             "ranks": run.accelerator.num_processes,
             "batches": len(run.loader),
@@ -255,7 +252,7 @@ def run_rank(folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun(2, __file__, folder)
+    launch(__file__, folder)
     return {name: [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in (0, 1)] for name in RANK_RUNS}
 
 
@@ -317,4 +314,4 @@ def test_the_example_learns_in_two_processes():
 
 
 if __name__ == "__main__":
-    run_rank(sys.argv[1])
+    run_ranks(2, run_rank, sys.argv[1])

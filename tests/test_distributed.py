@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from processes import torchrun
+from processes import launch
 from rank_runs import CASES, LOWEST, OF_FOUR, STEPS, curve, run, scheduler_of
 
 from autowu.ranks import Ranks
@@ -13,22 +13,24 @@ from autowu.ranks import Ranks
 NEAR_THE_LOWEST = (0.8 * LOWEST, 1.2 * LOWEST)
 
 
-def launched(size, folder):
-    """The results of the cases on every rank."""
-    torchrun(size, "tests/rank_runs.py", folder, timeout=400)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each rank found, of two and of four."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch("tests/rank_runs.py", folder, timeout=400)
+    return {size: [json.loads((folder / f"{rank}_of_{size}.json").read_text()) for rank in range(size)] for size in (2, 4)}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(results):
     """All cases, of two ranks."""
-    return launched(2, tmp_path_factory.mktemp("two"))
+    return results[2]
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
+def four(results):
     """Those that depend on how many ranks there are, of four."""
-    return launched(4, tmp_path_factory.mktemp("four"))
+    return results[4]
 
 
 @pytest.fixture(params=["ranks", "four"])
