@@ -1,6 +1,7 @@
 """What loads what: `import autowu` stays light, and imports inside the package point downwards only, in no circle."""
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -73,6 +74,7 @@ OPTIM = {
 }
 
 
+@functools.cache
 def imports(path):
     """Full names of all that a file imports, inside functions too. `from a import b` is b where that is a module, else a."""
     found = set()

@@ -68,7 +68,7 @@ for part in (by_threads, cut_short) if sys.argv[1:] else ():
 def said():
     """Lines: of the import, of threads, of registrations cut short."""
     parts = ["all"] if torch.__version__ >= (2, 6) else []
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *parts], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *parts], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
