@@ -134,11 +134,11 @@ def test_the_run_is_that_of_a_plain_loop(build, observes):
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_accumulation_advances_once_an_optimizer_step(build):
-    # 29 micro-batches an epoch: 10 optimizer steps, the last of which has two.
-    run = Run(build, size=63, accumulate=3).train(observes=True)
-    assert run.autowu.last_epoch == 10 * EPOCHS
-    assert len(run.losses) == 29 * EPOCHS
-    assert_same_run(run, plain_run(63, 3))
+    # 53 micro-batches an epoch: 18 optimizer steps, the last of which has two.
+    run = Run(build, size=34, accumulate=3).train(observes=True)
+    assert run.autowu.last_epoch == 18 * EPOCHS
+    assert len(run.losses) == 53 * EPOCHS
+    assert_same_run(run, plain_run(34, 3))
 
 
 @pytest.mark.parametrize("build", ["before", "after"])
@@ -159,8 +159,8 @@ def test_what_was_observed_for_a_skipped_step_goes_to_the_next():
 
 
 def test_accumulation_works_with_the_last_loss_alone():
-    run = Run(size=63, accumulate=3).train()
-    assert run.autowu.last_epoch == len(run.lrs) == 10 * EPOCHS
+    run = Run(size=34, accumulate=3).train()
+    assert run.autowu.last_epoch == len(run.lrs) == 18 * EPOCHS
     assert run.autowu.switch.by_test
 
 
@@ -216,9 +216,9 @@ def test_a_run_that_goes_on_is_the_uncut_one(build, tmp_path):
 RANK_RUNS = {
     "after": {},
     "before": {"build": "before"},
-    "split": {"split_batches": True},
+    "split": {"size": 90, "split_batches": True},
     "own": {"prepares": False},
-    "observed": {"size": 60, "accumulate": 2},
+    "observed": {"size": 30, "accumulate": 2},
     "resumed": {},
     "scaled_after": {"scaler": True},
     "scaled_before": {"scaler": True, "build": "before"},
@@ -230,11 +230,11 @@ def run_rank(folder):
     for name, arguments in RANK_RUNS.items():
         if "scaler" in arguments:
             arguments = arguments | {"scaler": torch.amp.GradScaler("cpu")}
-        run = Run(**arguments)
+        run = Run(**({"size": 45} | arguments))
         if name == "resumed":
             run.train(end=2)
             state = run.accelerator.save_state(Path(folder) / "state")
-            before, run = run, Run(**arguments)
+            before, run = run, Run(size=45)
             run.accelerator.load_state(state)
             run.lrs, run.losses = before.lrs, before.losses
         run.train(observes=name == "observed", start=2 if name == "resumed" else 0)
