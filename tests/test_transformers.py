@@ -23,7 +23,7 @@ from autowu import AutoWU
 from autowu.integrations.transformers import AutoWUMixin, AutoWUTrainer
 
 LENGTH = 32
-STEPS = 80
+STEPS = 120
 
 
 def blocks():
@@ -215,7 +215,7 @@ def test_what_is_left_of_an_accumulation_that_was_cut_is_forgotten(tmp_path):
 def test_a_scheduler_of_the_users_own_is_given_the_losses(tmp_path):
     model = gpt2()
     optimizer = torch.optim.AdamW(model.parameters())
-    options = {"total_steps": None, "steps_per_epoch": 20, "total_epochs": 4, "test_interval": 2}
+    options = {"total_steps": None, "steps_per_epoch": 30, "total_epochs": 4, "test_interval": 2}
     scheduler = AutoWU(optimizer, **options)
     trainer = trainer_of(tmp_path, model=model, optimizers=(optimizer, scheduler))
     trainer.train()
