@@ -216,7 +216,7 @@ def test_a_run_that_goes_on_is_the_uncut_one(build, tmp_path):
 RANK_RUNS = {
     "after": {},
     "before": {"build": "before"},
-    "split": {"size": 90, "split_batches": True},
+    "split": {"split_batches": True},
     "own": {"prepares": False},
     "observed": {"size": 30, "accumulate": 2},
     "resumed": {},
