@@ -1,8 +1,9 @@
 """A small timm model on scikit-learn's digits, in a loop that calls its scheduler as timm's training script does.
 
-python examples/timm_digits.py
+python examples/timm_digits.py [--epochs 15]
 """
 
+import argparse
 import logging
 
 import torch
@@ -14,8 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from autowu import AutoWU
 from autowu.integrations.timm import AutoWUScheduler
-
-EPOCHS = 15
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
@@ -49,6 +48,9 @@ def accuracy(model, data) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=15)
+    args = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("autowu").setLevel(logging.INFO)
     torch.manual_seed(0)
@@ -56,9 +58,9 @@ def main() -> None:
     loader = DataLoader(train_data, 64, shuffle=True, drop_last=True)
     model = create_model("test_efficientnet", in_chans=1, num_classes=10)
     optimizer = create_optimizer_v2(model, opt="lamb", weight_decay=0.02)
-    lr_scheduler = AutoWUScheduler(AutoWU(optimizer, len(loader), EPOCHS, model=model))
+    lr_scheduler = AutoWUScheduler(AutoWU(optimizer, len(loader), args.epochs, model=model))
     loss_fn = torch.nn.CrossEntropyLoss()
-    for epoch in range(EPOCHS):
+    for epoch in range(args.epochs):
         loss = train_one_epoch(epoch, model, loader, optimizer, loss_fn, lr_scheduler)
         eval_metric = accuracy(model, test_data)
         lr_scheduler.step(epoch + 1, eval_metric)

@@ -1,8 +1,9 @@
 """A small language model on Python's own source, byte by byte, with the Transformers Trainer and no learning rate.
 
-The Trainer prints the losses: python examples/transformers_text.py
+The Trainer prints the losses: python examples/transformers_text.py [--steps 200]
 """
 
+import argparse
 import logging
 import os
 import tempfile
@@ -13,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from autowu.integrations.transformers import AutoWUTrainer
 
-STEPS, LENGTH = 200, 64
+LENGTH = 64
 
 
 def source_blocks() -> list[dict[str, torch.Tensor]]:
@@ -24,6 +25,9 @@ def source_blocks() -> list[dict[str, torch.Tensor]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    steps = parser.parse_args().steps
     logging.basicConfig(format="%(message)s")
     logging.getLogger("autowu").setLevel(logging.INFO)
     torch.manual_seed(0)
@@ -32,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,
-            max_steps=STEPS,
+            max_steps=steps,
             per_device_train_batch_size=16,
             logging_steps=25,
             save_strategy="no",

@@ -1,10 +1,11 @@
-"""What tests/test_optim_sharded.py runs on every rank: `torchrun --nproc-per-node N tests/sharded_runs.py FOLDER`."""
+"""What tests/test_optim_sharded.py runs on every rank of four: `python tests/sharded_runs.py FOLDER`."""
 
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked import run_ranks
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
@@ -14,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from autowu.optim import LAMB, LANS, LARS, TVLARS, Muon, param_groups
 
-STEPS = 8
+STEPS = 5
 OPTIMIZERS = {
     "lars": lambda groups: LARS(torch.optim.SGD(groups, lr=2.0, momentum=0.9), trust_coef=0.02),
     "lars_adamw": lambda groups: LARS(torch.optim.AdamW(groups, lr=0.01)),
@@ -78,19 +79,19 @@ def train(make, rank, size, mesh=None, resume_at=None):
 def main(folder):
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    meshes = {"fsdp": dist.init_device_mesh("cpu", (size,))}
-    if size == 4:
-        meshes["hsdp"] = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    meshes = {
+        "fsdp": dist.init_device_mesh("cpu", (size,)),
+        "hsdp": dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")),
+    }
     results = {(name, kind): train(make, rank, size, mesh) for name, make in OPTIMIZERS.items() for kind, mesh in meshes.items()}
     for name in ("lamb", "tvlars", "muon"):
-        results[name, "resumed"] = train(OPTIMIZERS[name], rank, size, meshes["fsdp"], resume_at=4)
-    if size == 4:
-        mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-        for name in ("lars", "lamb", "lans", "muon"):
-            results[name, "tensor parallel"] = {"layers": tensor_parallel(OPTIMIZERS[name], mesh)}
+        results[name, "resumed"] = train(OPTIMIZERS[name], rank, size, meshes["fsdp"], resume_at=3)
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    for name in ("lars", "lamb", "lans", "muon"):
+        results[name, "tensor parallel"] = {"layers": tensor_parallel(OPTIMIZERS[name], mesh)}
     torch.save(results, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_ranks(4, main, sys.argv[1])

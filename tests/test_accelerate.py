@@ -1,8 +1,9 @@
 """AutoWU under Accelerate: it counts optimizer steps, however often the prepared scheduler calls it.
 
-Run as a script, `torchrun --nproc-per-node 2 tests/test_accelerate.py FOLDER`, it is one rank of the test with two processes.
+Run as a script, `python tests/test_accelerate.py FOLDER`, it is the two ranks of the tests with two processes.
 """
 
+import functools
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
+from forked import run_ranks
 from processes import ROOT, launch, torchrun
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
@@ -24,7 +26,7 @@ from autowu.families import LR_RANGES
 from autowu.optim import LARS
 
 PAGE = (ROOT / "docs" / "accelerate.md").read_text()
-EPOCHS = 20
+EPOCHS = 10
 BUILDS = ["before", "after", "unwrapped"]
 
 
@@ -88,6 +90,7 @@ class Run:
         return self
 
 
+@functools.cache
 def plain_run(size=90, accumulate=1):
     """A loop without a framework: its model, its scheduler and the LRs that its steps ran at."""
     model, loader = network(), DataLoader(data(), size)
@@ -124,29 +127,23 @@ def assert_same_run(run, plain):
     assert_same_weights(run.accelerator.unwrap_model(run.model), model)
 
 
-@pytest.fixture(scope="module")
-def plain():
-    return plain_run()
-
-
-@pytest.mark.parametrize("observes", [False, True])
-@pytest.mark.parametrize("build", BUILDS)
-def test_the_run_is_that_of_a_plain_loop(build, observes, plain):
-    assert_same_run(Run(build).train(observes), plain)
+@pytest.mark.parametrize(("build", "observes"), [("before", False), ("after", False), ("after", True), ("unwrapped", True)])
+def test_the_run_is_that_of_a_plain_loop(build, observes):
+    assert_same_run(Run(build).train(observes), plain_run())
 
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_accumulation_advances_once_an_optimizer_step(build):
-    # 29 micro-batches an epoch: 10 optimizer steps, the last of which has two.
-    run = Run(build, size=63, accumulate=3).train(observes=True)
-    assert run.autowu.last_epoch == 10 * EPOCHS
-    assert len(run.losses) == 29 * EPOCHS
-    assert_same_run(run, plain_run(63, 3))
+    # 53 micro-batches an epoch: 18 optimizer steps, the last of which has two.
+    run = Run(build, size=34, accumulate=3).train(observes=True)
+    assert run.autowu.last_epoch == 18 * EPOCHS
+    assert len(run.losses) == 53 * EPOCHS
+    assert_same_run(run, plain_run(34, 3))
 
 
 @pytest.mark.parametrize("build", ["before", "after"])
 def test_a_skipped_step_does_not_count(build):
-    run = Run(build, scaler=torch.amp.GradScaler("cpu"), overflows=(0, 1, 50, 300)).train()
+    run = Run(build, scaler=torch.amp.GradScaler("cpu"), overflows=(0, 1, 50, 150)).train()
     assert run.skipped == 4
     assert len(run.lrs) == run.autowu.last_epoch == 20 * EPOCHS - 4
     warmup, switch = AutoWU(sgd(network()), 20, EPOCHS), run.autowu.switch.step
@@ -162,8 +159,8 @@ def test_what_was_observed_for_a_skipped_step_goes_to_the_next():
 
 
 def test_accumulation_works_with_the_last_loss_alone():
-    run = Run(size=63, accumulate=3).train()
-    assert run.autowu.last_epoch == len(run.lrs) == 10 * EPOCHS
+    run = Run(size=34, accumulate=3).train()
+    assert run.autowu.last_epoch == len(run.lrs) == 18 * EPOCHS
     assert run.autowu.switch.by_test
 
 
@@ -194,7 +191,7 @@ def test_the_lr_range_is_that_of_the_wrapped_optimizer(family):
 def test_a_run_that_goes_on_is_the_uncut_one(build, tmp_path):
     seeded = {"shuffle": True, "dataloader_config": DataLoaderConfiguration(use_seedable_sampler=True)}
     uncut = Run(build, **seeded).train()
-    epochs = 3, uncut.autowu.switch.step // 20 + 2
+    epochs = 1, uncut.autowu.switch.step // 20 + 2
     for epoch in epochs:
         first = Run(build, **seeded)
         for done in range(epoch):
@@ -221,7 +218,7 @@ RANK_RUNS = {
     "before": {"build": "before"},
     "split": {"split_batches": True},
     "own": {"prepares": False},
-    "observed": {"size": 60, "accumulate": 2},
+    "observed": {"size": 30, "accumulate": 2},
     "resumed": {},
     "scaled_after": {"scaler": True},
     "scaled_before": {"scaler": True, "build": "before"},
@@ -233,14 +230,14 @@ def run_rank(folder):
     for name, arguments in RANK_RUNS.items():
         if "scaler" in arguments:
             arguments = arguments | {"scaler": torch.amp.GradScaler("cpu")}
-        run = Run(**arguments)
+        run = Run(**({"size": 45} | arguments))
         if name == "resumed":
-            run.train(end=5)
+            run.train(end=2)
             state = run.accelerator.save_state(Path(folder) / "state")
-            before, run = run, Run(**arguments)
+            before, run = run, Run(size=45)
             run.accelerator.load_state(state)
             run.lrs, run.losses = before.lrs, before.losses
-        run.train(observes=name == "observed", start=5 if name == "resumed" else 0)
+        run.train(observes=name == "observed", start=2 if name == "resumed" else 0)
         seen = {
             "ranks": run.accelerator.num_processes,
             "batches": len(run.loader),
@@ -255,7 +252,7 @@ def run_rank(folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun(2, __file__, folder)
+    launch(__file__, folder)
     return {name: [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in (0, 1)] for name in RANK_RUNS}
 
 
@@ -307,14 +304,14 @@ def assert_learned(done):
 def test_the_example_learns():
     command = "examples/accelerate_digits.py"
     assert f"\npython {command}\n" in PAGE
-    assert_learned(launch(command))
+    assert_learned(launch(command, "--epochs", 6))
 
 
 def test_the_example_learns_in_two_processes():
     command = "examples/accelerate_digits.py --accumulate 2"
     assert f"\ntorchrun --nproc-per-node 2 {command}\n" in PAGE
-    assert_learned(torchrun(2, *command.split()))
+    assert_learned(torchrun(2, *command.split(), "--epochs", 6))
 
 
 if __name__ == "__main__":
-    run_rank(sys.argv[1])
+    run_ranks(2, run_rank, sys.argv[1])

@@ -5,20 +5,37 @@ import json
 import numpy as np
 import pytest
 import torch
-from processes import torchrun
-from rank_runs import CASES, LOWEST, STEPS, curve, run, scheduler_of
+from processes import launch
+from rank_runs import CASES, LOWEST, OF_FOUR, STEPS, curve, run, scheduler_of
 
 from autowu.ranks import Ranks
 
 NEAR_THE_LOWEST = (0.8 * LOWEST, 1.2 * LOWEST)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request, tmp_path_factory):
-    """The results of every case on every rank, for two and for four processes."""
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each rank found, of two and of four."""
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun(request.param, "tests/rank_runs.py", folder, timeout=400)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+    launch("tests/rank_runs.py", folder, timeout=400)
+    return {size: [json.loads((folder / f"{rank}_of_{size}.json").read_text()) for rank in range(size)] for size in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def ranks(results):
+    """All cases, of two ranks."""
+    return results[2]
+
+
+@pytest.fixture(scope="module")
+def four(results):
+    """Those that depend on how many ranks there are, of four."""
+    return results[4]
+
+
+@pytest.fixture(params=["ranks", "four"])
+def two_or_four(request):
+    return request.getfixturevalue(request.param)
 
 
 def assert_agree(ranks, case):
@@ -30,15 +47,24 @@ def assert_agree(ranks, case):
     return first
 
 
-@pytest.mark.parametrize("case", sorted(set(CASES) - {"groups_of_one", "groups_of_two"}))
-def test_ranks_run_at_the_same_lr_at_every_step(ranks, case):
+def assert_agree_and_switch(ranks, case):
     first = assert_agree(ranks, case)
     assert first["switch"] is not None
     assert first["phase"] == "done"
 
 
-def test_a_test_makes_one_collective_the_switch_another_and_no_other_step_but_the_first_any(ranks):
-    for rank in ranks:
+@pytest.mark.parametrize("case", sorted(set(CASES) - {"groups_of_one", "groups_of_two"}))
+def test_ranks_run_at_the_same_lr_at_every_step(ranks, case):
+    assert_agree_and_switch(ranks, case)
+
+
+@pytest.mark.parametrize("case", sorted(set(OF_FOUR) - {"groups_of_two"}))
+def test_four_ranks_run_at_the_same_lr_at_every_step(four, case):
+    assert_agree_and_switch(four, case)
+
+
+def test_a_test_makes_one_collective_the_switch_another_and_no_other_step_but_the_first_any(two_or_four):
+    for rank in two_or_four:
         made, interval = rank["different_losses"]["collectives"], rank["different_losses"]["interval"]
         switch = rank["different_losses"]["switch"]["step"]
         # The first compares the ranks' arguments.
@@ -110,7 +136,8 @@ def test_where_one_rank_cannot_copy_its_model_all_go_on_without(ranks, case):
     assert [sum(kind == "snapshot" for kind, *_ in rank[case]["events"]) for rank in ranks] == [0, 1] + [0] * (len(ranks) - 2)
 
 
-def test_the_losses_are_averaged_and_the_verdict_comes_one_test_later(ranks):
+def test_the_losses_are_averaged_and_the_verdict_comes_one_test_later(two_or_four):
+    ranks = two_or_four
     size = len(ranks)
     mean = np.mean([curve(rank) for rank in range(size)], axis=0).tolist()
     alone = scheduler_of()
@@ -124,7 +151,8 @@ def test_the_losses_are_averaged_and_the_verdict_comes_one_test_later(ranks):
         assert switch[key] == pytest.approx(getattr(alone.switch, key), rel=1e-6)
 
 
-def test_nans_and_silence_of_some_ranks_leave_the_others_mean(ranks):
+def test_nans_and_silence_of_some_ranks_leave_the_others_mean(two_or_four):
+    ranks = two_or_four
     first = ranks[0]["a_rank_of_nans_and_a_silent_one"]
     assert first["switch"]["by_test"]
     assert NEAR_THE_LOWEST[0] < first["switch"]["minimum"] < NEAR_THE_LOWEST[1]
@@ -152,7 +180,8 @@ def test_ranks_in_groups_of_their_own_run_apart_without_a_collective(ranks):
         assert not any(rank["groups_of_one"]["collectives"])
 
 
-def test_process_group_chooses_who_decides_together(ranks):
+def test_process_group_chooses_who_decides_together(two_or_four):
+    ranks = two_or_four
     for pair in zip(ranks[::2], ranks[1::2], strict=True):
         assert pair[0]["groups_of_two"]["lrs"] == pair[1]["groups_of_two"]["lrs"]
     if len(ranks) == 4:

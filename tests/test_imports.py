@@ -1,6 +1,7 @@
 """What loads what: `import autowu` stays light, and imports inside the package point downwards only, in no circle."""
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -73,6 +74,7 @@ OPTIM = {
 }
 
 
+@functools.cache
 def imports(path):
     """Full names of all that a file imports, inside functions too. `from a import b` is b where that is a module, else a."""
     found = set()
@@ -99,15 +101,34 @@ def under(prefix):
     return {name for name in MODULES if name == prefix or name.startswith(f"{prefix}.")}
 
 
-def test_import_loads_no_heavy_package():
+@pytest.fixture(scope="module")
+def said():
+    """What a process says that imports the package, and then goes on as where gpytorch is not installed."""
     heavy = ("gpytorch", "timm", "matplotlib", "torchvision", "sklearn", "scipy", "tqdm", "triton", *HOSTS)
     code = f"""
 import sys, torch
 before = set(sys.modules)  # torch itself may load tqdm
 import autowu, autowu.optim
 print(sorted(set({heavy}) & (set(sys.modules) - before)))
+sys.modules["gpytorch"] = None  # nothing has imported it yet
+from autowu import AutoWU
+optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+scheduler = AutoWU(optimizer, total_steps=40)
+for step in range(40):
+    optimizer.step()
+    scheduler.step(abs(step - 8) / 10)
+print(scheduler.phase)
+for ask in (lambda: AutoWU.paper(optimizer, 10, 10), lambda: AutoWU(optimizer, total_steps=40, gp="gpytorch")):
+    try:
+        ask()
+    except ImportError as error:
+        print("autowu[gpytorch]" in str(error))
 """
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_import_loads_no_heavy_package(said):
+    assert said[0] == "[]"
 
 
 def test_no_import_goes_in_a_circle():
@@ -167,26 +188,8 @@ def test_only_its_engine_imports_gpytorch():
     assert importers("gpytorch") == {"autowu.gpytorch_engine"}
 
 
-def test_without_gpytorch_all_works_but_what_asks_for_it_which_names_the_extra():
-    code = """
-import sys
-sys.modules["gpytorch"] = None  # as where it is not installed
-import torch
-from autowu import AutoWU
-optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-scheduler = AutoWU(optimizer, total_steps=40)
-for step in range(40):
-    optimizer.step()
-    scheduler.step(abs(step - 8) / 10)
-print(scheduler.phase)
-for ask in (lambda: AutoWU.paper(optimizer, 10, 10), lambda: AutoWU(optimizer, total_steps=40, gp="gpytorch")):
-    try:
-        ask()
-    except ImportError as error:
-        print("autowu[gpytorch]" in str(error))
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["done", "True", "True"]
+def test_without_gpytorch_all_works_but_what_asks_for_it_which_names_the_extra(said):
+    assert said[1:] == ["done", "True", "True"]
 
 
 def test_only_the_kernels_import_triton():

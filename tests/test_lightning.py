@@ -1,6 +1,6 @@
 """AutoWU in Lightning's Trainer: a plain loop's LRs, weights and switch, bit for bit.
 
-Run as a script, `python tests/test_lightning.py FOLDER`, it is one rank of the test with two processes.
+Run as a script, `python tests/test_lightning.py FOLDER`, it is the two ranks of the test with two processes.
 """
 
 import csv
@@ -13,6 +13,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from forked import run_ranks
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
@@ -39,7 +40,7 @@ pytestmark = [
 ]
 
 PAGE = (ROOT / "docs" / "lightning.md").read_text()
-EPOCHS = 20
+EPOCHS = 10
 
 
 def digits():
@@ -232,13 +233,13 @@ def test_the_monitor_logs_the_lr_of_every_step(tmp_path, plain):
 def test_a_run_resumed_within_an_epoch_is_the_uncut_one(tmp_path, accumulate):
     size = 90 if accumulate == 1 else 30
     epoch = math.ceil(len(Batches(size)) / accumulate)
-    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=15, save_top_k=-1)
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=7, save_top_k=-1)
     uncut = fit(
         Observing(epoch * EPOCHS), Batches(size), accumulate_grad_batches=accumulate, enable_checkpointing=True, callbacks=[saving]
     )
     switch, total = uncut.lr_schedulers().switch, len(uncut.lrs)
-    assert 60 < switch.step < total - 60
-    for step in (switch.step // 15 * 15, switch.step // 15 * 15 + 60):
+    assert 35 < switch.step < total - 35
+    for step in (switch.step // 7 * 7, switch.step // 7 * 7 + 35):
         assert step % epoch != 0
         path = tmp_path / f"step={step}.ckpt"
         assert torch.load(path, weights_only=True)["lr_schedulers"][0]["last_epoch"] == step
@@ -254,7 +255,7 @@ def test_a_monitored_run_resumed_at_the_end_of_an_epoch_is_the_uncut_one(tmp_pat
     loader, validate = (DataLoader(TensorDataset(*digits()), size) for size in (90, 900))
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)
     uncut = fit(validating(Monitoring), loader, validate=validate, enable_checkpointing=True, callbacks=[saving])
-    step = 4 * len(loader)
+    step = len(loader)
     assert step < uncut.lr_schedulers().switch.step
     resumed = fit(validating(Monitoring), loader, tmp_path / f"step={step}.ckpt", validate)
     assert resumed.lrs == uncut.lrs[step:]
@@ -391,11 +392,11 @@ def test_two_processes_switch_together(tmp_path):
         assert first["lrs"] == second["lrs"]
         assert first["switch"] == second["switch"]
         assert first["switch"]["by_test"]
-        assert first["last_epoch"] == second["last_epoch"] == len(first["lrs"]) == 10 * EPOCHS
+        assert first["last_epoch"] == second["last_epoch"] == len(first["lrs"]) == 20 * EPOCHS
 
 
 def run_rank(folder):
-    loader = DataLoader(TensorDataset(*digits()), 90, shuffle=True)
+    loader = DataLoader(TensorDataset(*digits()), 45, shuffle=True)
     for kind in (Observing, Monitoring):
         fit(kind(), loader, strategy="ddp", devices=2, callbacks=[Rank(folder)])
 
@@ -419,7 +420,7 @@ def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
 
 def test_the_example_learns_in_two_processes():
     (command,) = re.findall(r"^python (examples/.*)$", PAGE, re.MULTILINE)
-    done = launch(*command.split())
+    done = launch(*command.split(), "--epochs", 8)
     assert "--devices 2" in command
     switch, total = map(int, re.search(r"peak LR \S+ from step (\d+) of (\d+)", done.stdout).groups())
     assert f"AutoWU switched at step {switch} of {total}" in done.stderr
@@ -430,4 +431,4 @@ def test_the_example_learns_in_two_processes():
 
 
 if __name__ == "__main__":
-    run_rank(sys.argv[1])
+    run_ranks(2, run_rank, sys.argv[1])

@@ -1,16 +1,17 @@
-"""Sharded parameters (FSDP2, hybrid sharding): norms are of the whole tensor, so two and four processes train as one does."""
+"""Sharded parameters (FSDP2, hybrid sharding): norms are of the whole tensor, so four processes train as one does."""
 
 import pytest
 import torch
-from processes import torchrun
+from processes import launch
 from sharded_runs import OPTIMIZERS, tensor_parallel, train
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The results of four processes; hybrid sharding has shards on two of them."""
     folder = tmp_path_factory.mktemp("sharded")
-    torchrun(request.param, "tests/sharded_runs.py", folder, timeout=400)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    launch("tests/sharded_runs.py", folder, timeout=400)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(4)]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -18,7 +19,7 @@ def test_shards_are_stepped_as_the_whole(ranks, name):
     alone = train(OPTIMIZERS[name], 0, 1)
     for results in ranks:
         kinds = [kind for other, kind in results if other == name and kind in ("fsdp", "hsdp")]
-        assert kinds == (["fsdp"] if len(ranks) == 2 else ["fsdp", "hsdp"])
+        assert kinds == ["fsdp", "hsdp"]
         for kind in kinds:
             sharded = results[name, kind]
             for key, weight in alone["weights"].items():
@@ -37,8 +38,6 @@ def test_a_state_gathered_and_spread_again_goes_on_alike(ranks, name):
 
 @pytest.mark.parametrize("name", ["lars", "lamb", "lans", "muon"])
 def test_norms_go_over_both_axes_of_tensor_parallelism_and_sharding(ranks, name):
-    if len(ranks) == 2:
-        pytest.skip("two axes take four processes")
     alone = tensor_parallel(OPTIMIZERS[name], None)
     for results in ranks:
         for layer, expected in zip(results[name, "tensor parallel"]["layers"], alone, strict=True):

@@ -39,7 +39,7 @@ def assert_same(watch, other):
 
 
 @given(losses_of_a_run(), st.sampled_from([3, 7, 10]), st.sampled_from([None, 0.1]), st.integers(1, 150))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_on_the_host_the_watch_says_what_it_would_at_every_step(losses, every, level, begins):
     """Where it has an explosion or a divergence to tell it tells it at the very step; what it knows is the same to the bit."""
     reader, plain = Reader(Ranks()), LossWatch()
