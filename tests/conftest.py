@@ -19,6 +19,14 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning")
 
 
+LONG = ("train", "benchmarks", "distributed", "accelerate", "lightning", "transformers", "optim_device", "optim_sharded", "pytorch")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that both processes are busy to the end."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -27,7 +35,7 @@ def _seed():
 @pytest.fixture
 def blank_figures():
     """The figures of train.py's runs are left blank."""
-    import figures
+    import blank_figures
 
-    with figures.blank():
+    with blank_figures.blank():
         yield

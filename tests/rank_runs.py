@@ -32,7 +32,7 @@ def curve(rank=0):
 
 def scheduler_of(**arguments):
     # The losses are made up and rise whatever the LR, which the watch would take for a divergence.
-    defaults = {"total_steps": STEPS, "min_lr": 1e-5, "max_lr": 1.0, "watch": False} | FIXED
+    defaults = {"total_steps": STEPS, "min_lr": 1e-5, "max_lr": 1.0, "watch": False, "rollback": False} | FIXED
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     return AutoWU(optimizer, **(defaults | arguments))
 

@@ -355,7 +355,7 @@ def advance(scheduler, losses):
 def leaves(state, path="state"):
     if type(state) is dict:
         for key, value in state.items():
-            assert type(key) in (str, int), path
+            assert type(key) in (str, int) or {type(part) for part in key} <= {str, int}, path  # where a tensor of a copy stands
             yield from leaves(value, f"{path}[{key!r}]")
     elif type(state) in (list, tuple):
         for index, value in enumerate(state):

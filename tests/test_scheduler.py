@@ -398,7 +398,7 @@ def test_decisions_do_not_depend_on_scale_and_shift(factor, shift, engine):
 @settings(max_examples=25)
 def test_decisions_do_not_depend_on_any_scale_and_shift(seed, factor, shift):
     curve = v_curve(200, lowest=50, seed=seed, noise=0.1)
-    plain, scheduler, shifted = (AutoWU(sgd(), total_steps=200) for _ in range(3))
+    plain, scheduler, shifted = (AutoWU(sgd(), total_steps=200, rollback=False) for _ in range(3))
     expected = advance(plain, curve)
     assert advance(scheduler, factor * curve) == expected
     assert advance(shifted, curve + shift) == expected
@@ -621,14 +621,14 @@ def test_a_late_group_of_the_default_lr_runs_at_the_first_groups(number):
 
 def switches_on_noise(seed, **arguments):
     """Whether a run whose loss is flat, with noise, over more than half of its warm-up ends it there."""
-    scheduler = AutoWU(sgd(), total_steps=400, **RANGE, **arguments)
+    scheduler = AutoWU(sgd(), total_steps=400, rollback=False, **RANGE, **arguments)
     advance(scheduler, (2.3 + 0.05 * np.random.default_rng(seed).standard_normal(110)).tolist())
     return scheduler.switch is not None
 
 
 def test_noise_on_a_flat_start_is_no_minimum():
-    assert sum(switches_on_noise(seed, min_contrast=0.0) for seed in range(60)) > 0
-    assert sum(switches_on_noise(seed) for seed in range(60)) == 0
+    assert any(switches_on_noise(seed, min_contrast=0.0) for seed in range(60))
+    assert not any(switches_on_noise(seed) for seed in range(60))
 
 
 # ---------------------------------------------------------------- saving and loading

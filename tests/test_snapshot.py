@@ -425,7 +425,7 @@ def test_the_plain_call_survives_an_explosion(seed):
 def test_without_going_back_weights_that_are_lost_are_an_error_and_no_lower_peak(caplog):
     scheduler, loss = regression(0, rollback=False)
     assert math.isnan(loss)
-    assert [event.kind for event in scheduler.events] == ["loss", "explosion", "lost", "switch"]
+    assert [event.kind for event in scheduler.events] == ["loss", "explosion", "lost", "switch", "peak"]
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert "rollback=False" in record.getMessage()
 
