@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from figures import blank
+from blank_figures import blank
 from PIL import Image
 from processes import ROOT, Forked, launch
 from sklearn.datasets import load_digits
