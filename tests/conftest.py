@@ -15,6 +15,7 @@ settings.load_profile("autowu")
 
 
 def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist's own order, by the number of tests, has the longest files last
     # Raised by torch when linear_operator, on which gpytorch stands, or torch's own compiler is imported.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning")
 
