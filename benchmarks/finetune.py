@@ -7,8 +7,7 @@ A model is trained on one half of its data, then moved to the other:
 - ``labels``: a convolutional network (and ``mlp``, a perceptron without normalisation) from the digits 0 to 4 to the digits 5 to
   9, 20 images of each.
 - ``lora``: the perceptron, frozen, with adapters of rank 4 beside its layers (Hu et al. 2021) and a new head.
-- ``text``: a byte-level transformer from one part of Python's standard library to the files of its `asyncio`, continued
-  pre-training; ``small``: to one tenth of them, so that it overfits.
+- ``text``: a byte-level transformer from all of Python's standard library to the files of its `asyncio`: continued pre-training.
 
 Each is trained with each LR of a grid under 5 % linear warm-up and cosine, and by AutoWU: ``default`` is AutoWU(optimizer,
 total_steps=..., model=model). The report takes the test loss as a ratio to the best of the grid on that seed.
@@ -46,7 +45,6 @@ CASES = {
     "mlp sgd": (16, 200),
     "lora adamw": (16, 200),
     "text adamw": (16, 300),
-    "small adamw": (16, 200),
 }
 """Batch size and steps."""
 METHODS: dict[str, dict[str, Any]] = {
@@ -89,16 +87,12 @@ def train(
 @lru_cache
 def tasks(kind: str) -> tuple[Task, Task]:
     """What a model is trained on first, and what it is moved to."""
-    if kind in ("text", "small"):
+    if kind == "text":
         first = make_task("lm64")
         files = sorted(Path(sysconfig.get_path("stdlib"), "asyncio").glob("*.py"))
         held_out = files[::5]
         text = b"".join(path.read_bytes() for path in files if path not in held_out)
-        return first, Task(
-            _sequences(text[: len(text) // 10] if kind == "small" else text),
-            _sequences(b"".join(p.read_bytes() for p in held_out)),
-            first.new_model,
-        )
+        return first, Task(_sequences(text), _sequences(b"".join(path.read_bytes() for path in held_out)), first.new_model)
     all_digits = make_task("cnn" if kind == "labels" else "mlp")
     (x, y), (test_x, test_y) = all_digits.train, all_digits.test
     few = torch.cat([(y == digit).nonzero()[:20, 0] for digit in range(5, 10)])
@@ -117,7 +111,7 @@ def pretrained(kind: str, seed: int) -> nn.Module:
     """The model after its first task."""
     task, _ = tasks(kind)
     torch.manual_seed(seed)
-    model, steps = task.new_model(), 600 if kind in ("text", "small") else 300
+    model, steps = task.new_model(), 600 if kind == "text" else 300
     optimizer = make_optimizer("adamw", model, 3e-3)
     schedule = cosine(optimizer, steps, steps // 20)
     train(task, model, optimizer, lambda loss: schedule.step(), 32, steps, seed)
@@ -183,8 +177,8 @@ def main() -> None:
     if not rows:
         RESULTS.write_text(json.dumps({"machine": machine("cpu")}) + "\n")
     done = {(row["case"], row["method"], row["lr"], row["seed"]) for row in rows}
-    for seed in SEEDS:
-        for case in CASES:
+    for case in CASES:
+        for seed in SEEDS:
             wanted = [("grid", lr) for lr in learning_rates(case.split()[1])] + [(method, None) for method in METHODS]
             for method, lr in wanted:
                 if (case, method, lr, seed) not in done:

@@ -264,6 +264,17 @@ def test_tables_of_regret_are_the_measured_ones(regret):
     assert "seeds come to {:.2f}, {:.2f} and {:.2f}".format(*means) in PAGES["docs/results.md"]
 
 
+def test_the_table_of_fine_tuning_is_the_measured_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    finetune = importlib.import_module("finetune")
+    rows = [json.loads(line) for line in finetune.RESULTS.read_text().splitlines()[1:]]
+    ran = {(row["case"], row["method"], row["seed"]) for row in rows}
+    assert ran == {
+        (case, method, seed) for case in finetune.CASES for method in ("grid", *finetune.METHODS) for seed in finetune.SEEDS
+    }
+    assert finetune.report(rows) in PAGES["docs/results.md"]
+
+
 def test_five_rows_of_results_and_their_limit_are_the_measured_ones(regret):
     rows = shown_rows(regret)
     measured = {row[0]: row for row in table(regret.report(rows))}
