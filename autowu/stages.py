@@ -42,6 +42,8 @@ from autowu.watch import BLOCK
 
 __all__ = ["AfterSwitch", "Rooms", "Stage", "WarmUp", "rooms_of", "stage_of"]
 
+_COPIES: Final = 200
+"""Of a run after the switch, at most, however short its warm-up and the interval between tests: more would slow it down."""
 _SKIPPED: Final = 20
 """Calls without an optimizer step after which the loss is looked at."""
 
@@ -217,6 +219,7 @@ class AfterSwitch:
 
     def __init__(self, config: Config, rooms: Rooms) -> None:
         self.config, self.rooms = config, rooms
+        self._copies_every = max(config.test_interval, config.total_steps // _COPIES)
         self._losses = LossHistory(max_points=2)  # those since the last look, where the watch does not follow at once
         self._epoch: LossHistory | None = None  # those of the epoch, for the plateau rule
 
@@ -251,7 +254,7 @@ class AfterSwitch:
         return self.config.decay_phase_stat is not None and phase_at(self.config, state, step) == "stable"
 
     def _watch(self, step: int, loss: float | Tensor, state: State) -> State:
-        reader, rollback, interval = self.rooms.reader, self.rooms.rollback, self.config.test_interval
+        reader, rollback, interval = self.rooms.reader, self.rooms.rollback, self._copies_every
         since = self._read(step, loss)
         if since is None:
             return state
@@ -273,7 +276,7 @@ class AfterSwitch:
         """Have the watch follow the loss; the step of the look before, None where it has not followed any."""
         reader, rollback = self.rooms.reader, self.rooms.rollback
         if reader.follows_at_once(loss, self._losses):
-            look = step % BLOCK == 0 or (rollback.able and step % self.config.test_interval == 0)
+            look = step % BLOCK == 0 or (rollback.able and step % self._copies_every == 0)
             return reader.follow(step, float(loss), look=look)
         self._losses.append(loss)
         since = reader.read_block(step, self._losses, flag=rollback.failed)
