@@ -47,7 +47,9 @@ class EventLog:
             _logger.warning("AutoWU, step %d: %s", step, message)
 
     def fail(self, kind: str, step: int, message: str) -> None:
-        """What ends a run's hope, on all ranks alike: the first says it as an error."""
+        """What ends a run's hope, on all ranks alike: the first says it as an error, once a run and kind."""
+        if any(event.kind == kind for event in self.events):
+            return
         self.events.append(Event(kind, step, message))
         if self._ranks.is_first:
             _logger.error("AutoWU, step %d: %s", step, message)

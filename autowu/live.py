@@ -55,7 +55,7 @@ class LiveRun:
     @torch.no_grad()
     def begin(self) -> None:
         """The run begins here, or goes on: what does not train and keeps its value from here on is frozen."""
-        labelled = self._labelled()
+        labelled = self.everything()
         trained = self._trained(labelled)
         frozen = {label: local(p) for label, p in labelled.items() if label not in trained and _can_be_normed(p)}
         self._frozen = dict(zip(frozen, torch._foreach_norm(list(frozen.values()), 1), strict=True)) if frozen else {}
@@ -75,12 +75,12 @@ class LiveRun:
 
     def labels(self) -> list[Label]:
         """Those of the optimizer's parameters, in their order."""
-        labels = {id(p): label for label, p in self._labelled().items()}
+        labels = {id(p): label for label, p in self.everything().items()}
         return [labels[id(p)] for p in self.optimized()]
 
     def parameters(self) -> dict[Label, Tensor]:
         """The parameters that change."""
-        return self._changing(self._labelled())
+        return self._changing(self.everything())
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers of the model."""
@@ -88,14 +88,14 @@ class LiveRun:
 
     def look(self) -> Seen:
         """All that changes, as it is now; nothing is copied."""
-        labelled = self._labelled()
+        labelled = self.everything()
         parameters = self._changing(labelled)
         tensors: dict[Key, Tensor] = {("parameter", label): local(p) for label, p in parameters.items()}
         tensors |= {("buffer", name): local(t) for name, t in self.buffers().items()}
         rest: dict[Key, Any] = {("extra", name): module.get_extra_state() for name, module in self.modules_with_more().items()}
         for where, _, holder in self._holders(labelled):
             for name, value in holder.items():
-                if name in _OF_THE_SCHEDULE:
+                if not is_kept(name):
                     continue
                 if isinstance(value, Tensor):
                     tensors[(*where, name)] = local(value)
@@ -108,7 +108,7 @@ class LiveRun:
         """Find the frozen parameters that have changed; waits for the device where there are any frozen ones."""
         if not self._frozen:
             return
-        labelled = self._labelled()
+        labelled = self.everything()
         trained = self._trained(labelled)
         now = {label: p for label, p in labelled.items() if label in self._frozen and label not in trained}
         if now:
@@ -118,7 +118,7 @@ class LiveRun:
 
     def holders(self) -> Iterator[tuple[Key, Tensor | None, dict[str, Any]]]:
         """Where each dictionary in which the optimizer keeps what it knows stands, of which parameter it is, and itself."""
-        return self._holders(self._labelled())
+        return self._holders(self.everything())
 
     def _holders(self, labelled: dict[Label, Tensor]) -> Iterator[tuple[Key, Tensor | None, dict[str, Any]]]:
         labels = {id(p): label for label, p in labelled.items()}
@@ -161,10 +161,11 @@ class LiveRun:
         """Where what changes lies, by the first parameter."""
         return next((parameter.device for parameter in self.optimized()), torch.device("cpu"))
 
-    def _labelled(self) -> dict[Label, Tensor]:
-        """All parameters, each once."""
+    def everything(self) -> dict[Label, Tensor]:
+        """All parameters, each once, whether they change or not."""
         named = {} if self.model is None else _bare(dict(self.model.named_parameters()))
-        labelled: dict[Label, Tensor] = {label: p for label, p in named.items()}  # noqa: C416
+        labelled: dict[Label, Tensor] = {}
+        labelled.update(named)
         seen = {id(p) for p in named.values()}
         return labelled | {index: p for index, p in enumerate(self.optimized()) if id(p) not in seen}
 

@@ -62,7 +62,7 @@ class Snapshot:
         """Why the copy, as it was loaded, cannot be put back into the run: a parameter that is missing or has another shape."""
         if self._copied is not None:
             return None  # what was replaced since the copy was made is left as it is
-        found = self._found(self.live.parameters())
+        found = self._found()
         for key, kept in self._copies.items():
             if key[0] == "parameter" and not _fits(found[key[1]], kept):
                 return f"of parameter {key[1]!r}, {tuple(kept.shape)}, the run has none of that shape"
@@ -79,20 +79,23 @@ class Snapshot:
             raise RuntimeError("no snapshot was taken")
         if reason := self.misfit():
             raise RuntimeError(reason)
-        now = self.live.parameters()
-        found = self._found(now)
+        found = self._found()
         fitting = {label: p for label, p in found.items() if p is not None and _fits(p, self._copies["parameter", label])}
         pairs = [(local(p), self._copies["parameter", label]) for label, p in fitting.items()]
         left = [str(label) for label in found if label not in fitting]
         known = {id(p) for p in fitting.values()}
-        left += [str(label) for label, p in now.items() if id(p) not in known and str(label) not in left]
+        left += [str(label) for label, p in self.live.parameters().items() if id(p) not in known and str(label) not in left]
         left += self._restore_buffers(pairs)
         self._restore_state(fitting, pairs)
         _copy(*([list(side) for side in zip(*pairs, strict=True)] or [[], []]))
         return left
 
-    def _found(self, now: dict[Label, Tensor]) -> dict[Label, Tensor | None]:
-        """The parameters of the copy in the run `now`: the same ones, or those of the same label where it was loaded."""
+    def _found(self) -> dict[Label, Tensor | None]:
+        """The parameters of the copy as the run has them: the same ones, or those of the same label where it was loaded.
+
+        Whether they still train does not matter: what was frozen since the copy was made goes back with the rest.
+        """
+        now = self.live.everything()
         labels: list[Label] = [key[1] for key in self._copies if key[0] == "parameter"]
         if self._copied is None:
             return {label: now.get(label) for label in labels}

@@ -176,9 +176,8 @@ class WarmUp:
     def _ended(self, step: int, state: State, found: Verdict | None) -> State:
         """The state after a warm-up that ends whatever the last test found."""
         judge = self.rooms.judge
-        if (
-            found is None and judge.last is None and not self.rooms.ranks.alone
-        ):  # a verdict is a test late, and there is no next one
+        # Of several ranks a verdict is a test late, and there is no next one.
+        if found is None and judge.last is None and not self.rooms.ranks.alone:
             judge.prepare(self.config, state, step)
             found, _ = self._verdict(step, state)
         return switched(self.config, state, step, found or judge.last, self.fallback_lr)

@@ -244,6 +244,34 @@ def test_a_parameter_of_another_shape_stays_whole():
     assert (run.optimizer.state[run.model[3].bias]["exp_avg"] == 7.0).all()
 
 
+def test_a_parameter_that_was_frozen_since_goes_back_too():
+    run = Training(lambda p: torch.optim.SGD(p, lr=0.1)).steps(0, 3)
+    snapshot = Snapshot(LiveRun(run.optimizer, run.model))
+    snapshot.take(3)
+    before = run.model[0].weight.clone()
+    run.steps(3, 6).model[0].weight.requires_grad_(False)
+    assert snapshot.restore() == []
+    assert torch.equal(run.model[0].weight, before)
+
+
+def test_an_average_of_the_weights_goes_back_from_a_saved_copy():
+    def averaged():
+        run = Training(OPTIMIZERS["adamw"])
+        average = copy.deepcopy(run.model).requires_grad_(False)
+        return run, average, Snapshot(LiveRun(run.optimizer, nn.ModuleList([run.model, average])))
+
+    run, average, taken = averaged()
+    run.steps(0, 3)
+    average[0].weight.data.lerp_(run.model[0].weight.data, 0.5)
+    taken.take(3)
+    _, again, snapshot = averaged()
+    snapshot.load_state_dict(copy.deepcopy(taken.state_dict()))
+    again[0].weight.data.fill_(math.nan)
+    assert snapshot.misfit() is None
+    assert snapshot.restore() == []
+    assert torch.equal(again[0].weight, average[0].weight)
+
+
 def test_a_buffer_that_grew_and_one_that_is_expanded_go_back():
     run = Training(OPTIMIZERS["sgd"])
     run.model.register_buffer("queue", torch.arange(3.0))
