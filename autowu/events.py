@@ -95,7 +95,7 @@ def doubt_message(config: Config, switch: Switch) -> str | None:
         return f"no loss curve could be fitted in the warm-up; the LR {switch.lr:.4g} is the optimizer's own and untested; {cure}"
     if switch.lr <= config.min_lr:
         cure = "see whether the loss falls at all, or pass a lower min_lr"
-        return f"the loss was lowest at the start of the warm-up, where no LR was found; the peak is held at min_lr; {cure}"
+        return f"the loss was lowest so near the start of the warm-up that no LR was found; the peak is held at min_lr; {cure}"
     return None
 
 
