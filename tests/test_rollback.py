@@ -143,6 +143,7 @@ def test_weights_that_no_copy_mends_are_an_error_that_names_the_cure(rollback, c
     assert not run.rollback.lost(1)
     assert run.at(float("nan")).rollback.put_back(2) is None
     assert run.rollback.lost(2)
+    assert run.rollback.lost(3)  # said once
     (record,) = caplog.records
     assert record.levelname == "ERROR"
     assert ("without rollback=False" in record.getMessage()) != rollback

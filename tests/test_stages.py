@@ -119,6 +119,16 @@ def test_a_divergence_sets_a_run_back_and_a_third_ends_the_watch():
     assert rooms.rollback.held is None
 
 
+def test_copies_are_as_far_apart_as_tests_but_two_hundred_in_a_run_at_most():
+    for total, apart in ((400, 5), (4000, 20)):
+        _, rooms, stage, state = after_switch(total_steps=total)
+        held = set()
+        for step, loss in enumerate(np.geomspace(3, 1, 120), 61):
+            state, stage = stage.after_step(step, float(loss), state)
+            held.add(rooms.rollback.held)
+        assert held - {None} == set(range(60 + apart, 181, apart)) - {60}
+
+
 def test_a_loss_that_going_back_leaves_where_it_is_is_no_set_back():
     _, rooms, stage, state = after_switch()
     last, _ = run(stage, [*np.linspace(3, 1, 40), *[1.0, 1.01, 0.99] * 10, *[5.0, 5.01, 4.99] * 60], state, first=61)[-1]
