@@ -307,6 +307,15 @@ def test_an_extra_state_goes_back():
     assert model[0].seen == 3
 
 
+def test_state_that_the_optimizer_has_made_anew_in_another_shape_comes_back():
+    run, snapshot = trained()
+    expected = copy.deepcopy(run.optimizer.state_dict()["state"])
+    run.optimizer.state[run.model[3].bias]["exp_avg"] = torch.zeros(3, 10)
+    run.optimizer.state[run.model[0].bias]["exp_avg"] = 0.0
+    assert snapshot.restore() == []
+    torch.testing.assert_close(run.optimizer.state_dict()["state"], expected, rtol=0, atol=0)
+
+
 def test_state_that_the_optimizer_has_dropped_comes_back():
     run, snapshot = trained()
     expected = copy.deepcopy(run.optimizer.state_dict()["state"])

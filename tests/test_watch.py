@@ -40,6 +40,13 @@ def trained(steps=200, noise=0.05, seed=0):
     return watch
 
 
+def test_a_run_whose_last_loss_is_far_off_is_not_worth_copying_though_its_mean_is_near():
+    watch = LossWatch()
+    said = followed([*np.linspace(2, 1, 60), 2.0, 1.0, 1.0], watch)
+    assert watch.mean - watch.best < 0.1 * watch.progress
+    assert [near for _, _, near in said[-4:]] == [True, False, True, True]
+
+
 def first(said, which):
     """The number of losses after which the flag was up; None where it never was."""
     return next((k + 1 for k, flags in enumerate(said) if flags[which]), None)
