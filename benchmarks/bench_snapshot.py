@@ -1,4 +1,4 @@
-"""Cost of the copy that AutoWU(model=...) holds: time to take it, check it and put it back, beside a training step; and its size.
+"""Cost of the copy that AutoWU holds, buffers included: time to take, check and put it back, beside a training step; its size.
 
     python benchmarks/bench_snapshot.py [--device cuda] [--repeats 7] [--out benchmarks/results/bench_snapshot.json]
 
