@@ -380,7 +380,11 @@ def test_the_hooks_check_what_ci_checks():
 def test_the_workflows_run_ci_on_both_ends_and_publish_tags_only():
     ci, release = yaml_of(".github/workflows/ci.yml"), yaml_of(".github/workflows/release.yml")
     assert ci["jobs"]["ci"]["strategy"]["matrix"]["python"] == ["3.10", "3.13"]
-    assert ".ci/run" in ci["jobs"]["ci"]["steps"][-1]["run"]
+    run = ci["jobs"]["ci"]["steps"][-1]["run"]
+    assert ".ci/run" in run
+    assert "event_name == 'schedule' && '--slow'" in run
+    assert ci[True].keys() == {"push", "pull_request", "schedule"}
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == 'python -m pytest "$@"'
     assert release[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads `on` as true
     assert release["jobs"]["publish"]["needs"] == "build"
     for template in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
