@@ -4,17 +4,22 @@ import json
 import subprocess
 import sys
 
+import pytest
 from processes import ROOT
 
 
-def test_regret_measures_a_case_and_runs_nothing_twice(tmp_path):
+@pytest.mark.parametrize("seeds", [[0], pytest.param([0, 1], marks=pytest.mark.slow)], ids=len)
+def test_regret_measures_a_case_and_runs_nothing_twice(tmp_path, seeds):
     out, figure = tmp_path / "regret.jsonl", tmp_path / "regret.png"
     case = "mlp lamb 128 240"
     command = [sys.executable, "benchmarks/regret.py", "--quick", "--cases", case, "--out", out, "--figure", figure]
+    command += ["--seeds", *map(str, seeds)]
     first = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert sorted({row["seed"] for row in rows}) == [0, 1]
-    assert [sum(row["method"] == method for row in rows) for method in ("grid", "autowu", "paper")] == [18, 2, 2]
+    assert sorted({row["seed"] for row in rows}) == seeds
+    assert [sum(row["method"] == name for row in rows) for name in ("grid", "autowu", "paper")] == [
+        k * len(seeds) for k in (9, 1, 1)
+    ]
     assert all(row["case"] == case for row in rows)
     found = [row for row in rows if row["method"] == "autowu"]
     assert all(row["finite"] and row["accuracy"] > 0.9 for row in found)
@@ -27,9 +32,10 @@ def test_regret_measures_a_case_and_runs_nothing_twice(tmp_path):
     assert [line.split(" | ")[0] for line in table.splitlines()[2:5]] == ["| autowu", "| paper", "| sweep"]
 
 
-def test_optimizers_are_measured_beside_their_limits(tmp_path):
+@pytest.mark.parametrize(("rounds", "processes"), [(1, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_optimizers_are_measured_beside_their_limits(tmp_path, rounds, processes):
     out = tmp_path / "optim.json"
-    options = ["--models", "test_resnet", "--rounds", "3", "--processes", "2", "--no-compile", "--out", out]
+    options = ["--models", "test_resnet", "--rounds", f"{rounds}", "--processes", f"{processes}", "--no-compile", "--out", out]
     done = subprocess.run(
         [sys.executable, "benchmarks/bench_optim.py", *options], cwd=ROOT, check=True, capture_output=True, text=True
     )
@@ -38,6 +44,6 @@ def test_optimizers_are_measured_beside_their_limits(tmp_path):
     assert {"LARS", "TVLARS", "LAMB", "LARS, foreach", "timm Lars", "timm Lamb"} < set(ratios)
     assert ratios["torch SGD, fused"] == ratios["torch AdamW, fused"] == 1.0
     assert all(min(row["ratios"]) <= row["ratio"] <= max(row["ratios"]) and row["milliseconds"] > 0 for row in rows)
-    assert all(len(row["ratios"]) == 2 for row in rows)
+    assert all(len(row["ratios"]) == processes for row in rows)
     for line in (f"| LARS | fused SGD | {ratios['LARS']:.2f} |", "| *limit of LAMB* | fused AdamW | *1.43* |"):
         assert line in done.stdout.splitlines()

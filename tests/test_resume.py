@@ -220,7 +220,16 @@ def last(run, found):
     return max(k for k in range(TOTAL - 1) if found(k))
 
 
-CASES = [pytest.param(variant, cut, id=f"{variant}, {cut}") for variant in VARIANTS for cut in cuts_of(variant)]
+# Quick are all cuts of the closed form, and of GPyTorch's fits one between two tests, where what is carried over counts.
+CASES = [
+    pytest.param(
+        *(variant, cut),
+        id=f"{variant}, {cut}",
+        marks=[pytest.mark.slow] if variant in SLOW and (variant, cut) != ("paper", "in the warm-up") else [],
+    )
+    for variant in VARIANTS
+    for cut in cuts_of(variant)
+]
 
 
 @pytest.mark.parametrize(("variant", "cut"), CASES)
@@ -240,6 +249,7 @@ ENGINES = {
 }
 
 
+@pytest.mark.slow  # each of these is in a variant above
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("immediate", [True, False], ids=("immediate", "stable"))
 @pytest.mark.parametrize("cooldown", COOLDOWN_TYPES)
@@ -285,7 +295,7 @@ def test_a_run_cut_at_several_places_equals_the_uncut_one(cuts):
     assert training.scheduler.switch == uncut.scheduler.switch
 
 
-@pytest.mark.parametrize("variant", ["exp-step-cosine-immediate", *SLOW])
+@pytest.mark.parametrize("variant", ["exp-step-cosine-immediate", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_state_held_in_memory_is_not_changed_by_the_run_or_by_a_load(variant):
     uncut = uncut_run(variant)
     step = uncut.scheduler.switch.step - 3

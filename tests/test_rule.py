@@ -35,7 +35,7 @@ def valley(n, lowest=0.7, floor=0.5):
 
 
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("n", [40, 240, 2000, 100_000])
+@pytest.mark.parametrize("n", [40, 240, 2000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_a_valley_is_found(n, noise):
     losses = valley(n) + 0.03 * NOISES[noise](np.random.default_rng(n), n)
     switch, minimum = decide(losses)
@@ -73,7 +73,10 @@ def test_a_small_bump_on_the_way_down_is_passed_over(height, seed):
 
 
 @pytest.mark.parametrize("shape", ["flat", "falling", "late fall", "drift down"])
-@pytest.mark.parametrize(("n", "noise"), [(40, "normal"), (40, "heavy tails"), (240, "normal"), (2000, "heavy tails")])
+@pytest.mark.parametrize(
+    ("n", "noise"),
+    [(40, "normal"), (40, "heavy tails"), (240, "normal"), pytest.param(2000, "heavy tails", marks=pytest.mark.slow)],
+)
 def test_without_a_minimum_there_is_no_switch_by_test(n, shape, noise):
     x = np.arange(n) / n
     curve = {
