@@ -160,8 +160,8 @@ def base_lr(config: Config, state: State, step: int) -> float:
     if state.switch is None or step < state.switch.step:
         return warmup_lr_at(config, step)
     start = state.switch.step
-    if not config.immediate_cooldown:
-        start = max(start, config.cooldown_start)
+    if start < config.cooldown_start and not config.immediate_cooldown:
+        start = config.cooldown_start
     lr = state.switch.lr * state.plateau_factor * SETBACK_FACTOR**state.setbacks
     if config.decay_phase_factor != 1.0 and config.decay_phase_stat is None:
         assert config.steps_per_epoch is not None

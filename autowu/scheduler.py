@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,27 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from autowu import checks
-from autowu.config import PUBLISHED, Config, checked, configure, cooldown_start, extended, forked
-from autowu.gp import CurvePosterior, LossCurveGP
+from autowu.config import PUBLISHED, Config, checked, configure, extended
+from autowu.gp import LossCurveGP
 from autowu.gpytorch_engine import PublishedGP
 from autowu.group_lrs import GroupLRs
-from autowu.history import LossHistory
+from autowu.horizon import Horizon
 from autowu.micro_batches import MicroBatches
 from autowu.optimizer_calls import OptimizerCalls
-from autowu.phases import Event, Phase, State, Switch, base_lr, phase_at, state_of
+from autowu.phases import State, base_lr, phase_at, state_of
+from autowu.shown import Shown
 from autowu.stages import Stage, rooms_of, stage_of
 from autowu.states import VERSION, readable, whole_or_not
-from autowu.switching import SwitchDecision
 
 __all__ = ["AutoWU"]
 
 
-class AutoWU(LRScheduler):
+class AutoWU(Shown, Horizon):
     r"""Finds the peak LR and the length of the warm-up during the run (automated warm-up, Kim et al. 2021, arXiv 2107.05855).
 
     The LR grows exponentially while the loss falls. Once a Gaussian process on the losses says that their minimum is past, the LR
@@ -154,98 +154,6 @@ class AutoWU(LRScheduler):
             overrides["gp"] = PublishedGP(seed=checks.integer("seed", overrides.get("seed", 0)))
         return cls(optimizer, steps_per_epoch, total_epochs, **(dict(PUBLISHED) | overrides))
 
-    @property
-    def phase(self) -> Phase:
-        """Phase of the coming optimizer step: "warmup", "stable", "cooldown" or "done"."""
-        return phase_at(self.config, self._state, self.last_epoch)
-
-    @property
-    def switch(self) -> Switch | None:
-        """The end of the warm-up: step, LR, probability, position of the minimum; None before it."""
-        return self._state.switch
-
-    @property
-    def events(self) -> list[Event]:
-        """What befell the run so far: switch, explosion, divergences, troubles."""
-        return self._rooms.log.events
-
-    @property
-    def history(self) -> LossHistory:
-        """The losses of the warm-up."""
-        return self._rooms.judge.history
-
-    @property
-    def decision(self) -> SwitchDecision | None:
-        """Outcome of the last test; None before it, and on all ranks but the first."""
-        return self._rooms.judge.decision
-
-    @property
-    def posterior(self) -> CurvePosterior | None:
-        """The curve as the last test saw it; None before it, and on all ranks but the first."""
-        return self._rooms.judge.posterior
-
-    @property
-    def gp(self) -> LossCurveGP:
-        """The engine."""
-        return self._rooms.judge.gp
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the GP does its sums; None for the device of the losses."""
-        return self._rooms.judge.device
-
-    @property
-    def process_group(self) -> ProcessGroup | None:
-        """The ranks that train together; None for the default group."""
-        return self._rooms.ranks.group
-
-    def lr_at(self, step: int) -> float:
-        """LR of optimizer step `step` by all that is known now, of the parameter group with the largest LR.
-
-        Past the present the warm-up is taken to go on to its limit, and the LR of a stable phase to stay.
-        """
-        return base_lr(self.config, self._state, step)
-
-    def cooldown_start(self, cooldown_fraction: float) -> int:
-        """Optimizer step, from 0, at which a cooldown over the last `cooldown_fraction`, in (0, 1), of the T steps begins.
-
-        Raises:
-            TypeError, ValueError: unless the fraction is a number in its range.
-        """
-        return cooldown_start(self.config, cooldown_fraction)
-
-    def fork_cooldown(self, cooldown_fraction: float) -> dict[str, Any]:
-        """The state, as of now, of a branch of this run with another `cooldown_fraction`, for :meth:`load_state_dict`.
-
-        It is what a full run with that fraction would have here, and shares no memory with this run; docs/cooldown.md shows how
-        several fractions share warm-up and stable phase. In a process group each rank forks its own state.
-
-        Args:
-            cooldown_fraction: share of T, in (0, 1).
-
-        Raises:
-            TypeError: if the fraction is no number.
-            ValueError: if it is out of its range, if this run has ``immediate_cooldown=True``, if the run is past the step where
-                that cooldown or its own begins (with ``decay_phase_stat="loss"`` one step less), or if the warm-up of a run with
-                that fraction would have another limit.
-
-        Example:
-            >>> def sgd():
-            ...     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-            >>> trunk = AutoWU(sgd(), total_steps=100, immediate_cooldown=False, cooldown_fraction=0.1)
-            >>> for step in range(100):
-            ...     if step == trunk.cooldown_start(0.4):
-            ...         state = trunk.fork_cooldown(0.4)  # and copies of model and optimizer
-            ...     trunk.optimizer.step()
-            ...     trunk.step(1.0)
-            >>> branch = AutoWU(sgd(), total_steps=100)
-            >>> branch.load_state_dict(state)
-            >>> branch.phase, branch.last_epoch, branch.config.cooldown_fraction
-            ('cooldown', 60, 0.4)
-        """
-        config = forked(self.config, self.last_epoch, cooldown_fraction)
-        return copy.deepcopy(self.state_dict()) | {"config": asdict(config)}
-
     def get_lr(self) -> list[float | Tensor]:
         """LR of the coming optimizer step for each parameter group, as torch's schedulers compute it inside `step`."""
         self._meet_groups()
@@ -277,12 +185,9 @@ class AutoWU(LRScheduler):
             >>> optimizer.step()
             >>> scheduler.step()
         """
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             _observe_untraced(self, loss)
-        else:
-            self._observe(loss)
-
-    def _observe(self, loss: float | Tensor) -> None:
+            return
         loss = checks.loss(loss)
         if self._stage.wants_loss(self._state, self.last_epoch):
             self._micro_batches.observe(loss)
@@ -302,12 +207,9 @@ class AutoWU(LRScheduler):
             TypeError: if `loss` is not a floating-point number.
             ValueError: if `loss` has several elements; at the first step of ranks that were given different arguments.
         """
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             _step_untraced(self, loss)
-        else:
-            self._step(loss)
-
-    def _step(self, loss: float | Tensor | None) -> None:
+            return
         if not (ranks := self._rooms.ranks).compared and not ranks.alone:
             self._rooms.compare(self.config, self.last_epoch)
         loss = self._micro_batches.loss_of_step(loss)
@@ -332,9 +234,11 @@ class AutoWU(LRScheduler):
 
     def _write_lrs(self) -> None:
         """Set the LRs of the coming step: a restored run must not depend on the order in which its parts were restored."""
-        if not self._groups.as_set(self.optimizer):
+        lr = base_lr(self.config, self._state, self.last_epoch)
+        if (written := self._groups.renew(self.optimizer, lr)) is None:
             self._meet_groups()
-        self._last_lr = self._groups.write(self.optimizer, self.lr_at(self.last_epoch))
+            written = self._groups.write(self.optimizer, lr)
+        self._last_lr = written
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on, as plain types and tensors, loadable with ``torch.load(weights_only=True)``.
@@ -402,15 +306,7 @@ class AutoWU(LRScheduler):
         self._write_lrs()
         self._rooms.log.resumed(self.config, self._state, self.last_epoch, planned)
 
-    def __repr__(self) -> str:
-        config, switch = self.config, self.switch
-        found = f"lr_range=({config.min_lr:g}, {config.max_lr:g})"
-        if switch is not None:
-            found = f"switch=(step={switch.step}, lr={switch.lr:.4g})"
-        where = f"phase={self.phase!r}, step={self.last_epoch}/{config.total_steps}, lr={self.lr_at(self.last_epoch):.4g}"
-        return f"{type(self).__name__}({where}, {found}, cooldown_type={config.cooldown_type!r}, gp={self.gp!r})"
-
 
 # A compiled training loop may hold the scheduler; what it does is not for the compiler.
-_step_untraced = _disable_dynamo(AutoWU._step)
-_observe_untraced = _disable_dynamo(AutoWU._observe)
+_step_untraced = _disable_dynamo(AutoWU.step)
+_observe_untraced = _disable_dynamo(AutoWU.observe)

@@ -108,7 +108,7 @@ class WarmUp:
         """Have the watch follow the loss; None where it has not followed any."""
         reader, history, rollback = self.rooms.reader, self.rooms.judge.history, self.rooms.rollback
         if reader.follows_at_once(loss, history):
-            return reader.follow(step, float(loss), look=due)
+            return reader.follow(step, loss, look=due)
         since = reader.read_block(step, history, flag=rollback.failed, due=due)
         if reader.flagged:
             rollback.give_up()
@@ -228,13 +228,14 @@ class AfterSwitch:
 
     def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
         """Take the loss of the `step`-th optimizer step."""
-        if self._is_ruled(state, step - 1):
+        ruled = self.config.decay_phase_stat is not None
+        if ruled and self._is_ruled(state, step - 1):
             if self._epoch is None:
                 self._epoch = LossHistory()
             self._epoch.append(loss)
         if state.watched:
             state = self._watch(step, loss, state)
-        if plateau_epoch_due(self.config, state, step):
+        if ruled and plateau_epoch_due(self.config, state, step):
             state = self._end_epoch(state)
         return state, self
 
@@ -276,7 +277,7 @@ class AfterSwitch:
         reader, rollback = self.rooms.reader, self.rooms.rollback
         if reader.follows_at_once(loss, self._losses):
             look = step % BLOCK == 0 or (rollback.able and step % self._copies_every == 0)
-            return reader.follow(step, float(loss), look=look)
+            return reader.follow(step, loss, look=look)
         self._losses.append(loss)
         since = reader.read_block(step, self._losses, flag=rollback.failed)
         if since is not None:

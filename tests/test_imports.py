@@ -46,9 +46,11 @@ ROOMS = {
     "stages": ("config", "events", "history", "judge", "live", "phases", "ranks", "reader", "rollback", "switching", "watch"),
     "schema": ("checks", "config", "gp", "phases", "watch"),
     "states": ("config", "history", "phases", "schema", "watch"),
+    "shown": ("config", "gp", "history", "phases", "stages", "switching"),
+    "horizon": ("config",),
     "scheduler": (
-        *("checks", "config", "gp", "gpytorch_engine", "group_lrs", "history", "micro_batches", "optimizer_calls"),
-        *("phases", "stages", "states", "switching"),
+        *("checks", "config", "gp", "gpytorch_engine", "group_lrs", "horizon", "micro_batches", "optimizer_calls"),
+        *("phases", "shown", "stages", "states"),
     ),
     "plotting": ("gp", "scheduler"),
 }
@@ -213,8 +215,7 @@ LONG = {
     "autowu.plotting.draw_cooldowns": "one picture",
     "autowu.plotting.draw_layers": "one picture",
     "autowu.optim.param_groups.param_groups": "30 lines of rules for its users, then one loop over the parameters",
-    "autowu.scheduler.AutoWU": "torch's face: a signature of 25 arguments, their documentation, and one-line properties",
-    "autowu.scheduler.AutoWU.__init__": "the same signature",
+    "autowu.scheduler.AutoWU.__init__": "a signature of 28 arguments",
     "autowu.training.config._parser": "a table of options",
 }
 """Functions of more than 40 lines and classes of more than 300 that a reader would not want split, and why."""
@@ -234,4 +235,4 @@ def long_ones(name, path):
 
 def test_what_is_long_is_listed_with_a_reason():
     assert set.union(*(long_ones(name, path) for name, path in MODULES.items())) == LONG.keys()
-    assert len((PACKAGE / "scheduler.py").read_text().splitlines()) < 420
+    assert len((PACKAGE / "scheduler.py").read_text().splitlines()) < 340
