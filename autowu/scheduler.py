@@ -187,7 +187,10 @@ class AutoWU(Shown, Horizon):
         """
         if is_dynamo_compiling():
             _observe_untraced(self, loss)
-            return
+        else:
+            self._observe(loss)
+
+    def _observe(self, loss: float | Tensor) -> None:
         loss = checks.loss(loss)
         if self._stage.wants_loss(self._state, self.last_epoch):
             self._micro_batches.observe(loss)
@@ -209,7 +212,10 @@ class AutoWU(Shown, Horizon):
         """
         if is_dynamo_compiling():
             _step_untraced(self, loss)
-            return
+        else:
+            self._step(loss)
+
+    def _step(self, loss: float | Tensor | None) -> None:
         if not (ranks := self._rooms.ranks).compared and not ranks.alone:
             self._rooms.compare(self.config, self.last_epoch)
         loss = self._micro_batches.loss_of_step(loss)
@@ -308,5 +314,5 @@ class AutoWU(Shown, Horizon):
 
 
 # A compiled training loop may hold the scheduler; what it does is not for the compiler.
-_step_untraced = _disable_dynamo(AutoWU.step)
-_observe_untraced = _disable_dynamo(AutoWU.observe)
+_step_untraced = _disable_dynamo(AutoWU._step)
+_observe_untraced = _disable_dynamo(AutoWU._observe)
