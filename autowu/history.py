@@ -50,7 +50,7 @@ class LossHistory:
     def _stage_in(self, room: Tensor) -> None:
         self._staged, self._room = room, len(room)
         # A view of memory assigns a number many times faster than torch does.
-        self._array: Any = memoryview(room.numpy()) if room.is_cpu else None
+        self._array: Any = room.numpy().data if room.is_cpu else None
         self.on_host = room.is_cpu
 
     @property
