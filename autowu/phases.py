@@ -194,8 +194,8 @@ def first_switch(config: Config, *, alone: bool) -> int:
 
 def verdict(config: Config, step: int, decision: SwitchDecision) -> Verdict:
     """What `decision`, on the losses of the first `step` steps, comes to."""
-    minima = [min(m * config.warmup_steps, float(step)) for m in decision.minima]
-    lr = config.peak_factor * sum(warmup_lr_at(config, m) for m in minima) / len(minima)
+    minima, edges = ([min(m * config.warmup_steps, float(step)) for m in places] for places in (decision.minima, decision.edges))
+    lr = config.peak_factor * sum(warmup_lr_at(config, edge) for edge in edges) / len(edges)
     return Verdict(decision.switch, decision.votes, decision.probability, max(lr, config.min_lr), sum(minima) / len(minima))
 
 

@@ -49,7 +49,7 @@ class AutoWU(LRScheduler):
         min_lr: LR of step 0, above 0, and the lowest peak; None: by the optimizer's family, see
             :data:`autowu.families.LR_RANGES`.
         max_lr: LR that a full warm-up would reach, above `min_lr`; None: by the optimizer's family.
-        max_warmup_fraction: length W of a full warm-up as a share of T, in (0, 1].
+        max_warmup_fraction: length W of a full warm-up as a share of T, in (0, 1]. None: 0.32, or 9.4 / sqrt(T) if that is less.
         warmup_type: "two_speed", "exp" or "linear"; see :func:`autowu.schedules.warmup_lr`.
         warmup_unit: "step", or "epoch" to hold the LR within an epoch.
         decay_phase_stat: "loss" lowers the LR in the stable phase when an epoch's mean loss has not improved for over 5 epochs.
@@ -103,7 +103,7 @@ class AutoWU(LRScheduler):
         cooldown_fraction: float = 0.6,
         min_lr: float | None = None,
         max_lr: float | None = None,
-        max_warmup_fraction: float = 0.32,
+        max_warmup_fraction: float | None = None,
         warmup_type: str = "two_speed",
         warmup_unit: str = "step",
         decay_phase_stat: str | None = None,
