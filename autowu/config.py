@@ -49,8 +49,6 @@ __all__ = [
 TESTS_PER_WARMUP: Final = 60
 MAX_WARMUP_FRACTION: Final = 0.32
 """Of a short run, what the longest warm-up may take."""
-MIN_RISE: Final = 0.2
-"""A smaller rise, as a share of the fall before it, is a first dip or noise on a plateau."""
 WARMUP_STEPS: Final = 9.4
 """On the square root of a run's steps, the longest warm-up of a long run: more losses than that show no more."""
 MAX_LAG: Final = 0.5
@@ -68,7 +66,6 @@ class Config:
         warmup_limit: step at which a warm-up ends without a switch: W, or the start of the cooldown where that comes first.
         cooldown_fraction, cooldown_start: share of T for the cooldown and its first step, used where it is not immediate.
         test_interval: steps between tests.
-        min_rise: share of its fall by which a curve must have risen from its minimum; 0 where `min_contrast` is.
         peak_factor: the peak LR over that at the far edge of the valley (at the minimum where `min_rise` is 0), the lag included.
     """
 
@@ -148,6 +145,7 @@ ARGUMENTS: Final[Mapping[str, Check]] = {
     "patience": count,
     "confidence": between("between 0.5 and 1", lambda value: 0.5 < value < 1),
     "min_contrast": between("at least 0 and finite", lambda value: 0 <= value < math.inf),
+    "min_rise": between("at least 0 and finite", lambda value: 0 <= value < math.inf),
     "peak_factor": optional(share),
     "gp": _engine,
     "device": optional(device),
@@ -170,6 +168,7 @@ PUBLISHED: Final[Mapping[str, Any]] = {
     "test_interval": "epoch",
     "patience": 3,
     "min_contrast": 0.0,
+    "min_rise": 0.0,
     "peak_factor": 1.0,
     "immediate_cooldown": True,
     "cooldown_type": "cosine",
@@ -220,7 +219,6 @@ def configure(arguments: Mapping[str, Any]) -> Config:
         "warmup_limit": limit,
         "cooldown_start": start,
         "test_interval": interval or max(1, round(limit / TESTS_PER_WARMUP)),
-        "min_rise": MIN_RISE if arguments["min_contrast"] else 0.0,
         "peak_factor": factor,
     }
     values = {**arguments, **resolved}

@@ -58,7 +58,9 @@ class AutoWU(LRScheduler):
         patience: tests in a row that must find the minimum past, 1 or more.
         confidence: probability that each must exceed, in (0.5, 1).
         min_contrast: standard deviations that the fall to the minimum and the rise from it must make up together, 0 or more.
-        peak_factor: the peak LR as a share of the LR at the minimum, in (0, 1]; None: by family, less in short warm-ups.
+        min_rise: share of the fall that the rise must make up: a smaller one is a first dip, or noise on a plateau. 0: no matter
+            how much, and the peak follows from the minimum in place of its valley's far edge.
+        peak_factor: the peak LR as a share of the LR at that edge, in (0, 1]; None: by family, less in short warm-ups.
         gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`, an extra),
             or any :class:`~autowu.gp.LossCurveGP`.
         device: where the GP does its sums; None for the device of the losses.
@@ -112,6 +114,7 @@ class AutoWU(LRScheduler):
         patience: int = 4,
         confidence: float = 0.95,
         min_contrast: float = 6.0,
+        min_rise: float = 0.2,
         peak_factor: float | None = None,
         gp: str | LossCurveGP = "closed-form",
         device: torch.device | str | int | None = None,

@@ -176,7 +176,7 @@ _flag, _positive, _share = _plain(flag), _plain(positive), _plain(share)
 _CONFIG: Final = _record(
     {field.name: _plain(ARGUMENTS[field.name]) if field.name in ARGUMENTS else _anything for field in fields(Config)}
     | dict.fromkeys(("total_steps", "warmup_steps", "warmup_limit", "test_interval"), _plain(count))
-    | {"cooldown_start": _whole(0), "min_lr": _lr, "max_lr": _lr, "min_rise": _at_least_0, "peak_factor": _share}
+    | {"cooldown_start": _whole(0), "min_lr": _lr, "max_lr": _lr, "peak_factor": _share}
 )
 
 _SWITCH: Final = _record(

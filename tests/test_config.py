@@ -36,7 +36,7 @@ def test_every_default_passes_its_check():
 
 
 def test_every_field_of_a_configuration_comes_from_an_argument_or_is_resolved():
-    resolved = {"warmup_steps", "warmup_limit", "cooldown_start", "min_rise"}
+    resolved = {"warmup_steps", "warmup_limit", "cooldown_start"}
     fields = {field for field in inspect.signature(Config).parameters if field not in resolved}
     assert fields <= set(ARGUMENTS)
 
@@ -147,8 +147,3 @@ def test_a_loss_is_one_floating_point_number():
 def test_a_longer_run_has_a_longer_warm_up_of_a_smaller_share(total, steps):
     assert config_of(total_steps=total).warmup_steps == steps
     assert config_of(total_steps=total, max_warmup_fraction=0.32).warmup_steps == int(0.32 * total)
-
-
-def test_where_the_probability_alone_decides_the_curve_need_not_rise():
-    assert config_of(min_contrast=0.0).min_rise == AutoWU.paper(sgd(), 10, 10).config.min_rise == 0.0
-    assert config_of().min_rise == 0.2
