@@ -47,6 +47,10 @@ __all__ = [
 ]
 
 TESTS_PER_WARMUP: Final = 60
+MAX_WARMUP_FRACTION: Final = 0.32
+"""Of a short run, what the longest warm-up may take."""
+WARMUP_STEPS: Final = 9.4
+"""On the square root of a run's steps, the longest warm-up of a long run: more losses than that show no more."""
 MAX_LAG: Final = 0.5
 """Decades of LR: what a fitted curve can tell apart, and so the most that the loss of a warm-up counts as lagging behind its LR."""
 
@@ -62,7 +66,7 @@ class Config:
         warmup_limit: step at which a warm-up ends without a switch: W, or the start of the cooldown where that comes first.
         cooldown_fraction, cooldown_start: share of T for the cooldown and its first step, used where it is not immediate.
         test_interval: steps between tests.
-        peak_factor: the peak LR over that at the minimum, the lag included.
+        peak_factor: the peak LR over that at the far edge of the valley (at the minimum where `min_rise` is 0), the lag included.
     """
 
     total_steps: int
@@ -83,6 +87,7 @@ class Config:
     patience: int
     confidence: float
     min_contrast: float
+    min_rise: float
     peak_factor: float
     rollback: bool
     watch: bool
@@ -131,7 +136,7 @@ ARGUMENTS: Final[Mapping[str, Check]] = {
     "cooldown_fraction": fraction,
     "min_lr": optional(positive),
     "max_lr": optional(positive),
-    "max_warmup_fraction": share,
+    "max_warmup_fraction": optional(share),
     "warmup_type": one_of(*WARMUP_TYPES),
     "warmup_unit": one_of("step", "epoch"),
     "decay_phase_stat": one_of(None, "loss"),
@@ -140,6 +145,7 @@ ARGUMENTS: Final[Mapping[str, Check]] = {
     "patience": count,
     "confidence": between("between 0.5 and 1", lambda value: 0.5 < value < 1),
     "min_contrast": between("at least 0 and finite", lambda value: 0 <= value < math.inf),
+    "min_rise": between("at least 0 and finite", lambda value: 0 <= value < math.inf),
     "peak_factor": optional(share),
     "gp": _engine,
     "device": optional(device),
@@ -162,6 +168,7 @@ PUBLISHED: Final[Mapping[str, Any]] = {
     "test_interval": "epoch",
     "patience": 3,
     "min_contrast": 0.0,
+    "min_rise": 0.0,
     "peak_factor": 1.0,
     "immediate_cooldown": True,
     "cooldown_type": "cosine",
@@ -284,6 +291,8 @@ def _decay_words(arguments: Mapping[str, Any]) -> str:
 def _warmup(total: int, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
     """Length of the warm-up's axis, the step at which it ends at the latest, and the first step of the cooldown."""
     largest = arguments["max_warmup_fraction"]
+    if largest is None:
+        largest = min(MAX_WARMUP_FRACTION, WARMUP_STEPS / math.sqrt(total))
     steps = int(largest * total) or round(largest * total)  # the shortest of runs has one step of warm-up
     start = _cooldown_start(total, arguments["cooldown_fraction"])
     limit = steps if arguments["immediate_cooldown"] else min(steps, start)

@@ -119,6 +119,7 @@ class Judge:
         return verdict(config, step, decision)
 
     def _decide(self, config: Config, state: State) -> tuple[CurvePosterior, SwitchDecision]:
+        span = decades(config.min_lr, config.max_lr, config.warmup_type)
         curve = self.history.curve(config.warmup_steps)
         device = self.device or curve.sums.device
         posterior = self.gp.posterior(curve.to("cpu" if device.type == "mps" else device))  # MPS has no float64
@@ -131,6 +132,8 @@ class Judge:
             confidence=config.confidence,
             patience=config.patience,
             min_contrast=config.min_contrast,
+            min_rise=config.min_rise,
+            reach=1 / span if span else math.inf,  # a decade of LR
             silent=silent,
         )
         if behind and not silent:  # no loss came: neither a vote nor the end of the votes in a row
@@ -167,7 +170,10 @@ class Judge:
         self._previous = torch.tensor(state["previous"], dtype=torch.float64)
         self._repeated, self._varied = torch.tensor(state["repeated"]), torch.tensor(state["varied"])
         decision, posterior = state["decision"], state["posterior"]
-        self.decision = None if decision is None else SwitchDecision(**(decision | {"minima": tuple(decision["minima"])}))
+        self.decision = None
+        if decision is not None:
+            places = {name: tuple(decision[name]) for name in ("minima", "edges")}
+            self.decision = SwitchDecision(**(decision | places))
         self.posterior = None
         if posterior is not None:
             arrays: dict[str, Any] = {k: np.asarray(v.cpu()) for k, v in posterior.items()}

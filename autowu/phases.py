@@ -100,7 +100,8 @@ class Verdict:
         switch: whether to switch.
         votes: tests in a row, this one included, that found the minimum past.
         probability: of the minimum being past, in [0, 1].
-        lr: the peak LR that follows: `peak_factor` times the LR at the minimum, the mean over the subsamples, at least `min_lr`.
+        lr: the peak LR that follows: `peak_factor` times the LR at the far edge of the minimum's valley, the mean over the subsamples, at
+            least `min_lr`.
         minimum: where the fitted curve is lowest, in steps, fractional.
     """
 
@@ -194,8 +195,8 @@ def first_switch(config: Config, *, alone: bool) -> int:
 
 def verdict(config: Config, step: int, decision: SwitchDecision) -> Verdict:
     """What `decision`, on the losses of the first `step` steps, comes to."""
-    minima = [min(m * config.warmup_steps, float(step)) for m in decision.minima]
-    lr = config.peak_factor * sum(warmup_lr_at(config, m) for m in minima) / len(minima)
+    minima, edges = ([min(m * config.warmup_steps, float(step)) for m in places] for places in (decision.minima, decision.edges))
+    lr = config.peak_factor * sum(warmup_lr_at(config, edge) for edge in edges) / len(edges)
     return Verdict(decision.switch, decision.votes, decision.probability, max(lr, config.min_lr), sum(minima) / len(minima))
 
 

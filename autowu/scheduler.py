@@ -49,7 +49,7 @@ class AutoWU(Shown, Horizon):
         min_lr: LR of step 0, above 0, and the lowest peak; None: by the optimizer's family, see
             :data:`autowu.families.LR_RANGES`.
         max_lr: LR that a full warm-up would reach, above `min_lr`; None: by the optimizer's family.
-        max_warmup_fraction: length W of a full warm-up as a share of T, in (0, 1].
+        max_warmup_fraction: length W of a full warm-up as a share of T, in (0, 1]. None: 0.32, or 9.4 / sqrt(T) if that is less.
         warmup_type: "two_speed", "exp" or "linear"; see :func:`autowu.schedules.warmup_lr`.
         warmup_unit: "step", or "epoch" to hold the LR within an epoch.
         decay_phase_stat: "loss" lowers the LR in the stable phase when an epoch's mean loss has not improved for over 5 epochs.
@@ -58,7 +58,9 @@ class AutoWU(Shown, Horizon):
         patience: tests in a row that must find the minimum past, 1 or more.
         confidence: probability that each must exceed, in (0.5, 1).
         min_contrast: standard deviations that the fall to the minimum and the rise from it must make up together, 0 or more.
-        peak_factor: the peak LR as a share of the LR at the minimum, in (0, 1]; None: by family, less in short warm-ups.
+        min_rise: share of the fall that the rise must make up: a smaller one is a first dip, or noise on a plateau. 0: no matter
+            how much, and the peak follows from the minimum in place of its valley's far edge.
+        peak_factor: the peak LR as a share of the LR at that edge, in (0, 1]; None: by family, less in short warm-ups.
         gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`, an extra),
             or any :class:`~autowu.gp.LossCurveGP`.
         device: where the GP does its sums; None for the device of the losses.
@@ -103,7 +105,7 @@ class AutoWU(Shown, Horizon):
         cooldown_fraction: float = 0.6,
         min_lr: float | None = None,
         max_lr: float | None = None,
-        max_warmup_fraction: float = 0.32,
+        max_warmup_fraction: float | None = None,
         warmup_type: str = "two_speed",
         warmup_unit: str = "step",
         decay_phase_stat: str | None = None,
@@ -112,6 +114,7 @@ class AutoWU(Shown, Horizon):
         patience: int = 4,
         confidence: float = 0.95,
         min_contrast: float = 6.0,
+        min_rise: float = 0.2,
         peak_factor: float | None = None,
         gp: str | LossCurveGP = "closed-form",
         device: torch.device | str | int | None = None,

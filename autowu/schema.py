@@ -237,7 +237,9 @@ _ENGINES: Final = {
 }
 """States of the engines of this package; what those of others hold is theirs."""
 
-_DECISION: Final = _record({"switch": _flag, "votes": _whole(0), "probability": _probability, "minima": _list_of(_finite)})
+_DECISION: Final = _record(
+    {"switch": _flag, "votes": _whole(0), "probability": _probability} | dict.fromkeys(("minima", "edges"), _list_of(_finite))
+)
 
 _POSTERIOR: Final = _record(
     {

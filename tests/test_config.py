@@ -84,7 +84,7 @@ WRONG = {
     "cooldown_fraction": [0, 1, math.nan, "half"],
     "min_lr": [0, -1e-3, math.inf, "low", True, 10**400],
     "max_lr": [0.0, math.nan],
-    "max_warmup_fraction": [0, 1.5, None],
+    "max_warmup_fraction": [0, 1.5, "all"],
     "warmup_type": ["sqrt"],
     "warmup_unit": ["batch"],
     "decay_phase_stat": ["accuracy"],
@@ -130,7 +130,7 @@ def test_numbers_of_numpy_are_numbers():
 def test_a_default_peak_is_lower_by_what_the_lr_grows_within_the_memory_of_momentum(momentum, total):
     config = config_of(optimizer=sgd(momentum), total_steps=total, warmup_type="exp")
     decades = math.log10(config.max_lr / config.min_lr) * momentum / (1 - momentum) / config.warmup_steps
-    assert config.peak_factor == pytest.approx(0.8 * 10 ** -min(decades, 0.5))
+    assert config.peak_factor == pytest.approx(0.4 * 10 ** -min(decades, 0.5))
     assert config_of(optimizer=sgd(momentum), total_steps=total, peak_factor=0.8).peak_factor == 0.8
 
 
@@ -141,3 +141,9 @@ def test_a_loss_is_one_floating_point_number():
     for wrong in (1, True, None, "low", torch.ones(2), torch.ones(1, dtype=torch.int64)):
         with pytest.raises((TypeError, ValueError), match="loss"):
             checks.loss(wrong)
+
+
+@pytest.mark.parametrize(("total", "steps"), [(100, 32), (860, 275), (1_000, 297), (10_000, 940), (100_000, 2972), (10**6, 9400)])
+def test_a_longer_run_has_a_longer_warm_up_of_a_smaller_share(total, steps):
+    assert config_of(total_steps=total).warmup_steps == steps
+    assert config_of(total_steps=total, max_warmup_fraction=0.32).warmup_steps == int(0.32 * total)

@@ -17,7 +17,7 @@ def decide(losses, **arguments):
     """What the default rule makes of the losses of a full warm-up: its switch, with the minimum as a share of the warm-up."""
     n = len(losses)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    run = {"total_steps": round(n / 0.32)} if "steps_per_epoch" not in arguments else {}
+    run = {"total_steps": round(n / 0.32), "max_warmup_fraction": 0.32} if "steps_per_epoch" not in arguments else {}
     scheduler = AutoWU(optimizer, **run, **arguments)
     assert scheduler.config.warmup_steps == n
     optimizer.step()

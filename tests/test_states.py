@@ -1,6 +1,6 @@
-"""States that version 0.1.0 saved (version 4): the runs go on with the LRs, the weights and the events that it went on with.
+"""States of versions before, 4 being that of autowu 0.1.0: the runs go on with the LRs, weights and events that they went on with.
 
-``data/states_version_4.pt`` holds them, each with what 0.1.0 did from there on, fed the losses of :func:`losses`.
+``data/states_version_*.pt`` hold them, each with what that version did from there on, fed the losses of :func:`losses`.
 """
 
 import copy
@@ -15,7 +15,7 @@ from autowu import AutoWU
 from autowu.gpytorch_engine import PublishedGP
 from autowu.states import VERSION, readable
 
-FILE = Path(__file__).parent / "data" / "states_version_4.pt"
+DATA = Path(__file__).parent / "data"
 STEPS = 200
 OTHER = {"total_steps": STEPS, "min_lr": 1e-2, "max_lr": 0.5, "test_interval": 9}  # none of it matters
 MAKE = {
@@ -27,9 +27,16 @@ MAKE = {
 }
 
 
+SAVED = [(4, name) for name in MAKE] + [(5, name) for name in ("in the warm-up", "voting", "after the switch", "without a model")]
+
+
+def states_of(version):
+    return torch.load(DATA / f"states_version_{version}.pt", weights_only=True)
+
+
 @pytest.fixture
 def saved():
-    return torch.load(FILE, weights_only=True)
+    return states_of(4)
 
 
 def losses():
@@ -70,10 +77,10 @@ def leaves(value):
     return [str(number) for number in value.flatten().tolist()] if isinstance(value, torch.Tensor) else [str(value)]
 
 
-@pytest.mark.parametrize("name", MAKE)
-def test_a_run_goes_on_as_it_did(name, saved):
-    case = saved[name]
-    assert case["scheduler"]["version"] == 4
+@pytest.mark.parametrize(("version", "name"), SAVED)
+def test_a_run_goes_on_as_it_did(version, name):
+    case = states_of(version)[name]
+    assert case["scheduler"]["version"] == version
     before = copy.deepcopy(case["scheduler"])
     model, optimizer, scheduler = loaded(case, MAKE[name])
     assert go_on(model, optimizer, scheduler) == pytest.approx(case["lrs"], rel=1e-9)
@@ -84,11 +91,11 @@ def test_a_run_goes_on_as_it_did(name, saved):
     assert leaves(case["scheduler"]) == leaves(before)  # it is left as it was
 
 
-@pytest.mark.parametrize("name", MAKE)
-def test_it_is_saved_in_the_present_version_and_loads_again(name, saved):
-    model, optimizer, scheduler = loaded(saved[name], MAKE[name])
+@pytest.mark.parametrize(("version", "name"), SAVED)
+def test_it_is_saved_in_the_present_version_and_loads_again(version, name):
+    model, optimizer, scheduler = loaded(states_of(version)[name], MAKE[name])
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-    assert state["scheduler"]["version"] == VERSION == 5
+    assert state["scheduler"]["version"] == VERSION == 6
     again = loaded(copy.deepcopy(state), MAKE[name])
     assert go_on(*again) == go_on(model, optimizer, scheduler)
 
@@ -100,6 +107,8 @@ def test_the_states_bring_what_they_are_there_for(saved):
     assert states["after the switch"]["snapshot"]["other"] is None
     assert states["without a model"]["epoch_losses"] is None or states["without a model"]["config"]["decay_phase_stat"] == "loss"
     assert states["paper"]["gp"]["state"]["carried"] is not None
+    voting = states_of(5)["voting"]["scheduler"]
+    assert (voting["state"]["votes"], voting["judge"]["decision"]["votes"]) == (3, 3)
 
 
 def test_the_published_fit_is_an_engine_of_its_own(saved):
@@ -147,7 +156,7 @@ def test_a_block_of_several_ranks_adds_its_losses_and_no_other_on_one(saved):
 def test_a_version_that_is_not_read_is_refused(saved):
     case = saved["voting"]
     case["scheduler"]["version"] = 3
-    with pytest.raises(ValueError, match="version=3: this autowu reads versions 4 and 5"):
+    with pytest.raises(ValueError, match="version=3: this autowu reads versions 4 to 6"):
         loaded(case, MAKE["voting"])
 
 
