@@ -100,8 +100,8 @@ class Verdict:
         switch: whether to switch.
         votes: tests in a row, this one included, that found the minimum past.
         probability: of the minimum being past, in [0, 1].
-        lr: the peak LR that follows: `peak_factor` times the LR at the far edge of the minimum's valley, the mean over the subsamples, at
-            least `min_lr`.
+        lr: the peak LR that follows: `peak_factor` times the LR at the far edge of the minimum's valley, the mean over the
+            subsamples, at least `min_lr`.
         minimum: where the fitted curve is lowest, in steps, fractional.
     """
 

@@ -93,6 +93,7 @@ WRONG = {
     "patience": [0, 1.0],
     "confidence": [0.5, 1, 95],
     "min_contrast": [-1, math.inf],
+    "min_rise": [-0.1, math.nan, "none"],
     "peak_factor": [0, 1.1, "half"],
     "gp": ["exact", 3, None],
     "device": ["abacus"],
