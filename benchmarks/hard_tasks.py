@@ -44,6 +44,10 @@ LETTERS_AND_SOUNDS = 20
 class Regression(Task):
     """A task whose loss is the mean squared error; its accuracy is the share of the variance that is explained."""
 
+    @property
+    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return F.mse_loss
+
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return F.mse_loss(model(inputs), targets)
 
@@ -106,7 +110,7 @@ class Recurrent(nn.Module):
 
 def _perceptron(*widths: int) -> nn.Module:
     hidden = (layer for a, b in pairwise(widths[:-1]) for layer in (nn.Linear(a, b), nn.ReLU()))
-    return nn.Sequential(*hidden, nn.Linear(*widths[-2:]))
+    return nn.Sequential(*hidden, nn.Linear(widths[-2], widths[-1]))
 
 
 def _split(x: Any, y: Any, test: int) -> Data:

@@ -1,17 +1,32 @@
-"""What a variant of AutoWU reached beside the grid: numbers and tables from the lines of the results files."""
+"""What a method reached beside the grid: numbers and tables from the lines of the results files.
+
+- *Test loss*: over the best of the grid on that seed, geometric mean over the cases; behind it the standard error over the seeds.
+- *Against*: that over another method's on the same runs; the standard error is over the cases, each the mean of its seeds.
+- *Steps*: the share of the run after which a tuned run, one with the LR that is best over all seeds of the grid and a schedule for
+  that length, is as good. From runs at some lengths, straight in the logarithm of the loss between them; 0.5 and 1.2 are the ends.
+- *Profile*, as AlgoPerf has it: the time to a target is the share of the run after which the test loss first is as low, in
+  twentieths from the half on; never is infinite. A method's score is the share of its runs whose time is within a factor of the
+  best method's, averaged over factors from 1 to 4. The target of a case is the median over the seeds of a tuned run's last loss.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-__all__ = ["FLOOR", "Outcome", "best_of_grid", "geometric_mean", "outcomes", "table"]
+__all__ = ["FLOOR", "LOOKS", "Outcome", "best_of_grid", "freeze", "geometric_mean", "outcomes", "profile", "table", "tuned_lrs"]
 
 FLOOR = 1e-4
 """A loss below this is none: ratios of smaller ones say nothing."""
+LOOKS = tuple(k / 20 for k in range(10, 21))
+"""Shares of a run after which its test loss is looked at."""
+LONGEST_FACTOR = 4.0
+"""Of the performance profile."""
 
 Row = dict[str, Any]
 Best = dict[tuple[str, int], tuple[float, float]]
@@ -31,6 +46,32 @@ def best_of_grid(grid: Iterable[Row]) -> Best:
     return best
 
 
+def _by_case_and_lr(grid: Iterable[Row]) -> dict[str, dict[float, dict[int, float]]]:
+    """Test losses of the grid, by case, LR and seed; infinite where a run ended non-finite."""
+    losses: dict[str, dict[float, dict[int, float]]] = {}
+    for row in grid:
+        loss = max(row["test_loss"], FLOOR) if row["finite"] else math.inf
+        losses.setdefault(row["case"], {}).setdefault(row["lr"], {})[row["seed"]] = loss
+    return losses
+
+
+def tuned_lrs(grid: Iterable[Row]) -> dict[str, float]:
+    """The LR that is best over all seeds, by case; of those that ran on most seeds."""
+    found = {}
+    for case, by_lr in _by_case_and_lr(grid).items():
+        seeds = max(len(losses) for losses in by_lr.values())
+        found[case] = min((lr for lr in by_lr if len(by_lr[lr]) == seeds), key=lambda lr: geometric_mean(by_lr[lr].values()))
+    return found
+
+
+def freeze(grid: list[Row], path: Path) -> None:
+    """Write the targets of the profile, once."""
+    losses = _by_case_and_lr(grid)
+    targets = {case: round(statistics.median(losses[case][lr].values()), 6) for case, lr in tuned_lrs(grid).items()}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(targets | kept, indent=1) + "\n")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A run beside the grid.
@@ -38,6 +79,7 @@ class Outcome:
     Attributes:
         ratio: test loss over the best of the grid on that seed; infinite where the run ended non-finite.
         lr: with which the cooldown began, or that of the switch; None where there was neither.
+        steps: share of the run after which a tuned run is as good; None where none was trained.
     """
 
     case: str
@@ -47,6 +89,7 @@ class Outcome:
     lr: float | None
     best_lr: float
     switch_step: int | None
+    steps: float | None = None
 
     @property
     def decades(self) -> float | None:
@@ -58,46 +101,118 @@ class Outcome:
         return f"{self.case:24}  seed {self.seed}  {self.method}  ratio {self.ratio:.2f}{off}  switch {self.switch_step}"
 
 
-def outcomes(rows: Iterable[Row], best: Best) -> list[Outcome]:
-    """The runs of `rows` whose grid is known."""
+def outcomes(rows: Iterable[Row], best: Best, tuned: Iterable[Row] = ()) -> list[Outcome]:
+    """The runs of `rows` whose grid is known, beside it and the tuned runs at several lengths."""
+    lengths: dict[tuple[str, int], dict[float, float]] = {}
+    for row in tuned:
+        loss = max(row["test_loss"], FLOOR) if row["finite"] else math.inf
+        lengths.setdefault((row["case"], row["seed"]), {})[float(row["method"].split()[1])] = loss
     found = []
     for row in rows:
         key = row["case"], row["seed"]
-        if row["method"] != "grid" and key in best:
+        if row["method"] != "grid" and not row["method"].startswith("tuned") and key in best:
             loss, best_lr = best[key]
-            ratio = max(row["test_loss"], FLOOR) / loss if row["finite"] else math.inf
+            own = max(row["test_loss"], FLOOR) if row["finite"] else math.inf
             lr = row.get("cooldown_lr") or row.get("found_lr")
-            found.append(Outcome(*key, row["method"], ratio, lr, best_lr, row.get("switch_step")))
+            steps = _steps_to(own, lengths[key]) if key in lengths else None
+            found.append(Outcome(*key, row["method"], own / loss, lr, best_lr, row.get("switch_step"), steps))
     return found
 
 
-def _cells(runs: list[Outcome]) -> list[str]:
-    """Mean, worst case, worst run, LRs far off, non-finite ones, share of the run in the warm-up."""
+def _steps_to(loss: float, by_length: dict[float, float]) -> float:
+    """Length of a tuned run that ends as low as `loss`."""
+    before, lowest = min(by_length), math.inf
+    for length in sorted(by_length):
+        if by_length[length] <= loss:
+            if not math.isfinite(lowest):
+                return length
+            part = math.log(lowest / loss) / math.log(lowest / by_length[length])
+            return before + part * (length - before)
+        before, lowest = (length, by_length[length]) if by_length[length] < lowest else (before, lowest)
+    return max(by_length)
+
+
+def _error(values: list[float]) -> str:
+    """Mean of the logarithms and its standard error, as a factor and a share of it."""
+    if not all(map(math.isfinite, values)):
+        return "inf"
+    mean = math.exp(statistics.fmean(values))
+    return f"{mean:.3f}" + (f" ± {mean * statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else "")
+
+
+def _logs(runs: list[Outcome], key: str) -> list[float]:
+    """The mean logarithm of the ratio by case or seed."""
+    groups: dict[Any, list[float]] = {}
+    for run in runs:
+        groups.setdefault(getattr(run, key), []).append(math.log(run.ratio))
+    return [statistics.fmean(logs) for logs in groups.values()]
+
+
+def _paired(runs: list[Outcome], others: list[Outcome]) -> str:
+    """The ratio of the ones over the others', on the runs that both have."""
+    known = {(run.case, run.seed): run.ratio for run in others}
     by_case: dict[str, list[float]] = {}
     for run in runs:
-        by_case.setdefault(run.case, []).append(run.ratio)
-    cases = {case: geometric_mean(ratios) for case, ratios in by_case.items()}
+        if (run.case, run.seed) in known:
+            logs = by_case.setdefault(run.case, [])
+            logs.append(math.log(run.ratio) - math.log(known[run.case, run.seed]))
+    return _error([statistics.fmean(logs) for logs in by_case.values()]) if by_case else ""
+
+
+def profile(rows: Iterable[Row], targets: dict[str, float]) -> str:
+    """Markdown: the score of every method that was looked at during the run, with the standard error over the seeds."""
+    times: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        known = row["method"] in ("tuned 1.0",) or not row["method"].startswith("tuned")
+        if known and row.get("looks") and row["case"] in targets:
+            meets = (t for t, x in zip(LOOKS, row["looks"], strict=True) if x is not None and x <= targets[row["case"]])
+            times.setdefault((row["case"], row["seed"]), {})[row["method"]] = next(meets, math.inf)
+    scores: dict[str, dict[int, list[float]]] = {}
+    for (_, seed), by_method in times.items():
+        best = min(by_method.values())
+        for method, reached in by_method.items():
+            within = (
+                (LONGEST_FACTOR - min(reached / best, LONGEST_FACTOR)) / (LONGEST_FACTOR - 1) if math.isfinite(reached) else 0.0
+            )
+            scores.setdefault(method, {}).setdefault(seed, []).append(within)
+    lines = ["", "| method | runs | score | targets met |", "|---|---|---|---|"]
+    for method, by_seed in scores.items():
+        means = [statistics.fmean(values) for values in by_seed.values()]
+        error = f" ± {statistics.stdev(means) / math.sqrt(len(means)):.3f}" if len(means) > 1 else ""
+        met = [math.isfinite(by[method]) for by in times.values() if method in by]
+        lines.append(f"| {method} | {len(met)} | {statistics.fmean(means):.3f}{error} | {sum(met)} |")
+    return "\n".join(lines)
+
+
+def _cells(runs: list[Outcome], others: list[Outcome]) -> list[str]:
+    by_case = [math.exp(mean) for mean in _logs(runs, "case")]
     off = [abs(run.decades) for run in runs if run.decades is not None]
     shares = [run.switch_step / int(run.case.split()[-1]) for run in runs if run.switch_step is not None]
+    steps = [run.steps for run in runs if run.steps is not None]
     return [
-        *(f"{len(cases)}", f"{len(runs)}", f"{geometric_mean(cases.values()):.3f}"),
-        *(f"{max(cases.values()):.2f}", f"{max(run.ratio for run in runs):.2f}"),
+        *(f"{len(by_case)}", f"{len(runs)}", _error(_logs(runs, "seed")), _paired(runs, others)),
+        *(f"{max(by_case):.2f}", f"{max(run.ratio for run in runs):.2f}"),
         *(f"{sum(d > 0.5 for d in off)}", f"{sum(d > 1 for d in off)}"),
         *(f"{sum(math.isinf(run.ratio) for run in runs)}", f"{statistics.fmean(shares):.0%}" if shares else ""),
+        f"{geometric_mean(steps):.2f}" if steps else "",
     ]
 
 
-def table(found: list[Outcome], common: bool = False) -> str:
+def table(found: list[Outcome], against: str, common: bool = False) -> str:
     """Markdown: a row a method, then a row a case; `common` takes only the cases and seeds that all methods have."""
     methods = list(dict.fromkeys(run.method for run in found))
     if common:
         shared = set.intersection(*({(run.case, run.seed) for run in found if run.method == m} for m in methods))
         found = [run for run in found if (run.case, run.seed) in shared]
-    heads = ("cases", "runs", "test loss", "worst case", "worst run", "over half a decade", "over one", "non-finite", "warm-up")
+    heads = (
+        *("cases", "runs", "test loss", f"against {against}", "worst case", "worst run"),
+        *("over half a decade", "over one", "non-finite", "warm-up", "steps"),
+    )
     lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    others = [run for run in found if run.method == against]
     for method in methods:
         if runs := [run for run in found if run.method == method]:
-            lines.append(f"| {method} | {' | '.join(_cells(runs))} |")
+            lines.append(f"| {method} | {' | '.join(_cells(runs, others))} |")
     lines += ["", f"| case: ratio, decades of LR | {' | '.join(methods)} |", "|---|" + "---|" * len(methods)]
     for case in dict.fromkeys(run.case for run in found):
         cells = []

