@@ -109,9 +109,13 @@ class AdaLRS:
         self.lr = float(optimizer.param_groups[0]["lr"])
         self.warmup, self.search_end, self.interval = round(0.05 * total), round(0.4 * total), max(8, total // 60)
         self.losses: list[float] = []
-        self.before: tuple[float, float, Any, Any] | None = None
+        self.slope = math.nan  # at the LR before the present one; none where no higher one is on trial
+        self.kept = self._copy()
         self.taken = 0
         self._set_lr()
+
+    def _copy(self) -> tuple[float, Any, Any]:
+        return self.lr, copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.optimizer.state_dict())
 
     def _set_lr(self) -> None:
         rising = min(1.0, (self.taken + 1) / (self.warmup + 1))
@@ -129,16 +133,17 @@ class AdaLRS:
         self._set_lr()
 
     def _compare(self, slope: float) -> None:
-        if self.before is None:
-            self.before = slope, self.lr, copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.optimizer.state_dict())
+        on_trial = math.isfinite(self.slope)
+        if not on_trial and math.isfinite(slope):
+            self.slope, self.kept = slope, self._copy()
             self.lr *= self.up
             return
-        slope_before, lr_before, weights, state = self.before
-        if not slope < slope_before:
+        if not slope < self.slope:
+            lr, weights, state = self.kept
             self.model.load_state_dict(weights)
             self.optimizer.load_state_dict(state)
-            self.lr = lr_before / self.down
-        self.before = None
+            self.lr = min(lr, self.lr) / self.down
+        self.slope = math.nan
         self.up, self.down = 1 + 0.9 * (self.up - 1), 1 + 0.9 * (self.down - 1)
 
 

@@ -267,8 +267,11 @@ def next_lr(known: dict[float, float], start: float) -> float | None:
     """
     if not known:
         return start
-    exponent = round(2 * math.log10(min(known, key=lambda lr: (known[lr], abs(math.log(lr / start))))))
-    around = (float(f"{10 ** ((exponent + k) / 2):.4g}") for k in (1, -1, 2, -2))
+    lowest = min(known.values())
+    if math.isinf(lowest):  # too high all of them
+        return float(f"{min(known) / math.sqrt(10):.4g}")
+    best = min((lr for lr in known if known[lr] == lowest), key=lambda lr: abs(math.log(lr / start)))
+    around = (float(f"{10 ** (round(2 * math.log10(best) + k) / 2):.4g}") for k in (1, -1, 2, -2))
     return next((lr for lr in around if lr not in known), None)
 
 
@@ -485,11 +488,12 @@ def grid_file(suite: str) -> Path:
 
 
 def chosen_cases(suite: str, patterns: list[str] | None) -> list[str]:
-    """The suite's cases of which a pattern is a part, and patterns that are the whole name of another."""
+    """The suite's cases that contain a pattern; a pattern of four words is the name of a case, of the suite or another."""
     if patterns is None:
         return [*CASES[suite]]
-    found = [case for case in CASES[suite] if any(fnmatch.fnmatch(case, f"*{pattern}*") for pattern in patterns)]
-    return found + [p for p in patterns if p not in found and len(p.split()) == 4 and "*" not in p]
+    names = [pattern for pattern in patterns if len(pattern.split()) == 4]
+    found = [case for case in CASES[suite] for p in patterns if p not in names and fnmatch.fnmatch(case, f"*{p}*")]
+    return [*dict.fromkeys(found + names)]
 
 
 def compare(args: argparse.Namespace, suite: str) -> None:

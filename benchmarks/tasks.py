@@ -225,8 +225,6 @@ TORCHS: dict[str, Callable[..., Optimizer]] = {
 
 def make_optimizer(name: str, model: nn.Module, lr: float) -> Optimizer:
     """The optimizer, with no weight decay on norms and biases."""
-    from timm.optim import create_optimizer_v2
-
     decay = {"sgd": 5e-4, "lars": 5e-4, "adamw": 0.05, "adamp": 0.05, "lamb": 0.01, "muon": 0.05, "lion": 0.05}.get(name, 0.0)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -238,5 +236,7 @@ def make_optimizer(name: str, model: nn.Module, lr: float) -> Optimizer:
     if name == "lars":
         groups[1]["adapt"] = False
         return LARS(torch.optim.SGD(groups, lr, momentum=0.9))
+    from timm.optim import create_optimizer_v2
+
     optimizer: Optimizer = create_optimizer_v2(groups, opt=name, lr=lr)
     return optimizer
