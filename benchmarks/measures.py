@@ -65,9 +65,10 @@ def tuned_lrs(grid: Iterable[Row]) -> dict[str, float]:
 
 
 def freeze(grid: list[Row], path: Path) -> None:
-    """Write the targets of the profile, once."""
-    losses = _by_case_and_lr(grid)
-    targets = {case: round(statistics.median(losses[case][lr].values()), 6) for case, lr in tuned_lrs(grid).items()}
+    """Write the targets of the profile, once, of the cases whose grid has three seeds."""
+    by_lr = _by_case_and_lr(grid)
+    losses = {case: [*by_lr[case][lr].values()] for case, lr in tuned_lrs(grid).items()}
+    targets = {case: round(statistics.median(of_case), 6) for case, of_case in losses.items() if len(of_case) >= 3}
     kept = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(targets | kept, indent=1) + "\n")
 
