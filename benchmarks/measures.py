@@ -1,6 +1,8 @@
 """What a method reached beside the grid: numbers and tables from the lines of the results files.
 
 - *Test loss*: over the best of the grid on that seed, geometric mean over the cases; behind it the standard error over the seeds.
+- *Over half a decade*: LRs that are so far from the grid's best on that seed; in brackets, so far outside the range of those whose
+  loss is at most a tenth higher.
 - *Against*: that over another method's on the same runs; the standard error is over the cases, each the mean of its seeds.
 - *Steps*: the share of the run after which a tuned run, one with the LR that is best over all seeds of the grid and a schedule for
   that length, is as good. From runs at some lengths, straight in the logarithm of the loss between them; 0.5 and 1.2 are the ends.
@@ -17,7 +19,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = ["FLOOR", "LOOKS", "Outcome", "best_of_grid", "freeze", "geometric_mean", "outcomes", "profile", "table", "tuned_lrs"]
 
@@ -29,21 +31,21 @@ LONGEST_FACTOR = 4.0
 """Of the performance profile."""
 
 Row = dict[str, Any]
-Best = dict[tuple[str, int], tuple[float, float]]
+BAND = 1.1
+"""Test loss over the best, up to which an LR counts as good."""
+
+
+class Best(NamedTuple):
+    """Of the grid on a seed: the lowest test loss, its LR, and the LRs around it that are about as good."""
+
+    loss: float
+    lr: float
+    low: float
+    high: float
 
 
 def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(math.log(v) for v in values))
-
-
-def best_of_grid(grid: Iterable[Row]) -> Best:
-    """The lowest test loss of the grid and its LR, by case and seed."""
-    best: Best = {}
-    for row in grid:
-        if row["method"] == "grid" and row["finite"]:
-            key = row["case"], row["seed"]
-            best[key] = min(best.get(key, (math.inf, math.inf)), (max(row["test_loss"], FLOOR), row["lr"]))
-    return best
 
 
 def _by_case_and_lr(grid: Iterable[Row]) -> dict[str, dict[float, dict[int, float]]]:
@@ -53,6 +55,19 @@ def _by_case_and_lr(grid: Iterable[Row]) -> dict[str, dict[float, dict[int, floa
         loss = max(row["test_loss"], FLOOR) if row["finite"] else math.inf
         losses.setdefault(row["case"], {}).setdefault(row["lr"], {})[row["seed"]] = loss
     return losses
+
+
+def best_of_grid(grid: Iterable[Row]) -> dict[tuple[str, int], Best]:
+    """The best of the grid, by case and seed."""
+    found = {}
+    for case, by_lr in _by_case_and_lr(grid).items():
+        for seed in {seed for losses in by_lr.values() for seed in losses}:
+            losses = {lr: by_lr[lr][seed] for lr in sorted(by_lr) if seed in by_lr[lr]}
+            best = min(losses, key=lambda lr: losses[lr])
+            if math.isfinite(losses[best]):
+                good = [lr for lr in losses if losses[lr] <= BAND * losses[best]]
+                found[case, seed] = Best(losses[best], best, good[0], good[-1])
+    return found
 
 
 def tuned_lrs(grid: Iterable[Row]) -> dict[str, float]:
@@ -88,21 +103,26 @@ class Outcome:
     method: str
     ratio: float
     lr: float | None
-    best_lr: float
+    best: Best
     switch_step: int | None
     steps: float | None = None
 
     @property
     def decades(self) -> float | None:
         """Of LR, from the grid's best; below it is negative."""
-        return None if self.lr is None else math.log10(self.lr / self.best_lr)
+        return None if self.lr is None else math.log10(self.lr / self.best.lr)
+
+    @property
+    def beyond(self) -> float | None:
+        """Decades of LR from the nearest that is about as good as the grid's best."""
+        return None if self.lr is None else abs(math.log10(self.lr / min(max(self.lr, self.best.low), self.best.high)))
 
     def __str__(self) -> str:
-        off = "" if self.decades is None else f"  lr {self.lr:.2g}  best {self.best_lr:.2g}  {self.decades:+.2f} decades"
+        off = "" if self.decades is None else f"  lr {self.lr:.2g}  best {self.best.lr:.2g}  {self.decades:+.2f} decades"
         return f"{self.case:24}  seed {self.seed}  {self.method}  ratio {self.ratio:.2f}{off}  switch {self.switch_step}"
 
 
-def outcomes(rows: Iterable[Row], best: Best, tuned: Iterable[Row] = ()) -> list[Outcome]:
+def outcomes(rows: Iterable[Row], best: dict[tuple[str, int], Best], tuned: Iterable[Row] = ()) -> list[Outcome]:
     """The runs of `rows` whose grid is known, beside it and the tuned runs at several lengths."""
     lengths: dict[tuple[str, int], dict[float, float]] = {}
     for row in tuned:
@@ -112,11 +132,10 @@ def outcomes(rows: Iterable[Row], best: Best, tuned: Iterable[Row] = ()) -> list
     for row in rows:
         key = row["case"], row["seed"]
         if row["method"] != "grid" and not row["method"].startswith("tuned") and key in best:
-            loss, best_lr = best[key]
             own = max(row["test_loss"], FLOOR) if row["finite"] else math.inf
             lr = row.get("cooldown_lr") or row.get("found_lr")
             steps = _steps_to(own, lengths[key]) if key in lengths else None
-            found.append(Outcome(*key, row["method"], own / loss, lr, best_lr, row.get("switch_step"), steps))
+            found.append(Outcome(*key, row["method"], own / best[key].loss, lr, best[key], row.get("switch_step"), steps))
     return found
 
 
@@ -188,12 +207,16 @@ def profile(rows: Iterable[Row], targets: dict[str, float]) -> str:
 def _cells(runs: list[Outcome], others: list[Outcome]) -> list[str]:
     by_case = [math.exp(mean) for mean in _logs(runs, "case")]
     off = [abs(run.decades) for run in runs if run.decades is not None]
+    beyond = [run.beyond for run in runs if run.beyond is not None]
     shares = [run.switch_step / int(run.case.split()[-1]) for run in runs if run.switch_step is not None]
     steps = [run.steps for run in runs if run.steps is not None]
     return [
         *(f"{len(by_case)}", f"{len(runs)}", _error(_logs(runs, "seed")), _paired(runs, others)),
         *(f"{max(by_case):.2f}", f"{max(run.ratio for run in runs):.2f}"),
-        *(f"{sum(d > 0.5 for d in off)}", f"{sum(d > 1 for d in off)}"),
+        *(
+            f"{sum(d > 0.5 for d in off)} ({sum(d > 0.5 for d in beyond)})",
+            f"{sum(d > 1 for d in off)} ({sum(d > 1 for d in beyond)})",
+        ),
         *(f"{sum(math.isinf(run.ratio) for run in runs)}", f"{statistics.fmean(shares):.0%}" if shares else ""),
         f"{geometric_mean(steps):.2f}" if steps else "",
     ]

@@ -109,7 +109,7 @@ def test_the_grid_grows_until_the_best_lr_has_two_on_both_sides(benchmark, start
 def test_the_numbers_beside_the_grid_are_those_of_a_hand_made_example(benchmark):
     measures = benchmark("measures")
     grid = [grid_row(0.1, 2.0), grid_row(1.0, 1.0), grid_row(10.0, math.inf), grid_row(0.1, 0.5, 1), grid_row(1.0, 0.8, 1)]
-    assert measures.best_of_grid(grid) == {("a b 1 100", 0): (1.0, 1.0), ("a b 1 100", 1): (0.5, 0.1)}
+    assert measures.best_of_grid(grid) == {("a b 1 100", 0): (1.0, 1.0, 1.0, 1.0), ("a b 1 100", 1): (0.5, 0.1, 0.1, 0.1)}
     assert measures.tuned_lrs(grid) == {"a b 1 100": 1.0}  # the square root of 1.0 * 0.8 is below that of 2.0 * 0.5
     tuned = [grid_row(1.0, loss) | {"method": f"tuned {length}"} for length, loss in ((0.5, 4.0), (1.0, 1.0), (1.2, 1.1))]
     run = grid_row(None, 2.0) | {"method": "rule", "found_lr": 0.5, "cooldown_lr": 0.01, "switch_step": 20}
@@ -119,7 +119,11 @@ def test_the_numbers_beside_the_grid_are_those_of_a_hand_made_example(benchmark)
         row = run | {"test_loss": loss, "finite": math.isfinite(loss)}
         assert measures.outcomes([row], measures.best_of_grid(grid), tuned)[0].steps == steps
     cells = measures.table([found], "rule").splitlines()[2].split(" | ")
-    assert cells[3:] == ["2.000", "1.000", "2.00", "2.00", "1", "1", "0", "20%", "0.75 |"]
+    assert cells[3:] == ["2.000", "1.000", "2.00", "2.00", "1 (1)", "1 (1)", "0", "20%", "0.75 |"]
+    flat = measures.best_of_grid([*grid, grid_row(0.01, 1.09)])
+    assert flat["a b 1 100", 0] == (1.0, 1.0, 0.01, 1.0)
+    (near,) = measures.outcomes([run], flat, tuned)
+    assert (near.decades, near.beyond) == (pytest.approx(-2), 0.0)
 
 
 def test_a_profile_counts_whose_time_to_the_target_is_near_the_best(benchmark):
@@ -152,3 +156,26 @@ def test_adalrs_raises_an_lr_that_is_too_low_and_leaves_one_at_which_the_loss_ex
     assert low < search.lr < high
     assert math.isfinite(loss.item())
     assert optimizer.param_groups[0]["lr"] == 0.0
+
+
+def test_the_grid_of_the_hard_suite_is_kept_whole_and_its_page_says_what_was_measured(benchmark):
+    regret, measures = benchmark("regret"), benchmark("measures")
+    folder = ROOT / "benchmarks" / "results" / "hard"
+    grid = regret.read(folder / "grid.jsonl")
+    assert len({(row["case"], row["lr"], row["seed"]) for row in grid}) == len(grid)
+    assert {row["seed"] for row in grid} == {0, 1, 2}
+    assert {row["case"] for row in grid} <= set(regret.HARD)
+    best = measures.best_of_grid(grid)
+    for (case, seed), found in best.items():
+        lrs = {row["lr"] for row in grid if (row["case"], row["seed"]) == (case, seed)}
+        assert min(lrs) < 0.2 * found.lr < 5 * found.lr < max(lrs), f"{case}, seed {seed}: the grid ends at its best LR"
+    runs = measures.outcomes(regret.read(folder / "0.1.0.jsonl"), best)
+    table = measures.table([run for run in runs if all((run.case, seed) in best for seed in (0, 1, 2))], "0.1.0")
+    cells = next(line for line in table.splitlines() if line.startswith("| 0.1.0")).split(" | ")
+    number, count, mean, worst, half, decade, share = (cells[k].split(" (")[0] for k in (1, 2, 3, 5, 7, 8, 10))
+    said = f"{number} cases and three seeds 0.1.0 ends at {mean} times"
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    assert said in page
+    assert f"at worst {worst} times" in page
+    assert f"{half} of its {count} LRs are more than half a decade off, {decade} more than one" in page
+    assert f"The warm-up takes {share.replace('%', ' %')} of the run" in page
