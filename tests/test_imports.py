@@ -214,6 +214,7 @@ LONG = {
     "autowu.gp.fit_closed_form": "one derivation, whose names are those of the module's docstring",
     "autowu.plotting.draw_cooldowns": "one picture",
     "autowu.plotting.draw_layers": "one picture",
+    "autowu.switching.decide": "30 lines for its users, then one vote",
     "autowu.optim.param_groups.param_groups": "30 lines of rules for its users, then one loop over the parameters",
     "autowu.scheduler.AutoWU.__init__": "a signature of 28 arguments",
     "autowu.training.config._parser": "a table of options",
