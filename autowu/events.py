@@ -102,7 +102,7 @@ def doubt_message(config: Config, switch: Switch) -> str | None:
 def divergence_message(state: State, restored: int | None) -> str:
     """What is said of a divergence, after which the run has `state`. `restored`: step of the copy that was put back."""
     lowered = f"training has diverged ({state.setbacks} of {MAX_SETBACKS}); the peak LR is now {peak_lr(state):.4g}"
-    alone = "" if state.watched else "; from here on the run is left alone"
+    alone = "" if state.setbacks < MAX_SETBACKS else "; from here on the run is left alone"
     return f"{lowered}{_back_at(restored)}{alone}"
 
 
@@ -132,9 +132,11 @@ def _lr_at(config: Config, state: State, step: int) -> str:
     return "" if state.switch is None else f" ({base_lr(config, state, step):.4g}, in {phase_at(config, state, step)})"
 
 
-def loss_changed_message(state: State, now: float, at_copy: float) -> str:
-    """What is said where going back has not brought the loss back. The run has `state` after that."""
-    found = f"the loss is {now:.4g} on the weights of the copy, too, and was {at_copy:.4g} when it was made"
+def loss_changed_message(state: State, now: float, before: float, *, at_copy: bool) -> str:
+    """What is said where neither a copy nor a lower LR has brought the loss back. The run has `state` after that."""
+    found = f"the loss stays at {now:.4g} at a lower LR, too, and was {before:.4g} before it rose"
+    if at_copy:
+        found = f"the loss is {now:.4g} on the weights of the copy, too, and was {before:.4g} when it was made"
     return f"{found}: the loss has changed, training has not diverged; the peak LR is {peak_lr(state):.4g} again"
 
 

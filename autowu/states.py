@@ -16,7 +16,7 @@ from autowu.watch import BLOCK, LossWatch
 
 __all__ = ["VERSION", "readable", "whole_or_not"]
 
-VERSION: Final = 5
+VERSION: Final = 6
 
 
 def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
@@ -31,16 +31,16 @@ def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
     if not isinstance(found := state.get("class"), str) or found != name:
         raise ValueError(f"class={shown(found)}: the state is not of {name}")
     version, path = state.get("version"), "state_dict"
-    if type(version) is int and version == 4:
-        path = "state_dict, of version 4, as version 5"
+    if type(version) is int and version in (4, 5):
+        path = f"state_dict, of version {version}, as version {VERSION}"
         try:
-            state = _from_4(state)
+            state = _from_5(_from_4(state) if version == 4 else state)
         except KeyError as error:
             raise ValueError(f"state_dict without {shown(error.args[0])}: the state is incomplete") from None
         except Exception as error:
             raise _damaged(error) from None
     elif type(version) is not int or version != VERSION:
-        raise ValueError(f"version={shown(version)}: this autowu reads versions 4 and {VERSION}")
+        raise ValueError(f"version={shown(version)}: this autowu reads versions 4, 5 and {VERSION}")
     check_state(path, state)
     if (saved := len(state["base_lrs"])) > groups:
         cure = "add the groups that were added during the run before the state is loaded"
@@ -76,6 +76,12 @@ def whole_or_not(rooms: Iterable[Any], engine: Any) -> Iterator[None]:
         raise _damaged(error) from error
 
 
+def _from_5(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Version 5 did not know of losses that are passed again, nor of trials without a copy."""
+    watch = LossWatch().state_dict() | {"longest": 1, "halved": 1} | state["reader"]["watch"]
+    return {**state, "version": 6, "reader": {**state["reader"], "watch": watch}}
+
+
 def _from_4(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Version 4, of autowu 0.1.0, had all rooms' values side by side."""
     kept = ("class", "config", "state", "last_epoch", "step_count", "base_lrs", "events")
@@ -100,7 +106,7 @@ def _from_4(state: Mapping[str, Any]) -> Mapping[str, Any]:
             "posterior": state["posterior"],
         },
         "reader": {
-            "watch": LossWatch().state_dict() | watch["state"],
+            "watch": watch["state"],
             "looked_at": watch["looked_at"],
             "unread": [],
             "pending": _block_from_4(state),

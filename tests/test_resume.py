@@ -417,7 +417,7 @@ def test_the_state_of_a_long_warmup_is_small(tmp_path):
 STRANGE = {
     "another class": ({"class": "StepLR"}, r"class='StepLR'"),
     "another version": ({"version": 2}, r"version=2\b"),
-    "a later version": ({"version": 6}, r"version=6\b"),
+    "a later version": ({"version": 7}, r"version=7\b"),
     "a version in words": ({"version": "5"}, r"version='5'"),
     "no class": ({"class": None}, r"class=None"),
     "no version": ({"version": None}, r"version=None"),
