@@ -193,7 +193,7 @@ class LossWatch:
         """Take later losses; every step of a run comes through here, so all is at hand in local variables."""
         start, best, mean, level, noise = self.start, self.best, self.mean, self.level, self.noise
         above, high, silent, settling, last, count = self.above, self.high, self.silent, self.settling, self.last, self.count
-        slack, previous, again = self.slack, self.previous, self.again
+        slack, doubt, previous, again = self.slack, self.doubt, self.previous, self.again
         for loss in losses:
             if not -HUGE < loss < HUGE:
                 if loss != -inf:
@@ -221,7 +221,7 @@ class LossWatch:
             above = above + 1 if far else 0
             level += _QUICK * (loss - level)
             capped = best + IN_A_ROW * allowed  # so that one loss, however large, is no divergence
-            mean += _SLOW * ((loss if loss < capped or settling else capped) - mean)
+            mean += _SLOW * ((loss if loss < capped or settling or doubt else capped) - mean)
             near = NEAR * progress
             if mean - best <= (sure if sure > near else near) and not far:  # what comes apart is no noise
                 noise += _NOISE * ((loss - last) ** 2 / 2 - noise)

@@ -392,7 +392,8 @@ def noise(count, seed=3):
 def test_a_loss_that_rises_to_a_new_level_and_goes_on_from_there_has_changed(jump, over, fall):
     losses = 1 + jump * np.clip(np.arange(300) / over, 0, 1) - fall * np.arange(300) + noise(300)
     alarms, undone = halved_at_alarms(trained(), losses)
-    assert 1 <= alarms == undone <= 3
+    assert alarms == undone <= 3
+    assert alarms or jump < 1
 
 
 @pytest.mark.parametrize("top", [2.0, 5.0, 50.0])
