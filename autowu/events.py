@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from autowu.config import Config
@@ -65,9 +66,14 @@ class EventLog:
         if self._ranks.is_first:
             _logger.info(message)
 
-    def resumed(self, config: Config, state: State, step: int, planned: Config) -> None:
-        """Warn where a run goes on that is over, or that is not as long as the object was `planned` with that takes it up."""
-        if message := resume_message(config, state, step, planned):
+    def resumed(self, config: Config, state: State, step: int, planned: Config, saved: Mapping[str, Any]) -> None:
+        """Warn where a run goes on that is over, not as long as `planned`, or not in the steps that it was `saved` with."""
+        message = resume_message(config, state, step, planned)
+        if message is None and (before := saved["config"])["steps_per_epoch"] != config.steps_per_epoch:
+            had = f"an epoch has {config.steps_per_epoch} steps here and had {before['steps_per_epoch']} in the state"
+            place = f"it goes on from step {step} of {config.total_steps}, and was at step {saved['last_epoch']}"
+            message = f"{had}: the run keeps its place in epochs, {place} of {before['total_steps']}; the LRs are as they were"
+        if message:
             self.warn("resume", step, message)
 
     def state_dict(self) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ _TRIAL: Final = 3
 _DOUBT: Final = 40
 """Losses after a halving without going back in which a run that had diverged finds back, or comes apart for good."""
 _AGAIN: Final = 5
-"""Equal losses in a row that are one, at least; more, and more than twice as many as ever before, are those of a run that is stuck."""
+"""Equal losses in a row that are one, at least. A run with more, and more than twice as many as ever before, is stuck."""
 _TOLERANCE: Final = 1.5
 """Times a change of the loss that a later rise must amount to, to be more than another such change."""
 BLOCK: Final = 10
@@ -128,7 +128,7 @@ class LossWatch:
             self._doubt()
 
     def _doubt(self) -> None:
-        """After a halving without going back: a run that had diverged finds back; a loss that has changed goes on from where it is."""
+        """After a halving without going back: a run that had diverged finds back; a loss that has changed goes on as it is."""
         self.doubt -= 1
         if self.doubt >= _DOUBT // 2:  # the mean may be on its way yet
             self.lowest = self.mean
@@ -182,7 +182,7 @@ class LossWatch:
             self._ends_run(loss, 1)
             return False
         self.again += 1
-        return 0 < self.longest and self.again <= max(_AGAIN, 2 * self.longest)
+        return self.longest > 0 and self.again <= max(_AGAIN, 2 * self.longest)
 
     def _ends_run(self, previous: float, again: int) -> None:
         """A run of equal losses is over."""

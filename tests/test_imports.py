@@ -46,9 +46,10 @@ ROOMS = {
     "stages": ("config", "events", "history", "judge", "live", "phases", "ranks", "reader", "rollback", "switching", "watch"),
     "schema": ("checks", "config", "gp", "phases", "watch"),
     "states": ("config", "history", "phases", "schema", "watch"),
+    "rescale": ("config", "history", "switching"),
     "scheduler": (
         *("checks", "config", "gp", "gpytorch_engine", "group_lrs", "history", "micro_batches", "optimizer_calls"),
-        *("phases", "stages", "states", "switching"),
+        *("phases", "rescale", "stages", "states", "switching"),
     ),
     "plotting": ("gp", "scheduler"),
 }
