@@ -92,7 +92,7 @@ class Snapshot:
         return [label for label in left if not self._begin_anew(label)]
 
     def _begin_anew(self, label: str) -> bool:
-        """Have an average that is not finite, and began after the copy was made, begin again from what it is one of; whether it is."""
+        """Have an average that is not finite, and unknown to the copy, begin again from what it averages; whether it does."""
         average = self.live.everything().get(label)
         if label not in self.live.averages() or average is None or bool(local(average).isfinite().all()):
             return False
