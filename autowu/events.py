@@ -138,11 +138,14 @@ def _lr_at(config: Config, state: State, step: int) -> str:
     return "" if state.switch is None else f" ({base_lr(config, state, step):.4g}, in {phase_at(config, state, step)})"
 
 
-def loss_changed_message(state: State, now: float, before: float, *, at_copy: bool) -> str:
-    """What is said where neither a copy nor a lower LR has brought the loss back. The run has `state` after that."""
-    found = f"the loss stays at {now:.4g} at a lower LR, too, and was {before:.4g} before it rose"
-    if at_copy:
-        found = f"the loss is {now:.4g} on the weights of the copy, too, and was {before:.4g} when it was made"
+def loss_changed_message(state: State, now: float, before: float, risen: float | None = None) -> str:
+    """What is said where going back has not brought the loss back, which is at `now`, or, having `risen`, no lower LR has.
+
+    The run has `state` after that.
+    """
+    found = f"the loss is {now:.4g} on the weights of the copy, too, and was {before:.4g} when it was made"
+    if risen is not None:
+        found = f"the loss rose from {before:.4g} by {risen:.4g}, and what it did then is not what weights do at a lower LR"
     return f"{found}: the loss has changed, training has not diverged; the peak LR is {peak_lr(state):.4g} again"
 
 

@@ -265,7 +265,8 @@ class AfterSwitch:
         if reader.watch.changed:
             state = self._undo_set_backs(step, state)
         if state.setbacks >= MAX_SETBACKS:  # no more are borne; it only remains to be seen whether the last was one
-            return state if reader.watch.on_trial else self.end_watch(state)
+            seen = not reader.watch.on_trial or watch_is_over(self.config, state, step)
+            return self.end_watch(state) if seen else state
         if reader.watch.diverged:
             return self._set_back(step, state)
         if since // BLOCK < step // BLOCK and watch_is_over(self.config, state, step):
@@ -308,8 +309,8 @@ class AfterSwitch:
         watch = self.rooms.reader.watch
         state = undo_set_backs(state, watch.halved)
         watch.changed = False
-        at_copy = self.rooms.rollback.held is not None
-        self.rooms.log.warn("loss_changed", step, loss_changed_message(state, watch.level, watch.returned, at_copy=at_copy))
+        risen = watch.rise if self.rooms.rollback.held is None else None
+        self.rooms.log.warn("loss_changed", step, loss_changed_message(state, watch.level, watch.returned, risen))
         return state
 
     def _end_epoch(self, state: State) -> State:

@@ -31,6 +31,8 @@ _TRIAL: Final = 3
 """Losses after going back that tell whether the loss is what it was."""
 _DOUBT: Final = 40
 """Losses after a halving without going back in which a run that had diverged finds back, or comes apart for good."""
+_AT_ONCE: Final = 0.6
+"""Share of a rise by which a loss falls at once that has changed back."""
 _AGAIN: Final = 5
 """Equal losses in a row that are one, at least. A run with more, and more than twice as many as ever before, is stuck."""
 _TOLERANCE: Final = 1.5
@@ -70,8 +72,9 @@ class LossWatch:
     """
 
     __slots__ = (
-        *("above", "again", "best", "changed", "count", "doubt", "halved", "high", "kept", "last", "level", "longest", "lowest"),
-        *("mean", "noise", "pace", "previous", "returned", "rise", "settling", "silent", "slack", "start", "trial"),
+        *("above", "again", "before", "best", "changed", "count", "doubt", "fell", "halved", "high", "kept", "last", "level"),
+        *("longest", "lowest", "mean", "noise", "pace", "previous", "returned", "rise", "settling", "silent", "slack", "start"),
+        *("trial",),
     )
 
     def __init__(self) -> None:
@@ -90,6 +93,8 @@ class LossWatch:
         self.doubt = 0  # losses to come that tell whether a lower LR has
         self.halved = 0
         self.pace = 0.0  # by how much the loss had fallen with each loss until it rose
+        self.before = 0.0  # the loss before the last one, while in doubt
+        self.fell = False  # whether the loss has fallen at once, as weights do not find back
         self.returned = 0.0  # what the loss was at the copy
         self.rise = 0.0  # by how much it had risen from there
         self.lowest = math.inf  # of the losses since
@@ -113,7 +118,7 @@ class LossWatch:
 
     def _try(self, loss: float) -> None:
         """Take one of the losses after an alarm that tell what it was worth."""
-        before = self.count
+        before, last = self.count, self.last
         self._go_on((loss,))
         if self.silent >= IN_A_ROW:
             self.trial = self.doubt = 0  # which no change of the loss explains
@@ -125,10 +130,16 @@ class LossWatch:
             if self.trial == 0 and self.lowest - self.returned > max(self.rise, LOST * self.progress) / 2:
                 self._measure_anew()
         else:
+            if last - loss > _AT_ONCE * self.rise and abs(last - self.before) < (1 - _AT_ONCE) / 2 * self.rise:
+                self.fell, self.rise = True, max(self.rise, (last + self.before) / 2 - self.returned)
+            self.before = last
             self._doubt()
 
     def _doubt(self) -> None:
-        """After a halving without going back: a run that had diverged finds back; a loss that has changed goes on as it is."""
+        """After a halving without going back: a run that had diverged finds back; a loss that has changed goes on as it is.
+
+        So does one of sources that alternate: it may find back, but at once.
+        """
         self.doubt -= 1
         if self.doubt >= _DOUBT // 2:  # the mean may be on its way yet
             self.lowest = self.mean
@@ -136,6 +147,9 @@ class LossWatch:
         fallen = min(self.pace * (_DOUBT - self.doubt), self.rise / 4)  # as it would have in any case
         if self.mean - self.returned < self.rise / 2 - fallen:
             self.doubt = 0
+            if self.fell:
+                self.lowest = self.returned + self.rise
+                self._measure_anew()
         elif self.doubt == 0:
             risen, noise = self.mean - self.lowest, self._error(NEAR_SURE)
             self.lowest = self.mean
@@ -309,6 +323,7 @@ class LossWatch:
         else:
             self.doubt, self.halved, self.returned = _DOUBT, 1, self.best
             self.pace = self.progress / self.count
+            self.before, self.fell = self.last, False
         self.lowest, self.rise = math.inf, max(self.mean, self.level) - self.returned
         self.mean = max(self.mean, self.level)  # which lags behind
 

@@ -163,7 +163,7 @@ def test_a_published_fit_with_a_kernel_of_its_own_is_refused(saved):
 
 def as_version_5(state):
     """A state of the present version without what it has more."""
-    new = ("previous", "again", "longest", "doubt", "halved", "pace")
+    new = ("previous", "again", "longest", "doubt", "halved", "pace", "before", "fell")
     watch = {name: value for name, value in state["reader"]["watch"].items() if name not in new}
     return state | {"version": 5, "reader": state["reader"] | {"watch": watch}}
 

@@ -396,8 +396,15 @@ def test_a_loss_that_rises_to_a_new_level_and_goes_on_from_there_has_changed(jum
     assert alarms or jump < 1
 
 
+@pytest.mark.parametrize("every", [10, 20, 37, 100])
+@pytest.mark.parametrize("height", [0.5, 1.5, 5.0])
+def test_sources_that_alternate_leave_no_halving(every, height):
+    alarms, undone = halved_at_alarms(trained(), 1 + height * (np.arange(600) // every % 2) - 0.0005 * np.arange(600) + noise(600))
+    assert alarms == undone <= 3
+
+
 @pytest.mark.parametrize("top", [2.0, 5.0, 50.0])
-@pytest.mark.parametrize("back", [5, 30])
+@pytest.mark.parametrize("back", [2, 5, 30])
 def test_a_loss_that_finds_back_at_a_lower_lr_had_diverged(top, back):
     steps = np.arange(300)
     losses = 1 + (top - 1) * np.where(steps < 12, (steps / 12) ** 3, np.exp(-(steps - 12) / back)) + noise(300)
@@ -583,15 +590,15 @@ def test_a_loss_that_changes_leaves_the_peak(change):
     assert run.accuracy() > 0.9
 
 
-@pytest.mark.parametrize("change", [CHANGES["a term joins"], CHANGES["a term ramps up"], lambda since: 5.0 * (since > 60)])
+@pytest.mark.parametrize("change", [*CHANGES.values(), lambda since: 5.0 * (since > 60)])
 def test_a_loss_that_changes_leaves_the_peak_where_nothing_goes_back_either(change):
     run = Run(500, keeps=False, **STABLE)
     run.also = lambda scheduler: change(scheduler.last_epoch - scheduler.switch.step) if scheduler.switch else 0.0
     run.advance(500)
     kinds = run.kinds()
     assert {*kinds} == {"switch", "divergence", "loss_changed"}
-    assert kinds.count("loss_changed") == 1
-    assert "at a lower LR, too" in run.scheduler.events[-1].message
+    assert 1 <= kinds.count("loss_changed") <= 2
+    assert "at a lower LR" in run.scheduler.events[-1].message
     assert run.scheduler._state.setbacks == 0
     assert run.accuracy() > 0.9
 
