@@ -3,7 +3,8 @@
     python benchmarks/short_runs.py
 
 Networks for scikit-learn's digits, batches of 64, three seeds. The cosine has 5 % linear warm-up. Unseen is the LR passed by
-habit: 0.1 to SGD with momentum, 1e-3 to AdamW. ``results/short_runs.json`` holds the mean test accuracies.
+habit: 0.1 to SGD with momentum, 1e-3 to AdamW. ``results/short_runs.json`` holds the mean test accuracies; cases
+that it has are not run again.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def measured(network: str, optimizer: str, steps: int) -> dict[str, float]:
     """Mean accuracies over the seeds, by method."""
 
     def mean(lr: float, arguments: dict[str, Any] | None = None) -> float:
-        return statistics.mean(run(network, optimizer, steps, seed, lr, arguments) for seed in SEEDS)
+        return round(statistics.mean(run(network, optimizer, steps, seed, lr, arguments) for seed in SEEDS), 3)
 
     unseen = UNSEEN[optimizer]
     grid = {lr: mean(lr) for lr in GRID[optimizer]}
@@ -93,12 +94,15 @@ def measured(network: str, optimizer: str, steps: int) -> dict[str, float]:
 def main() -> None:
     logging.getLogger("autowu").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    rows = []
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     for steps in LENGTHS:
         for network, optimizer in TASKS:
-            rows.append({"network": network, "optimizer": optimizer, "steps": steps} | measured(network, optimizer, steps))
-            print(" ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in rows[-1].values()), flush=True)
-    RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+            case = {"network": network, "optimizer": optimizer, "steps": steps}
+            if any(case.items() <= row.items() for row in rows):
+                continue
+            rows.append(case | measured(network, optimizer, steps))
+            print(" ".join(map(str, rows[-1].values())), flush=True)
+            RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     names = ["cosine, best of the grid", "cosine, unseen", *METHODS]
     print(f"\n| steps | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
     for steps in LENGTHS:
