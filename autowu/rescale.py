@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from autowu.history import MISSING, LossHistory
 from autowu.switching import MIN_LOSSES
 
 __all__ = ["rescaled"]
+
+_MOST_LOSSES: Final = 2**22
+"""Of a warm-up that is brought to other steps: they are laid out one by one."""
 
 
 class _Epochs(NamedTuple):
@@ -38,13 +41,16 @@ class _Epochs(NamedTuple):
 def rescaled(state: Mapping[str, Any], planned: Config) -> Mapping[str, Any]:
     """`state`, checked, as one of a run with the steps per epoch of `planned`; itself where that is not clear, or no change.
 
-    It is clear where both were given steps per epoch, the run has whole epochs, and its phases have room in the new steps.
+    It is clear where both were given steps per epoch, the run has whole epochs, and its phases have room in the new steps; also
+    not where millions of losses would have to be laid out.
     """
     config, run = state["config"], state["state"]
     before, now = config["steps_per_epoch"], planned.steps_per_epoch
     if before is None or now is None or before == now or config["total_steps"] % before:
         return state
     epochs = _Epochs(before, now)
+    if max((steps := state["judge"]["history"]["steps"]), epochs.steps(steps)) > _MOST_LOSSES:
+        return state
     of_config = _config(config, epochs)
     try:
         check_together(of_config)

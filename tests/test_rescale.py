@@ -72,7 +72,7 @@ def test_a_run_ends_where_it_should(epoch, steps_per_epoch, arguments):
         assert last[0] == pytest.approx(last[1], rel=0.05)
 
 
-@pytest.mark.parametrize("there", [5, 20, 47])
+@pytest.mark.parametrize("there", [40, 60, 100])
 @pytest.mark.parametrize("epoch", [2, 12])
 def test_there_and_back_is_the_run_as_it_was(there, epoch):
     whole = made(20)
@@ -157,3 +157,11 @@ def test_a_history_in_bins_keeps_its_mean_and_its_spread():
         assert number == pytest.approx(5000 * steps_per_epoch / 400)
         assert mean == pytest.approx(values.mean().item(), abs=0.02)
         assert float(curve.squares.sum() / number) < 1.2 * max(spread, 0.5)
+
+
+def test_a_state_whose_losses_would_fill_the_memory_is_not_laid_out():
+    whole = made(10)
+    advance(whole, 5)
+    again = taken_up(whole, 10**6)
+    assert again.history.steps == 50
+    assert "as it was begun" in again.events[-1].message
