@@ -33,7 +33,7 @@ class _Epochs(NamedTuple):
         """So many steps in the new ones, half a step rounded up: whole epochs, and distances of whole epochs, stay whole."""
         return (2 * number * self.now + self.before) // (2 * self.before)
 
-    def index(self, number: int) -> int:
+    def place(self, number: int) -> int:
         """The new step in which the middle of step `number` lies, both from 0."""
         return (2 * number + 1) * self.now // (2 * self.before)
 
@@ -117,7 +117,7 @@ def _history(state: Mapping[str, Any], epochs: _Epochs, taken: int, stage: int =
     folded, number = (min(epochs.steps(state[name]), taken) for name in ("folded", "steps"))
     again = LossHistory(state["max_points"], stage)
     losses = _losses(state)
-    at = torch.tensor([min(epochs.index(index), max(0, number - 1)) for index in range(len(losses))], dtype=torch.int64)
+    at = torch.tensor([min(epochs.place(index), max(0, number - 1)) for index in range(len(losses))], dtype=torch.int64)
     finite = losses.isfinite()
     came = finite | (losses != MISSING)
     sums, counts, arrived = (
@@ -155,7 +155,9 @@ def _stage(stage: Mapping[str, Any], epochs: _Epochs, taken: int) -> dict[str, A
 
 
 def _copies(copies: Mapping[str, Any] | None, epochs: _Epochs, taken: int) -> dict[str, Any] | None:
-    return copies and {
+    if copies is None:
+        return None
+    return {
         which: {**saved, "step": min(epochs.steps(saved["step"]), taken)} if which in ("newer", "older") and saved else saved
         for which, saved in copies.items()
     }

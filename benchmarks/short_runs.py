@@ -70,13 +70,14 @@ def run(network: str, optimizer_name: str, steps: int, seed: int, lr: float, arg
         batch = torch.randint(len(x), (64,))
         loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if scheduler is not None:
             scheduler.step(loss)
     model.eval()
     with torch.no_grad():
-        return (model(test_x).argmax(1) == test_y).float().mean().item()
+        accuracy: float = (model(test_x).argmax(1) == test_y).float().mean().item()
+    return accuracy
 
 
 def measured(network: str, optimizer: str, steps: int) -> dict[str, float]:
