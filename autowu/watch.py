@@ -130,7 +130,8 @@ class LossWatch:
             if self.trial == 0 and self.lowest - self.returned > max(self.rise, LOST * self.progress) / 2:
                 self._measure_anew()
         else:
-            if last - loss > _AT_ONCE * self.rise and abs(last - self.before) < (1 - _AT_ONCE) / 2 * self.rise:
+            height = max(self.rise, last - self.returned)
+            if last - loss > _AT_ONCE * height and abs(last - self.before) < (1 - _AT_ONCE) / 2 * height:
                 self.fell, self.rise = True, max(self.rise, (last + self.before) / 2 - self.returned)
             self.before = last
             self._doubt()
