@@ -131,7 +131,7 @@ class LossWatch:
                 self._measure_anew()
         else:
             height = max(self.rise, last - self.returned)
-            if last - loss > _AT_ONCE * height and abs(last - self.before) < (1 - _AT_ONCE) / 2 * height:
+            if last - loss > _AT_ONCE * height and abs(last - self.before) < (1 - _AT_ONCE) / 1.3 * height:
                 self.fell, self.rise = True, max(self.rise, (last + self.before) / 2 - self.returned)
             self.before = last
             self._doubt()
