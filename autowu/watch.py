@@ -220,15 +220,11 @@ class LossWatch:
                 repeated, again = self._comes_again(loss), self.again
                 if repeated:
                     continue
-            previous = loss
-            silent = 0
-            count += 1
+            previous, silent, count = loss, 0, count + 1
             error = sqrt(noise)
             progress = start - best if start > best else 0.0
             sure = _SURE_OF_MEAN * error
-            allowed = LOST * progress
-            if sure > allowed:
-                allowed = sure
+            allowed = sure if sure > LOST * progress else LOST * progress
             if slack > allowed:
                 allowed = slack
             high = high + 1 if loss > best + allowed else 0
