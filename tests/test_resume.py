@@ -93,11 +93,11 @@ class Training:
 
 
 def other_scheduler(optimizer):
-    """As unlike the saved one as the arguments allow; the run is shorter, so that it extends nothing."""
+    """As unlike the saved one as the arguments allow but for the steps per epoch; shorter, so that it extends nothing."""
     return AutoWU(
         optimizer,
-        4,
-        9,
+        EPOCH,
+        min(9, EPOCHS - 1),
         immediate_cooldown=False,
         cooldown_type="sqrt",
         cooldown_fraction=0.7,
