@@ -97,7 +97,7 @@ def other_scheduler(optimizer):
     return AutoWU(
         optimizer,
         EPOCH,
-        min(9, EPOCHS - 1),
+        9,
         immediate_cooldown=False,
         cooldown_type="sqrt",
         cooldown_fraction=0.7,
