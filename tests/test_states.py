@@ -135,7 +135,7 @@ def test_the_block_of_a_run_of_one_rank_or_several_is_read_for_what_it_is(block,
 def test_a_block_of_several_ranks_adds_its_losses_and_no_other_on_one(saved):
     case = saved["in the warm-up"]
     before = case["scheduler"]["watch"]["state"]["count"]
-    case["scheduler"]["watch"] |= {"looked_at": 30, "pending": [1.2] * 5 + [0.0]}
+    case["scheduler"]["watch"] |= {"looked_at": 30, "pending": [1.21, 1.22, 1.23, 1.24, 1.25, 0.0]}
     _, _, scheduler = loaded(case, MAKE["in the warm-up"])
     scheduler.optimizer.step()
     scheduler.step(1.2)
