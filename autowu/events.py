@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from autowu.config import Config
@@ -65,9 +66,14 @@ class EventLog:
         if self._ranks.is_first:
             _logger.info(message)
 
-    def resumed(self, config: Config, state: State, step: int, planned: Config) -> None:
-        """Warn where a run goes on that is over, or that is not as long as the object was `planned` with that takes it up."""
-        if message := resume_message(config, state, step, planned):
+    def resumed(self, config: Config, state: State, step: int, planned: Config, saved: Mapping[str, Any]) -> None:
+        """Warn where a run goes on that is over, not as long as `planned`, or not in the steps that it was `saved` with."""
+        message = resume_message(config, state, step, planned)
+        if message is None and (before := saved["config"])["steps_per_epoch"] != config.steps_per_epoch:
+            had = f"an epoch has {config.steps_per_epoch} steps here and had {before['steps_per_epoch']} in the state"
+            place = f"it goes on from step {step} of {config.total_steps}, and was at step {saved['last_epoch']}"
+            message = f"{had}: the run keeps its place in epochs, {place} of {before['total_steps']}; the LRs are as they were"
+        if message:
             self.warn("resume", step, message)
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -102,7 +108,7 @@ def doubt_message(config: Config, switch: Switch) -> str | None:
 def divergence_message(state: State, restored: int | None) -> str:
     """What is said of a divergence, after which the run has `state`. `restored`: step of the copy that was put back."""
     lowered = f"training has diverged ({state.setbacks} of {MAX_SETBACKS}); the peak LR is now {peak_lr(state):.4g}"
-    alone = "" if state.watched else "; from here on the run is left alone"
+    alone = "" if state.setbacks < MAX_SETBACKS else "; from here on the run is left alone"
     return f"{lowered}{_back_at(restored)}{alone}"
 
 
@@ -132,9 +138,14 @@ def _lr_at(config: Config, state: State, step: int) -> str:
     return "" if state.switch is None else f" ({base_lr(config, state, step):.4g}, in {phase_at(config, state, step)})"
 
 
-def loss_changed_message(state: State, now: float, at_copy: float) -> str:
-    """What is said where going back has not brought the loss back. The run has `state` after that."""
-    found = f"the loss is {now:.4g} on the weights of the copy, too, and was {at_copy:.4g} when it was made"
+def loss_changed_message(state: State, now: float, before: float, risen: float | None = None) -> str:
+    """What is said where going back has not brought the loss back, which is at `now`, or, having `risen`, no lower LR has.
+
+    The run has `state` after that.
+    """
+    found = f"the loss is {now:.4g} on the weights of the copy, too, and was {before:.4g} when it was made"
+    if risen is not None:
+        found = f"the loss rose from {before:.4g} by {risen:.4g}, and what it did then is not what weights do at a lower LR"
     return f"{found}: the loss has changed, training has not diverged; the peak LR is {peak_lr(state):.4g} again"
 
 

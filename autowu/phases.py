@@ -34,7 +34,7 @@ __all__ = [
     "set_back",
     "state_of",
     "switched",
-    "undo_set_back",
+    "undo_set_backs",
     "verdict",
     "warmup_lr_at",
     "watch_is_over",
@@ -232,14 +232,13 @@ def peak_lr(state: State) -> float:
 
 
 def set_back(state: State) -> State:
-    """The state after a divergence: a lower peak, and after the last one that is borne no watch any longer."""
-    setbacks = state.setbacks + 1
-    return replace(state, setbacks=setbacks, watched=setbacks < MAX_SETBACKS)
+    """The state after a divergence: a lower peak."""
+    return replace(state, setbacks=state.setbacks + 1)
 
 
-def undo_set_back(state: State) -> State:
-    """The state of a run whose last set-back was none of its own: the loss had changed."""
-    return replace(state, setbacks=max(0, state.setbacks - 1))
+def undo_set_backs(state: State, times: int) -> State:
+    """The state of a run whose last set-backs were none of its own: the loss had changed."""
+    return replace(state, setbacks=max(0, state.setbacks - times))
 
 
 def watch_is_over(config: Config, state: State, step: int) -> bool:

@@ -23,6 +23,7 @@ from autowu.horizon import Horizon
 from autowu.micro_batches import MicroBatches
 from autowu.optimizer_calls import OptimizerCalls
 from autowu.phases import State, base_lr, phase_at, state_of
+from autowu.rescale import rescaled
 from autowu.shown import Shown
 from autowu.stages import Stage, rooms_of, stage_of
 from autowu.states import VERSION, readable, whole_or_not
@@ -288,7 +289,8 @@ class AutoWU(Shown, Horizon):
         Of this object's own arguments one matters: more `total_epochs` (or `total_steps`, where neither has epochs) than the
         state's extend the run. The warm-up stays as it is and the cooldown moves to the new end: an immediate one is stretched
         over all steps after the switch, another begins anew when the last `cooldown_fraction` of the longer run does. The LR may
-        therefore rise at the point of extension. A run that is over, or not as long as this object's arguments say, is warned of.
+        therefore rise at the point of extension. Where both have `steps_per_epoch`, and not the same, the run keeps its place in
+        epochs. A run that is over, or not as long as this object's arguments say, is warned of.
 
         Raises:
             TypeError, ValueError: naming the entry by its path, if the state is incomplete or damaged; if it is of another
@@ -297,10 +299,10 @@ class AutoWU(Shown, Horizon):
         """
         state = readable(state_dict, type(self).__name__, len(self.optimizer.param_groups))
         with whole_or_not([self, *self._named_rooms().values()], self.gp):
-            self._take_over(state)
+            self._take_over(rescaled(state, self.config), saved=state)
         self._rooms.ranks.compared = False
 
-    def _take_over(self, state: Mapping[str, Any]) -> None:
+    def _take_over(self, state: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         for name, room in self._named_rooms().items():
             room.load_state_dict(state[name])
         config, self._state, self.last_epoch = Config(**state["config"]), state_of(state["state"]), state["last_epoch"]
@@ -313,7 +315,7 @@ class AutoWU(Shown, Horizon):
         whole = self.config == config or phase_at(config, self._state, self.last_epoch) == "stable"
         self._stage.load_state_dict(state["stage"] if whole else {**state["stage"], "epoch": None})
         self._write_lrs()
-        self._rooms.log.resumed(self.config, self._state, self.last_epoch, planned)
+        self._rooms.log.resumed(self.config, self._state, self.last_epoch, planned, saved)
 
 
 # A compiled training loop may hold the scheduler; what it does is not for the compiler.

@@ -19,6 +19,7 @@ from autowu.history import MISSING, LossHistory
 from autowu.judge import Judge, engine
 from autowu.live import LiveRun
 from autowu.phases import (
+    MAX_SETBACKS,
     State,
     Switch,
     Verdict,
@@ -30,7 +31,7 @@ from autowu.phases import (
     plateau_epoch_due,
     set_back,
     switched,
-    undo_set_back,
+    undo_set_backs,
     warmup_lr_at,
     watch_is_over,
 )
@@ -263,12 +264,15 @@ class AfterSwitch:
             reader.catch_up()
             self._heed_flag()
         if reader.watch.changed:
-            state = self._undo_set_back(step, state)
+            state = self._undo_set_backs(step, state)
+        if state.setbacks >= MAX_SETBACKS:  # no more are borne; it only remains to be seen whether the last was one
+            seen = not reader.watch.on_trial or watch_is_over(self.config, state, step)
+            return self.end_watch(state) if seen else state
         if reader.watch.diverged:
             return self._set_back(step, state)
         if since // BLOCK < step // BLOCK and watch_is_over(self.config, state, step):
             return self.end_watch(state)
-        if copy_is_due and reader.watch.near_best:
+        if copy_is_due and reader.watch.near_best and not reader.watch.doubt:
             rollback.renew(step, reader.watch.level)
         return state
 
@@ -298,13 +302,16 @@ class AfterSwitch:
         self.rooms.reader.go_back(None if restored is None else restored.level)
         message = divergence_message(state, None if restored is None else restored.step)
         self.rooms.log.warn("divergence", step, message)
-        return state if state.watched else self.end_watch(state)
+        over = state.setbacks >= MAX_SETBACKS and not self.rooms.reader.watch.on_trial
+        return self.end_watch(state) if over else state
 
-    def _undo_set_back(self, step: int, state: State) -> State:
-        """The loss is high on the weights of the copy, too: it has changed, and the peak was not too high."""
-        watch, state = self.rooms.reader.watch, undo_set_back(state)
+    def _undo_set_backs(self, step: int, state: State) -> State:
+        """The loss is high on the weights of the copy, or at a lower LR, too: it has changed, and the peak was not too high."""
+        watch = self.rooms.reader.watch
+        state = undo_set_backs(state, watch.halved)
         watch.changed = False
-        self.rooms.log.warn("loss_changed", step, loss_changed_message(state, watch.level, watch.returned))
+        risen = watch.rise if self.rooms.rollback.held is None else None
+        self.rooms.log.warn("loss_changed", step, loss_changed_message(state, watch.level, watch.returned, risen))
         return state
 
     def _end_epoch(self, state: State) -> State:

@@ -76,6 +76,36 @@ def whole_or_not(rooms: Iterable[Any], engine: Any) -> Iterator[None]:
         raise _damaged(error) from error
 
 
+def _from_5(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Version 6 has more of nearly everything."""
+    state = {**state, "version": 6}
+    for entry, more in _OF_6.items():
+        state[entry] = more(state)
+    return state
+
+
+def _config_of_6(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """No rise was asked for, and the LR was that at the minimum. A warm-up goes on by the rule that it began with."""
+    config: Mapping[str, Any] = state["config"] | {"min_rise": 0.0}
+    return config
+
+
+def _judge_of_6(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The LR was that at the minimum."""
+    judge: Mapping[str, Any] = state["judge"]
+    return {**judge, "decision": judge["decision"] and {**judge["decision"], "edges": judge["decision"]["minima"]}}
+
+
+def _reader_of_6(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Nothing was known of losses that are passed again, nor of trials without a copy."""
+    reader: Mapping[str, Any] = state["reader"]
+    return {**reader, "watch": LossWatch().state_dict() | {"longest": 1, "halved": 1} | reader["watch"]}
+
+
+_OF_6: Final = {"config": _config_of_6, "judge": _judge_of_6, "reader": _reader_of_6}
+"""Entries of a state that version 6 keeps more of, or anew, and how each follows from a state of version 5."""
+
+
 def _from_4(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Version 4, of autowu 0.1.0, had all rooms' values side by side."""
     kept = ("class", "config", "state", "last_epoch", "step_count", "base_lrs", "events")
@@ -100,24 +130,13 @@ def _from_4(state: Mapping[str, Any]) -> Mapping[str, Any]:
             "posterior": state["posterior"],
         },
         "reader": {
-            "watch": LossWatch().state_dict() | watch["state"],
+            "watch": watch["state"],
             "looked_at": watch["looked_at"],
             "unread": [],
             "pending": _block_from_4(state),
         },
         "stage": {} if state["state"]["switch"] is None else after_switch,
         "snapshot": _copies_from_4(Config(**config, min_rise=0.0), state["snapshot"]),
-    }
-
-
-def _from_5(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Version 5 asked for no rise, and took the LR at the minimum. A warm-up goes on by the rule that it began with."""
-    judge, decision = state["judge"], state["judge"]["decision"]
-    return {
-        **state,
-        "version": 6,
-        "config": state["config"] | {"min_rise": 0.0},
-        "judge": judge | {"decision": decision and decision | {"edges": decision["minima"]}},
     }
 
 

@@ -48,9 +48,10 @@ ROOMS = {
     "states": ("config", "history", "phases", "schema", "watch"),
     "shown": ("config", "gp", "history", "phases", "stages", "switching"),
     "horizon": ("config",),
+    "rescale": ("config", "history", "switching"),
     "scheduler": (
         *("checks", "config", "gp", "gpytorch_engine", "group_lrs", "horizon", "micro_batches", "optimizer_calls"),
-        *("phases", "shown", "stages", "states"),
+        *("phases", "rescale", "shown", "stages", "states"),
     ),
     "plotting": ("gp", "scheduler"),
 }

@@ -109,7 +109,7 @@ def test_a_divergence_sets_a_run_back_and_a_third_ends_the_watch():
     bad_from = 131
     for step in range(131, 331):
         before = state.setbacks
-        state, stage = stage.after_step(step, 5.0 if step >= bad_from else 1.0, state)
+        state, stage = stage.after_step(step, (5.0 if step >= bad_from else 1.0) + 1e-6 * step, state)
         if state.setbacks > before:
             bad_from = step + 6  # the copy is good, and comes apart again
     assert 131 < rooms.log.events[0].step <= 140

@@ -144,7 +144,7 @@ def test_the_block_of_a_run_of_one_rank_or_several_is_read_for_what_it_is(block,
 def test_a_block_of_several_ranks_adds_its_losses_and_no_other_on_one(saved):
     case = saved["in the warm-up"]
     before = case["scheduler"]["watch"]["state"]["count"]
-    case["scheduler"]["watch"] |= {"looked_at": 30, "pending": [1.2] * 5 + [0.0]}
+    case["scheduler"]["watch"] |= {"looked_at": 30, "pending": [1.21, 1.22, 1.23, 1.24, 1.25, 0.0]}
     _, _, scheduler = loaded(case, MAKE["in the warm-up"])
     scheduler.optimizer.step()
     scheduler.step(1.2)
@@ -165,3 +165,37 @@ def test_a_published_fit_with_a_kernel_of_its_own_is_refused(saved):
     case["scheduler"]["gp"]["state"]["custom_kernel"] = True
     with pytest.raises(ValueError, match="kernel"):
         loaded(case, MAKE["paper"])
+
+
+# ---------------------------------------------------------------- version 5
+
+
+def as_version_5(state):
+    """A state of the present version without what it has more."""
+    new = ("previous", "again", "longest", "doubt", "halved", "pace", "before", "fell")
+    watch = {name: value for name, value in state["reader"]["watch"].items() if name not in new}
+    return state | {"version": 5, "reader": state["reader"] | {"watch": watch}}
+
+
+@pytest.mark.parametrize("cut", [5, 30, 90])
+def test_a_state_of_version_5_goes_on_as_one_of_now(cut):
+    runs = []
+    for convert in (dict, as_version_5):
+        torch.manual_seed(1)
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        scheduler = AutoWU(optimizer, steps_per_epoch=10, total_epochs=20, min_lr=1e-4, max_lr=1.0)
+        for loss in losses()[:cut]:
+            optimizer.step()
+            scheduler.step(loss)
+        again = AutoWU(optimizer, total_steps=STEPS)
+        again.load_state_dict(copy.deepcopy(convert(scheduler.state_dict())))
+        runs.append((go_on(model, optimizer, again), [event.message for event in again.events]))
+    assert runs[0] == runs[1]
+
+
+def test_an_incomplete_state_of_version_5_is_refused():
+    state = as_version_5(AutoWU(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), total_steps=100).state_dict())
+    del state["reader"]["watch"]
+    with pytest.raises(ValueError, match="'watch': the state is incomplete"):
+        AutoWU(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), total_steps=100).load_state_dict(state)
