@@ -177,23 +177,6 @@ def as_version_5(state):
     return state | {"version": 5, "reader": state["reader"] | {"watch": watch}}
 
 
-@pytest.mark.parametrize("cut", [5, 30, 90])
-def test_a_state_of_version_5_goes_on_as_one_of_now(cut):
-    runs = []
-    for convert in (dict, as_version_5):
-        torch.manual_seed(1)
-        model = nn.Linear(3, 2)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        scheduler = AutoWU(optimizer, steps_per_epoch=10, total_epochs=20, min_lr=1e-4, max_lr=1.0)
-        for loss in losses()[:cut]:
-            optimizer.step()
-            scheduler.step(loss)
-        again = AutoWU(optimizer, total_steps=STEPS)
-        again.load_state_dict(copy.deepcopy(convert(scheduler.state_dict())))
-        runs.append((go_on(model, optimizer, again), [event.message for event in again.events]))
-    assert runs[0] == runs[1]
-
-
 def test_an_incomplete_state_of_version_5_is_refused():
     state = as_version_5(AutoWU(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), total_steps=100).state_dict())
     del state["reader"]["watch"]
