@@ -1,6 +1,7 @@
-"""States that version 0.1.0 saved (version 4): the runs go on with the LRs, the weights and the events that it went on with.
+"""States of earlier versions: the runs go on with the LRs, the weights and the events that the code of then went on with.
 
-``data/states_version_4.pt`` holds them, each with what 0.1.0 did from there on, fed the losses of :func:`losses`.
+``data/states_version_4.pt`` (saved by 0.1.0) and ``data/states_version_5.pt`` hold them, each with what that code did from there
+on, fed the losses of :func:`losses`.
 """
 
 import copy
@@ -13,9 +14,11 @@ from torch import nn
 
 from autowu import AutoWU
 from autowu.gpytorch_engine import PublishedGP
+from autowu.report import Report
 from autowu.states import VERSION, readable
 
 FILE = Path(__file__).parent / "data" / "states_version_4.pt"
+OF_VERSION_5 = FILE.with_name("states_version_5.pt")
 STEPS = 200
 OTHER = {"total_steps": STEPS, "min_lr": 1e-2, "max_lr": 0.5, "test_interval": 9}  # none of it matters
 MAKE = {
@@ -84,11 +87,30 @@ def test_a_run_goes_on_as_it_did(name, saved):
     assert leaves(case["scheduler"]) == leaves(before)  # it is left as it was
 
 
+@pytest.mark.parametrize("name", ["in the warm-up", "after the switch", "set back"])
+def test_a_run_of_version_5_goes_on_as_it_did(name):
+    case = torch.load(OF_VERSION_5, weights_only=True)[name]
+    assert case["scheduler"]["version"] == 5
+    model, optimizer, scheduler = loaded(case, lambda model, optimizer: AutoWU(optimizer, model=model, **OTHER))
+    assert go_on(model, optimizer, scheduler) == pytest.approx(case["lrs"], rel=1e-9)
+    assert [(event.kind, event.step, event.message) for event in scheduler.events] == case["events"]
+    for key, weight in case["weights"].items():
+        torch.testing.assert_close(model.state_dict()[key], weight)
+
+
+def test_of_version_5_the_last_test_is_known_and_the_lr_before_a_setback():
+    state = torch.load(OF_VERSION_5, weights_only=True)["set back"]["scheduler"]
+    report = Report.of(state)
+    assert [(test.step, test.votes, test.probability) for test in report.tests] == [(60, 4, 1.0)]
+    assert report.lr(60) == state["state"]["switch"]["lr"]
+    assert report.lr(88) / report.lr(87) == pytest.approx(0.5, rel=0.02)  # the cooldown has begun
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_it_is_saved_in_the_present_version_and_loads_again(name, saved):
     model, optimizer, scheduler = loaded(saved[name], MAKE[name])
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-    assert state["scheduler"]["version"] == VERSION == 5
+    assert state["scheduler"]["version"] == VERSION == 6
     again = loaded(copy.deepcopy(state), MAKE[name])
     assert go_on(*again) == go_on(model, optimizer, scheduler)
 
@@ -147,7 +169,7 @@ def test_a_block_of_several_ranks_adds_its_losses_and_no_other_on_one(saved):
 def test_a_version_that_is_not_read_is_refused(saved):
     case = saved["voting"]
     case["scheduler"]["version"] = 3
-    with pytest.raises(ValueError, match="version=3: this autowu reads versions 4 and 5"):
+    with pytest.raises(ValueError, match="version=3: this autowu reads versions 4 to 6"):
         loaded(case, MAKE["voting"])
 
 
