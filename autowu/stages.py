@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 from torch import Tensor
@@ -62,7 +62,7 @@ class Rooms:
     judge: Judge
     reader: Reader
     rollback: NoRollback
-    record: Record
+    record: Record = field(default_factory=Record)
 
     def compare(self, config: Config, step: int) -> None:
         """Learn whether all ranks were given the same arguments, after `step` steps; all come there, whatever they were given.
@@ -85,7 +85,7 @@ def rooms_of(config: Config, arguments: Mapping[str, Any]) -> Rooms:
     rollback = NoRollback(live, ranks, log)
     if config.rollback:
         rollback = Rollback(live, ranks, log, arguments["snapshot_device"], arguments["on_rollback"])
-    return Rooms(ranks, log, judge, Reader(ranks), rollback, Record())
+    return Rooms(ranks, log, judge, Reader(ranks), rollback)
 
 
 class WarmUp:
