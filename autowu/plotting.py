@@ -136,7 +136,7 @@ def draw_run(losses: Sequence[float], lrs: Sequence[float], scheduler: Drawn | N
     """
     if scheduler is None:
         return draw_runs({"": (losses, lrs)})
-    kept = {"loss_steps": np.arange(len(losses)), "losses": np.asarray(losses, dtype=np.float64)}
+    kept: dict[str, Any] = {"loss_steps": np.arange(len(losses)), "losses": np.asarray(losses, dtype=np.float64)}
     return draw_report(replace(scheduler._report(), **kept), lrs=lrs)
 
 
@@ -154,7 +154,7 @@ def draw_runs(runs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Fi
     _scale_losses(loss_axes, np.concatenate([np.asarray(losses, dtype=np.float64) for losses, _ in runs.values()]))
     for number, (name, (losses, lrs)) in enumerate(runs.items()):
         color, values = _COLORS[number % len(_COLORS)], np.asarray(losses, dtype=np.float64)
-        _draw_losses(loss_axes, np.arange(len(values)), values, color=color, label=name or "running mean")
+        _draw_losses(loss_axes, np.arange(float(len(values))), values, color=color, label=name or "running mean")
         style = ("-", "--", "-.", ":")[number % 4]
         lr_axes.plot(np.arange(len(lrs)), lrs, color=color, linestyle=style)
     loss_axes.set_ylabel("training loss")
@@ -324,7 +324,7 @@ def _draw_events(panels: Sequence[Axes], report: Report) -> None:
     others = [event for event in report.events if event.kind not in ("switch", "divergence")]
     if others:
         kinds = ", ".join(dict.fromkeys(event.kind for event in others))
-        where = {"transform": lr_axes.get_xaxis_transform(), "clip_on": False}
+        where: dict[str, Any] = {"transform": lr_axes.get_xaxis_transform(), "clip_on": False}
         steps = [event.step for event in others]
         lr_axes.plot(steps, [0.06] * len(steps), "x", color="black", markersize=6, linestyle="", label=kinds, **where)
 
