@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from autowu.config import Config
 from autowu.phases import MAX_SETBACKS, Event, State, Switch, base_lr, first_switch, peak_lr, phase_at
 from autowu.ranks import Ranks
 
-__all__ = ["EventLog", "divergence_message", "doubt_message", "loss_changed_message", "resume_message", "switch_message"]
+__all__ = ["EventLog", "back_at", "divergence_message", "doubt_message", "loss_changed_message", "resume_message", "switch_message"]
 
 _logger = logging.getLogger("autowu")
 
@@ -56,10 +57,10 @@ class EventLog:
             _logger.error("AutoWU, step %d: %s", step, message)
 
     def tell(self, kind: str, step: int, message: str) -> None:
-        """What is as it should be, on all ranks alike: the first says it."""
+        """What is as it should be, on all ranks alike: the first says it, also to those who have set up no logging."""
         self.events.append(Event(kind, step, message))
         if self._ranks.is_first:
-            _logger.info(message)
+            _inform(message)
 
     def say(self, message: str) -> None:
         """What befell nobody, for those who want to know: no event."""
@@ -82,6 +83,20 @@ class EventLog:
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         self.events = [Event(**event) for event in state]
+
+
+def _inform(message: str) -> None:
+    """Log at level INFO. Where no logging was set up, say it on stderr, as logging itself says a warning there.
+
+    That is left out where the logger was given a level above INFO, is filtered or disabled, or ``logging.lastResort`` is None.
+    """
+    last = logging.lastResort
+    if last is None or _logger.hasHandlers():
+        _logger.info(message)
+    elif _logger.level <= logging.INFO and not _logger.disabled and _logger.manager.disable < logging.INFO:
+        record = _logger.makeRecord(_logger.name, logging.INFO, __file__, 0, message, (), None)
+        if _logger.filter(record):
+            last.emit(record)
 
 
 def switch_message(config: Config, switch: Switch, ended_by: str, restored: int | None) -> str:
@@ -151,3 +166,9 @@ def loss_changed_message(state: State, now: float, before: float, risen: float |
 
 def _back_at(restored: int | None) -> str:
     return "" if restored is None else f", model and optimizer are back at step {restored}"
+
+
+def back_at(event: Event) -> int | None:
+    """Step of the copy that was put back, by the words of an event; None for none."""
+    found = re.search(_back_at(0).replace("0", r"(\d+)"), event.message)
+    return None if found is None else int(found[1])

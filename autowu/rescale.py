@@ -71,6 +71,7 @@ def rescaled(state: Mapping[str, Any], planned: Config) -> Mapping[str, Any]:
         "reader": {**state["reader"], "looked_at": taken},
         "stage": _stage(state["stage"], epochs, taken),
         "snapshot": _copies(state["snapshot"], epochs, taken),
+        "record": _record(state["record"], epochs, taken),
         "events": [{**event, "step": min(epochs.steps(event["step"]), taken)} for event in state["events"]],
     }
 
@@ -152,6 +153,16 @@ def _stage(stage: Mapping[str, Any], epochs: _Epochs, taken: int) -> dict[str, A
         return dict(stage)
     epoch = None if stage["epoch"] is None else _history(stage["epoch"], epochs, taken).state_dict()
     return {**stage, "losses": LossHistory(max_points=2).state_dict(), "epoch": epoch}
+
+
+def _record(record: Mapping[str, Any], epochs: _Epochs, taken: int) -> dict[str, Any]:
+    def course(plan: Mapping[str, Any]) -> dict[str, Any]:
+        total = max(1, epochs.steps(plan["total_steps"]))
+        start = min(epochs.steps(plan["cooldown_start"]), total - 1)
+        return {**plan, "until": min(epochs.steps(plan["until"]), taken), "total_steps": total, "cooldown_start": start}
+
+    tests = [{**test, "step": min(epochs.steps(test["step"]), taken)} for test in record["tests"]]
+    return {**record, "tests": tests, "courses": [course(plan) for plan in record["courses"]]}
 
 
 def _copies(copies: Mapping[str, Any] | None, epochs: _Epochs, taken: int) -> dict[str, Any] | None:

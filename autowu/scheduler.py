@@ -23,6 +23,7 @@ from autowu.horizon import Horizon
 from autowu.micro_batches import MicroBatches
 from autowu.optimizer_calls import OptimizerCalls
 from autowu.phases import State, base_lr, phase_at, state_of
+from autowu.plotting import Drawn
 from autowu.rescale import rescaled
 from autowu.shown import Shown
 from autowu.stages import Stage, rooms_of, stage_of
@@ -31,7 +32,7 @@ from autowu.states import VERSION, readable, whole_or_not
 __all__ = ["AutoWU"]
 
 
-class AutoWU(Shown, Horizon):
+class AutoWU(Shown, Horizon, Drawn):
     r"""Finds the peak LR and the length of the warm-up during the run (automated warm-up, Kim et al. 2021, arXiv 2107.05855).
 
     The LR grows exponentially while the loss falls. Once a Gaussian process on the losses says that their minimum is past, the LR
@@ -195,9 +196,7 @@ class AutoWU(Shown, Horizon):
             self._observe(loss)
 
     def _observe(self, loss: float | Tensor) -> None:
-        loss = checks.loss(loss)
-        if self._stage.wants_loss(self._state, self.last_epoch):
-            self._micro_batches.observe(loss)
+        self._micro_batches.observe(checks.loss(loss))
 
     def step(self, loss: float | Tensor | None = None) -> None:
         """Record the loss of the optimizer step just taken and set the LR of the next one.
@@ -281,6 +280,7 @@ class AutoWU(Shown, Horizon):
             "events": rooms.log,
             "reader": rooms.reader,
             "snapshot": rooms.rollback,
+            "record": rooms.record,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -309,6 +309,7 @@ class AutoWU(Shown, Horizon):
         self._step_count = state["step_count"]
         self.base_lrs = [*state["base_lrs"], *self.base_lrs[len(state["base_lrs"]) :]]
         planned, self.config = self.config, extended(config, self.config)
+        self._rooms.record.steer(self.last_epoch, config, self._state, self.config, self._state)
         self._rooms.rollback.allow(self.config.rollback)
         self._stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         # An epoch of the stable phase that the cooldown cut short is none of a longer run's.

@@ -20,6 +20,7 @@ from autowu.checks import Check, between, count, flag, optional, positive, share
 from autowu.config import ARGUMENTS, Config, check_together
 from autowu.gp import MIN_LENGTHSCALE
 from autowu.phases import Event, State
+from autowu.record import MOST
 from autowu.watch import BLOCK, HUGE, LossWatch
 
 __all__ = ["check_state", "shown"]
@@ -272,6 +273,15 @@ _COPY: Final = _record(
     {"step": _whole(0), "lr": _lr_or_0, "level": _loss, "tensors": _by_place(_tensor()), "rest": _by_place(_anything)}, more=True
 )
 
+_RECORD: Final = _record(
+    {
+        "tests": _list_of(_record({"step": _whole(0), "votes": _whole(0), "probability": _probability}), MOST),
+        "courses": _list_of(
+            _record({"until": _whole(0), "total_steps": _whole(1), "cooldown_start": _whole(0), "factor": _share}), MOST
+        ),
+    }
+)
+
 _TABLE: Final = _record(
     {
         "config": _CONFIG,
@@ -305,6 +315,7 @@ _TABLE: Final = _record(
                 "pending": optional(_list_of(_number, BLOCK + 1)),
             }
         ),
+        "record": _RECORD,
         "snapshot": optional(_record({"newer": optional(_COPY), "older": optional(_COPY)}, more=True)),
     },
     more=True,  # those of a class that derives from the scheduler
@@ -398,6 +409,12 @@ def _rest_agrees(name: str, state: Mapping[str, Any]) -> None:
     if observed["count"] == 0 and observed["sum"] != 0:
         raise ValueError(f'{name}["micro_batches"]["sum"]={observed["sum"]!r}: must be 0 where none was observed')
     _most(f'{name}["reader"]["looked_at"]', state["reader"]["looked_at"], taken, "the steps taken")
+    for index, test in enumerate(state["record"]["tests"]):
+        _most(f'{name}["record"]["tests"][{index}]["step"]', test["step"], taken, "the steps taken")
+    for index, course in enumerate(state["record"]["courses"]):
+        path = f'{name}["record"]["courses"][{index}]'
+        _most(f'{path}["until"]', course["until"], taken, "the steps taken")
+        _most(f'{path}["cooldown_start"]', course["cooldown_start"], course["total_steps"] - 1, "a step of the run")
     if state["reader"]["pending"] == []:
         raise ValueError(f'{name}["reader"]["pending"]=[]: must end with the flag of the ranks, or be None')
     for which, copied in (state["snapshot"] or {}).items():

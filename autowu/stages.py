@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 from torch import Tensor
@@ -37,6 +37,7 @@ from autowu.phases import (
 )
 from autowu.ranks import Ranks
 from autowu.reader import Reader
+from autowu.record import Record
 from autowu.rollback import NoRollback, Restored, Rollback
 from autowu.switching import MIN_LOSSES
 from autowu.watch import BLOCK
@@ -45,6 +46,10 @@ __all__ = ["AfterSwitch", "Rooms", "Stage", "WarmUp", "rooms_of", "stage_of"]
 
 _COPIES: Final = 200
 """Of a run after the switch, at most, however short its warm-up and the interval between tests: more would slow it down."""
+_POINTS: Final = 1024
+"""Points that the losses since the switch are kept as."""
+_FOLDED_EVERY: Final = 512
+"""Steps, where the watch follows at once: what is staged must outlast a block, should it be read in blocks from now on."""
 _SKIPPED: Final = 20
 """Calls without an optimizer step after which the loss is looked at."""
 
@@ -58,6 +63,7 @@ class Rooms:
     judge: Judge
     reader: Reader
     rollback: NoRollback
+    record: Record = field(default_factory=Record)
 
     def compare(self, config: Config, step: int) -> None:
         """Learn whether all ranks were given the same arguments, after `step` steps; all come there, whatever they were given.
@@ -92,10 +98,6 @@ class WarmUp:
 
     def __init__(self, config: Config, rooms: Rooms, fallback_lr: float) -> None:
         self.config, self.rooms, self.fallback_lr = config, rooms, fallback_lr
-
-    def wants_loss(self, state: State, step: int) -> bool:
-        """Whether the loss of the coming step is of use."""
-        return True
 
     def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
         """Take the loss of the `step`-th optimizer step."""
@@ -151,6 +153,8 @@ class WarmUp:
         found, heard = self.rooms.judge.test(self.config, state, step, sound=sound, flag=rollback.failed)
         if heard.flagged:
             rollback.give_up()
+        if found is not None:
+            self.rooms.record.test(step, found)
         return found, heard.sound
 
     def _copy_before_the_first_fit(self, step: int) -> None:
@@ -220,16 +224,13 @@ class AfterSwitch:
     def __init__(self, config: Config, rooms: Rooms) -> None:
         self.config, self.rooms = config, rooms
         self._copies_every = max(config.test_interval, config.total_steps // _COPIES)
-        self._losses = LossHistory(max_points=2)  # those since the last look, where the watch does not follow at once
+        self._losses = LossHistory(_POINTS)  # those since the switch; staged are those since the last look, at least
         self._epoch: LossHistory | None = None  # those of the epoch, for the plateau rule
-
-    def wants_loss(self, state: State, step: int) -> bool:
-        """Whether the loss of the coming step is of use."""
-        return state.watched or self._is_ruled(state, step)
 
     def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
         """Take the loss of the `step`-th optimizer step."""
-        ruled = self.config.decay_phase_stat is not None
+        before, ruled = state, self.config.decay_phase_stat is not None
+        self._losses.append(loss)
         if ruled and self._is_ruled(state, step - 1):
             if self._epoch is None:
                 self._epoch = LossHistory()
@@ -238,6 +239,8 @@ class AfterSwitch:
             state = self._watch(step, loss, state)
         if ruled and plateau_epoch_due(self.config, state, step):
             state = self._end_epoch(state)
+        if state is not before:
+            self.rooms.record.steer(step, self.config, before, self.config, state)
         return state, self
 
     def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
@@ -280,9 +283,10 @@ class AfterSwitch:
         """Have the watch follow the loss; the step of the look before, None where it has not followed any."""
         reader, rollback = self.rooms.reader, self.rooms.rollback
         if reader.follows_at_once(loss, self._losses):
+            if step % _FOLDED_EVERY == 0:
+                self._losses.fold()
             look = step % BLOCK == 0 or (rollback.able and step % self._copies_every == 0)
             return reader.follow(step, loss, look=look)
-        self._losses.append(loss)
         since = reader.read_block(step, self._losses, flag=rollback.failed)
         if since is not None:
             self._losses.fold()  # they have been read
@@ -324,7 +328,12 @@ class AfterSwitch:
         return {"losses": self._losses.state_dict(), "epoch": epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._losses = LossHistory.from_state_dict(state["losses"])
+        self._losses, saved = LossHistory(_POINTS), LossHistory.from_state_dict(state["losses"])
+        if saved.max_points == _POINTS:
+            self._losses = saved
+        else:  # of version 5, which kept no more than what the watch was still to read
+            for loss in saved.staged.tolist():
+                self._losses.append(loss)
         self._epoch = None if state["epoch"] is None else LossHistory.from_state_dict(state["epoch"])
 
 

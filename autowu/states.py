@@ -10,13 +10,16 @@ from typing import Any, Final
 
 from autowu.config import Config
 from autowu.history import LossHistory
-from autowu.phases import warmup_lr_at
+from autowu.phases import SETBACK_FACTOR, warmup_lr_at
+from autowu.record import MOST
 from autowu.schema import check_state, shown
 from autowu.watch import BLOCK, LossWatch
 
 __all__ = ["VERSION", "readable", "whole_or_not"]
 
 VERSION: Final = 6
+OLDEST: Final = 4
+"""Version that is still read."""
 
 
 def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
@@ -31,16 +34,16 @@ def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
     if not isinstance(found := state.get("class"), str) or found != name:
         raise ValueError(f"class={shown(found)}: the state is not of {name}")
     version, path = state.get("version"), "state_dict"
-    if type(version) is int and version in (4, 5):
+    if type(version) is not int or not OLDEST <= version <= VERSION:
+        raise ValueError(f"version={shown(version)}: this autowu reads versions {OLDEST} to {VERSION}")
+    if version < VERSION:
         path = f"state_dict, of version {version}, as version {VERSION}"
         try:
-            state = _from_5(_from_4(state) if version == 4 else state)
+            state = _from_5(_from_4(state) if version == OLDEST else state)
         except KeyError as error:
             raise ValueError(f"state_dict without {shown(error.args[0])}: the state is incomplete") from None
         except Exception as error:
             raise _damaged(error) from None
-    elif type(version) is not int or version != VERSION:
-        raise ValueError(f"version={shown(version)}: this autowu reads versions 4 to {VERSION}")
     check_state(path, state)
     if (saved := len(state["base_lrs"])) > groups:
         cure = "add the groups that were added during the run before the state is loaded"
@@ -102,7 +105,21 @@ def _reader_of_6(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**reader, "watch": LossWatch().state_dict() | {"longest": 1, "halved": 1} | reader["watch"]}
 
 
-_OF_6: Final = {"config": _config_of_6, "judge": _judge_of_6, "reader": _reader_of_6}
+def _record_of_6(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Neither tests nor the courses of the LR were kept: of the tests the last is known, of the courses the setbacks."""
+    config, switch, courses, setbacks = state["config"], state["state"]["switch"], [], 0
+    for event in state["events"]:
+        if event["kind"] in ("divergence", "loss_changed"):
+            plan = {"total_steps": config["total_steps"], "cooldown_start": config["cooldown_start"]}
+            courses.append({"until": event["step"], **plan, "factor": SETBACK_FACTOR**setbacks})
+            setbacks = max(0, setbacks + (1 if event["kind"] == "divergence" else -1))
+    tests = []
+    if switch is not None and switch["probability"] is not None:
+        tests = [{"step": switch["step"], "votes": state["state"]["votes"], "probability": switch["probability"]}]
+    return {"tests": tests, "courses": courses[-MOST:]}
+
+
+_OF_6: Final = {"config": _config_of_6, "judge": _judge_of_6, "reader": _reader_of_6, "record": _record_of_6}
 """Entries of a state that version 6 keeps more of, or anew, and how each follows from a state of version 5."""
 
 

@@ -40,20 +40,27 @@ ROOMS = {
     "config": ("checks", "families", "gp", "schedules"),
     "phases": ("config", "schedules", "switching"),
     "events": ("config", "phases", "ranks"),
+    "record": ("config", "phases"),
     "optimizer_calls": ("events", "kin"),
     "rollback": ("events", "live", "ranks", "snapshot"),
     "judge": ("config", "events", "gp", "gpytorch_engine", "history", "phases", "ranks", "schedules", "switching"),
-    "stages": ("config", "events", "history", "judge", "live", "phases", "ranks", "reader", "rollback", "switching", "watch"),
-    "schema": ("checks", "config", "gp", "phases", "watch"),
-    "states": ("config", "history", "phases", "schema", "watch"),
+    "stages": (
+        *("config", "events", "history", "judge", "live", "phases", "ranks", "reader", "record", "rollback", "switching", "watch"),
+    ),
+    "schema": ("checks", "config", "gp", "phases", "record", "watch"),
+    "states": ("config", "history", "phases", "record", "schema", "watch"),
     "shown": ("config", "gp", "history", "phases", "stages", "switching"),
     "horizon": ("config",),
     "rescale": ("config", "history", "switching"),
+    "report": ("config", "events", "gp", "history", "phases", "record", "states"),
+    "plotting": ("gp", "report"),
     "scheduler": (
         *("checks", "config", "gp", "gpytorch_engine", "group_lrs", "horizon", "micro_batches", "optimizer_calls"),
-        *("phases", "rescale", "shown", "stages", "states"),
+        *("phases", "plotting", "rescale", "shown", "stages", "states"),
     ),
-    "plotting": ("gp", "scheduler"),
+    "curves": ("report",),
+    "cli": ("curves", "families", "history", "phases", "plotting", "scheduler", "switching", "version"),
+    "__main__": ("cli",),
 }
 
 OPTIM = {

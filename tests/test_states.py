@@ -13,9 +13,11 @@ from torch import nn
 
 from autowu import AutoWU
 from autowu.gpytorch_engine import PublishedGP
+from autowu.report import Report
 from autowu.states import VERSION, readable
 
 DATA = Path(__file__).parent / "data"
+SET_BACK = DATA / "states_version_5_set_back.pt"
 STEPS = 200
 OTHER = {"total_steps": STEPS, "min_lr": 1e-2, "max_lr": 0.5, "test_interval": 9}  # none of it matters
 MAKE = {
@@ -89,6 +91,25 @@ def test_a_run_goes_on_as_it_did(version, name):
     for key, weight in case["weights"].items():
         torch.testing.assert_close(model.state_dict()[key], weight)
     assert leaves(case["scheduler"]) == leaves(before)  # it is left as it was
+
+
+@pytest.mark.parametrize("name", ["in the warm-up", "after the switch", "set back"])
+def test_a_run_of_version_5_goes_on_as_it_did(name):
+    case = torch.load(SET_BACK, weights_only=True)[name]
+    assert case["scheduler"]["version"] == 5
+    model, optimizer, scheduler = loaded(case, lambda model, optimizer: AutoWU(optimizer, model=model, **OTHER))
+    assert go_on(model, optimizer, scheduler) == pytest.approx(case["lrs"], rel=1e-9)
+    assert [(event.kind, event.step, event.message) for event in scheduler.events] == case["events"]
+    for key, weight in case["weights"].items():
+        torch.testing.assert_close(model.state_dict()[key], weight)
+
+
+def test_of_version_5_the_last_test_is_known_and_the_lr_before_a_setback():
+    state = torch.load(SET_BACK, weights_only=True)["set back"]["scheduler"]
+    report = Report.of(state)
+    assert [(test.step, test.votes, test.probability) for test in report.tests] == [(60, 4, 1.0)]
+    assert report.lr(60) == state["state"]["switch"]["lr"]
+    assert report.lr(88) / report.lr(87) == pytest.approx(0.5, rel=0.02)  # the cooldown has begun
 
 
 @pytest.mark.parametrize(("version", "name"), SAVED)
