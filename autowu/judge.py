@@ -101,7 +101,7 @@ class Judge:
             posterior, decision = self._decide(config, state)
         except Exception as error:  # a test must not end a run, whatever an engine raises
             if self._waits_for_losses():
-                if 10 * step >= config.warmup_limit and not float(self.history.total()[1]):
+                if 10 * self.history.steps >= config.warmup_limit and not float(self.history.total()[1]):
                     cure = "pass it to scheduler.step(loss), or to scheduler.observe(loss) for each micro-batch"
                     self._log.once("loss", step, f"no loss came with the first {step} steps; {cure}")
                 return None

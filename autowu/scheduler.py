@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -15,12 +14,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from autowu import checks
-from autowu.config import PUBLISHED, Config, checked, configure, cooldown_start, extended, forked
+from autowu.config import PUBLISHED, Config, checked, configure, extended
 from autowu.gp import CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import PublishedGP
 from autowu.group_lrs import GroupLRs
 from autowu.history import LossHistory
+from autowu.horizon import Horizon
 from autowu.micro_batches import MicroBatches
+from autowu.open_ended import OpenEnded
 from autowu.optimizer_calls import OptimizerCalls
 from autowu.phases import Event, Phase, State, Switch, base_lr, phase_at, state_of
 from autowu.stages import Stage, rooms_of, stage_of
@@ -30,7 +31,7 @@ from autowu.switching import SwitchDecision
 __all__ = ["AutoWU"]
 
 
-class AutoWU(LRScheduler):
+class AutoWU(OpenEnded, LRScheduler):
     r"""Finds the peak LR and the length of the warm-up during the run (automated warm-up, Kim et al. 2021, arXiv 2107.05855).
 
     The LR grows exponentially while the loss falls. Once a Gaussian process on the losses says that their minimum is past, the LR
@@ -42,7 +43,7 @@ class AutoWU(LRScheduler):
         optimizer: any torch optimizer; the ratios between the LRs of its parameter groups (and timm's ``lr_scale``) are kept.
         steps_per_epoch: optimizer steps per epoch, 1 or more.
         total_epochs: epochs in the run, 1 or more; T is their product.
-        total_steps: T, in place of the two counts.
+        total_steps: T, in place of the two counts. With no length at all the LR is held until :meth:`start_cooldown`.
         immediate_cooldown: True decays from the switch on; False holds the peak and decays over the last `cooldown_fraction` of T.
         cooldown_type: "cosine", "half_cosine", "linear" or "sqrt"; see :func:`autowu.schedules.cooldown_factor`.
         cooldown_fraction: share of T, in (0, 1), for a cooldown that is not immediate.
@@ -50,6 +51,7 @@ class AutoWU(LRScheduler):
             :data:`autowu.families.LR_RANGES`.
         max_lr: LR that a full warm-up would reach, above `min_lr`; None: by the optimizer's family.
         max_warmup_fraction: length W of a full warm-up as a share of T, in (0, 1].
+        max_warmup_steps: W itself, 1 or more; None: by the share, or 600 where the run has no length.
         warmup_type: "two_speed", "exp" or "linear"; see :func:`autowu.schedules.warmup_lr`.
         warmup_unit: "step", or "epoch" to hold the LR within an epoch.
         decay_phase_stat: "loss" lowers the LR in the stable phase when an epoch's mean loss has not improved for over 5 epochs.
@@ -104,6 +106,7 @@ class AutoWU(LRScheduler):
         min_lr: float | None = None,
         max_lr: float | None = None,
         max_warmup_fraction: float = 0.32,
+        max_warmup_steps: int | None = None,
         warmup_type: str = "two_speed",
         warmup_unit: str = "step",
         decay_phase_stat: str | None = None,
@@ -129,6 +132,7 @@ class AutoWU(LRScheduler):
         self._rooms = rooms_of(self.config, arguments)
         self._micro_batches = MicroBatches()
         self._calls = OptimizerCalls(optimizer, self._rooms.log)
+        self._horizon = Horizon(self.config, self._rooms.ranks, self._rooms.log)
         self._groups = GroupLRs(optimizer)
         if self._groups.resting:
             told = f"parameter groups {self._groups.resting} have an LR of 0, and keep it until it is set"
@@ -206,46 +210,6 @@ class AutoWU(LRScheduler):
         """
         return base_lr(self.config, self._state, step)
 
-    def cooldown_start(self, cooldown_fraction: float) -> int:
-        """Optimizer step, from 0, at which a cooldown over the last `cooldown_fraction`, in (0, 1), of the T steps begins.
-
-        Raises:
-            TypeError, ValueError: unless the fraction is a number in its range.
-        """
-        return cooldown_start(self.config, cooldown_fraction)
-
-    def fork_cooldown(self, cooldown_fraction: float) -> dict[str, Any]:
-        """The state, as of now, of a branch of this run with another `cooldown_fraction`, for :meth:`load_state_dict`.
-
-        It is what a full run with that fraction would have here, and shares no memory with this run; docs/cooldown.md shows how
-        several fractions share warm-up and stable phase. In a process group each rank forks its own state.
-
-        Args:
-            cooldown_fraction: share of T, in (0, 1).
-
-        Raises:
-            TypeError: if the fraction is no number.
-            ValueError: if it is out of its range, if this run has ``immediate_cooldown=True``, if the run is past the step where
-                that cooldown or its own begins (with ``decay_phase_stat="loss"`` one step less), or if the warm-up of a run with
-                that fraction would have another limit.
-
-        Example:
-            >>> def sgd():
-            ...     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-            >>> trunk = AutoWU(sgd(), total_steps=100, immediate_cooldown=False, cooldown_fraction=0.1)
-            >>> for step in range(100):
-            ...     if step == trunk.cooldown_start(0.4):
-            ...         state = trunk.fork_cooldown(0.4)  # and copies of model and optimizer
-            ...     trunk.optimizer.step()
-            ...     trunk.step(1.0)
-            >>> branch = AutoWU(sgd(), total_steps=100)
-            >>> branch.load_state_dict(state)
-            >>> branch.phase, branch.last_epoch, branch.config.cooldown_fraction
-            ('cooldown', 60, 0.4)
-        """
-        config = forked(self.config, self.last_epoch, cooldown_fraction)
-        return copy.deepcopy(self.state_dict()) | {"config": asdict(config)}
-
     def get_lr(self) -> list[float | Tensor]:
         """LR of the coming optimizer step for each parameter group, as torch's schedulers compute it inside `step`."""
         self._meet_groups()
@@ -313,6 +277,7 @@ class AutoWU(LRScheduler):
         loss = self._micro_batches.loss_of_step(loss)
         step, before = self.last_epoch + 1, self._state
         if self._calls.took_step(self.optimizer, step):
+            self._plan(self._horizon.after_step(self.config, before, step))
             self._state, self._stage = self._stage.after_step(step, loss, before)
             if self._step_count == 1:  # where torch may have to warn of the order of the two calls
                 LRScheduler.step(self)
@@ -364,6 +329,7 @@ class AutoWU(LRScheduler):
             "groups": self._groups,
             "micro_batches": self._micro_batches,
             "calls": self._calls,
+            "horizon": self._horizon,
             "events": rooms.log,
             "reader": rooms.reader,
             "snapshot": rooms.rollback,
@@ -373,9 +339,10 @@ class AutoWU(LRScheduler):
         """Go on where the run that `state_dict` was taken of stood, whatever this object was built with, and set the LRs.
 
         Of this object's own arguments one matters: more `total_epochs` (or `total_steps`, where neither has epochs) than the
-        state's extend the run. The warm-up stays as it is and the cooldown moves to the new end: an immediate one is stretched
-        over all steps after the switch, another begins anew when the last `cooldown_fraction` of the longer run does. The LR may
-        therefore rise at the point of extension. A run that is over, or not as long as this object's arguments say, is warned of.
+        state's extend the run, unless its cooldown was asked for. The warm-up stays as it is and the cooldown moves to the new end:
+        an immediate one is stretched over all steps after the switch, another begins anew when the last `cooldown_fraction` of the
+        longer run does. The LR may therefore rise at the point of extension. A run that is over, or not as long as this object's
+        arguments say, is warned of.
 
         Raises:
             TypeError, ValueError: naming the entry by its path, if the state is incomplete or damaged; if it is of another
@@ -393,7 +360,8 @@ class AutoWU(LRScheduler):
         config, self._state, self.last_epoch = Config(**state["config"]), state_of(state["state"]), state["last_epoch"]
         self._step_count = state["step_count"]
         self.base_lrs = [*state["base_lrs"], *self.base_lrs[len(state["base_lrs"]) :]]
-        planned, self.config = self.config, extended(config, self.config)
+        planned = config if self._horizon.moved else self.config
+        self.config = extended(config, planned)
         self._rooms.rollback.allow(self.config.rollback)
         self._stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         # An epoch of the stable phase that the cooldown cut short is none of a longer run's.
@@ -407,7 +375,8 @@ class AutoWU(LRScheduler):
         found = f"lr_range=({config.min_lr:g}, {config.max_lr:g})"
         if switch is not None:
             found = f"switch=(step={switch.step}, lr={switch.lr:.4g})"
-        where = f"phase={self.phase!r}, step={self.last_epoch}/{config.total_steps}, lr={self.lr_at(self.last_epoch):.4g}"
+        end = "" if config.total_steps is None else f"/{config.total_steps}"
+        where = f"phase={self.phase!r}, step={self.last_epoch}{end}, lr={self.lr_at(self.last_epoch):.4g}"
         return f"{type(self).__name__}({where}, {found}, cooldown_type={config.cooldown_type!r}, gp={self.gp!r})"
 
 

@@ -175,8 +175,9 @@ _flag, _positive, _share = _plain(flag), _plain(positive), _plain(share)
 
 _CONFIG: Final = _record(
     {field.name: _plain(ARGUMENTS[field.name]) if field.name in ARGUMENTS else _anything for field in fields(Config)}
-    | dict.fromkeys(("total_steps", "warmup_steps", "warmup_limit", "test_interval"), _plain(count))
-    | {"cooldown_start": _whole(0), "min_lr": _lr, "max_lr": _lr, "peak_factor": _share}
+    | dict.fromkeys(("warmup_steps", "warmup_limit", "test_interval"), _plain(count))
+    | {"total_steps": optional(_whole(1)), "warmup_origin": _whole(0), "min_lr": _lr, "max_lr": _lr, "peak_factor": _share}
+    | {"cooldown_start": optional(_whole(0)), "replanned_at": optional(_whole(0)), "replanned_progress": _probability}
 )
 
 _SWITCH: Final = _record(
@@ -303,6 +304,9 @@ _TABLE: Final = _record(
                 "pending": optional(_list_of(_number, BLOCK + 1)),
             }
         ),
+        "horizon": _record(
+            {"asked": _list_of(_whole(1)), "pending": optional(_list_of(_number, 2)), "opened": _flag, "moved": _flag}
+        ),
         "snapshot": optional(_record({"newer": optional(_COPY), "older": optional(_COPY)}, more=True)),
     },
     more=True,  # those of a class that derives from the scheduler
@@ -338,15 +342,16 @@ def _config_agrees(path: str, config: Mapping[str, Any]) -> None:
 def _position_agrees(name: str, state: Mapping[str, Any]) -> None:
     """The step counts, the switch, and whatever happens once a step at most."""
     config, run, taken = state["config"], state["state"], state["last_epoch"]
+    latest = config["warmup_origin"] + config["warmup_limit"]
     if state["step_count"] != taken + 1:
         raise ValueError(f'{name}["step_count"]={state["step_count"]!r}: must be one more than last_epoch={taken!r}')
     path, switch = f'{name}["state"]', run["switch"]
     for key in ("votes", "bad_epochs", "setbacks"):
         _most(f'{path}["{key}"]', run[key], taken, "the steps taken")
     if switch is None:
-        _most(f'{name}["last_epoch"]', taken, config["warmup_limit"] - 1, "the last step of a warm-up")
+        _most(f'{name}["last_epoch"]', taken, latest - 1, "the last step of a warm-up")
     else:
-        _most(f'{path}["switch"]["step"]', switch["step"], min(taken, config["warmup_limit"]), "the steps of warm-up")
+        _most(f'{path}["switch"]["step"]', switch["step"], min(taken, latest), "the steps of warm-up")
     for index, event in enumerate(state["events"]):
         _most(f'{name}["events"][{index}]["step"]', event["step"], taken + 1, "the coming step")
 

@@ -126,8 +126,9 @@ class WarmUp:
 
     def _test(self, step: int, state: State) -> tuple[State, Stage]:
         """The test that is due."""
-        at_limit = step == self.config.warmup_limit
-        if step < MIN_LOSSES and not at_limit:
+        position = step - self.config.warmup_origin
+        at_limit = position == self.config.warmup_limit
+        if position < MIN_LOSSES and not at_limit:
             self._copy_before_the_first_fit(step)
             return state, self
         found, all_sound = self._verdict(step, state)
@@ -161,7 +162,7 @@ class WarmUp:
 
     def _copy(self, step: int) -> None:
         level = self.rooms.reader.watch.level
-        self.rooms.rollback.take(step, warmup_lr_at(self.config, step), level, self.config.peak_factor)
+        self.rooms.rollback.take(step, warmup_lr_at(self.config, step - self.config.warmup_origin), level, self.config.peak_factor)
 
     def _explode(self, step: int, state: State) -> tuple[State, Stage]:
         """A loss that explodes ends the warm-up at once."""
@@ -218,9 +219,12 @@ class AfterSwitch:
 
     def __init__(self, config: Config, rooms: Rooms) -> None:
         self.config, self.rooms = config, rooms
-        self._copies_every = max(config.test_interval, config.total_steps // _COPIES)
         self._losses = LossHistory(max_points=2)  # those since the last look, where the watch does not follow at once
         self._epoch: LossHistory | None = None  # those of the epoch, for the plateau rule
+
+    def _copies_every(self, step: int) -> int:
+        """Steps between two copies; of a run whose end is open as of one that ended here."""
+        return max(self.config.test_interval, (self.config.total_steps or step) // _COPIES)
 
     def wants_loss(self, state: State, step: int) -> bool:
         """Whether the loss of the coming step is of use."""
@@ -253,7 +257,7 @@ class AfterSwitch:
         return self.config.decay_phase_stat is not None and phase_at(self.config, state, step) == "stable"
 
     def _watch(self, step: int, loss: float | Tensor, state: State) -> State:
-        reader, rollback, interval = self.rooms.reader, self.rooms.rollback, self._copies_every
+        reader, rollback, interval = self.rooms.reader, self.rooms.rollback, self._copies_every(step)
         since = self._read(step, loss)
         if since is None:
             return state
@@ -275,7 +279,7 @@ class AfterSwitch:
         """Have the watch follow the loss; the step of the look before, None where it has not followed any."""
         reader, rollback = self.rooms.reader, self.rooms.rollback
         if reader.follows_at_once(loss, self._losses):
-            look = step % BLOCK == 0 or (rollback.able and step % self._copies_every == 0)
+            look = step % BLOCK == 0 or (rollback.able and step % self._copies_every(step) == 0)
             return reader.follow(step, float(loss), look=look)
         self._losses.append(loss)
         since = reader.read_block(step, self._losses, flag=rollback.failed)

@@ -16,7 +16,10 @@ from autowu.watch import BLOCK, LossWatch
 
 __all__ = ["VERSION", "readable", "whole_or_not"]
 
-VERSION: Final = 5
+VERSION: Final = 6
+
+_FIXED: Final = {"warmup_origin": 0, "replanned_at": None, "replanned_progress": 0.0}
+"""What the configurations of version 6 have besides, of a run whose end is fixed."""
 
 
 def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
@@ -31,16 +34,16 @@ def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
     if not isinstance(found := state.get("class"), str) or found != name:
         raise ValueError(f"class={shown(found)}: the state is not of {name}")
     version, path = state.get("version"), "state_dict"
-    if type(version) is int and version == 4:
-        path = "state_dict, of version 4, as version 5"
+    if type(version) is int and version in (4, 5):
+        path = f"state_dict, of version {version}, as version {VERSION}"
         try:
-            state = _from_4(state)
+            state = _with_a_fixed_end(_from_4(state) if version == 4 else state)
         except KeyError as error:
             raise ValueError(f"state_dict without {shown(error.args[0])}: the state is incomplete") from None
         except Exception as error:
             raise _damaged(error) from None
     elif type(version) is not int or version != VERSION:
-        raise ValueError(f"version={shown(version)}: this autowu reads versions 4 and {VERSION}")
+        raise ValueError(f"version={shown(version)}: this autowu reads versions 4 to {VERSION}")
     check_state(path, state)
     if (saved := len(state["base_lrs"])) > groups:
         cure = "add the groups that were added during the run before the state is loaded"
@@ -76,6 +79,13 @@ def whole_or_not(rooms: Iterable[Any], engine: Any) -> Iterator[None]:
         raise _damaged(error) from error
 
 
+def _with_a_fixed_end(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Version 6 has runs whose end is open, or moves; before it every run had its end, and one warm-up."""
+    config = state["config"] | _FIXED
+    horizon = {"asked": [], "pending": None, "opened": False, "moved": False}
+    return {**state, "version": VERSION, "config": config, "horizon": horizon}
+
+
 def _from_4(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Version 4, of autowu 0.1.0, had all rooms' values side by side."""
     kept = ("class", "config", "state", "last_epoch", "step_count", "base_lrs", "events")
@@ -106,7 +116,7 @@ def _from_4(state: Mapping[str, Any]) -> Mapping[str, Any]:
             "pending": _block_from_4(state),
         },
         "stage": {} if state["state"]["switch"] is None else after_switch,
-        "snapshot": _copies_from_4(Config(**config), state["snapshot"]),
+        "snapshot": _copies_from_4(Config(**config, **_FIXED), state["snapshot"]),
     }
 
 

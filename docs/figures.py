@@ -55,8 +55,8 @@ def draw(losses: list[float], lrs: list[float], tests: list[tuple[int, int]], sc
     loss_axes, lr_axes = figure.axes
     config, switch = scheduler.config, scheduler.switch
     assert switch is not None
-    phases = {"warm-up": (0, switch.step), "stable": (switch.step, config.cooldown_start)}
-    phases["cooldown"] = (config.cooldown_start, config.total_steps)
+    phases = {"warm-up": (0, switch.step), "stable": (switch.step, config.cooldown_from)}
+    phases["cooldown"] = (config.cooldown_from, config.end)
     for shade, (name, (start, end)) in enumerate(phases.items()):
         for axes in (loss_axes, lr_axes):
             axes.axvspan(start, end, color="0.5", alpha=0.06 * (shade + 1), linewidth=0, zorder=0)

@@ -173,6 +173,20 @@ def resumed(rank, size, own):
     return result(again, before + after, expected=expected)
 
 
+def asked_on_one_rank(rank, size):
+    """The end is open until rank 1 is asked for it; all go on from a state of their own, saved before the others have heard."""
+    scheduler = scheduler_of(total_steps=None, immediate_cooldown=False, max_warmup_steps=300)
+    losses = curve(rank).tolist()
+    lrs, _ = run(scheduler, losses[:400])
+    if rank == 1:
+        scheduler.start_cooldown(50)
+    last, _ = run(scheduler, losses[400:401])
+    again = scheduler_of(total_steps=None, immediate_cooldown=False)
+    again.load_state_dict(scheduler.state_dict())
+    after, collectives = run(again, losses[401:])
+    return result(again, lrs + last + after, collectives=collectives, events=told(again))
+
+
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 48), nn.LayerNorm(48), nn.ReLU(), nn.Linear(48, 10))
@@ -270,6 +284,7 @@ CASES = {
     "plateau": plateau,
     "resumed_from_own": lambda rank, size: resumed(rank, size, own=True),
     "resumed_from_first": lambda rank, size: resumed(rank, size, own=False),
+    "asked_on_one_rank": asked_on_one_rank,
     "ddp": ddp,
     "fsdp2": fsdp2,
 }

@@ -36,7 +36,7 @@ def test_every_default_passes_its_check():
 
 
 def test_every_field_of_a_configuration_comes_from_an_argument_or_is_resolved():
-    resolved = {"warmup_steps", "warmup_limit", "cooldown_start"}
+    resolved = {"warmup_steps", "warmup_limit", "warmup_origin", "cooldown_start", "replanned_at", "replanned_progress"}
     fields = {field for field in inspect.signature(Config).parameters if field not in resolved}
     assert fields <= set(ARGUMENTS)
 
@@ -85,6 +85,7 @@ WRONG = {
     "min_lr": [0, -1e-3, math.inf, "low", True, 10**400],
     "max_lr": [0.0, math.nan],
     "max_warmup_fraction": [0, 1.5, None],
+    "max_warmup_steps": [0, 1.5, "all"],
     "warmup_type": ["sqrt"],
     "warmup_unit": ["batch"],
     "decay_phase_stat": ["accuracy"],

@@ -72,6 +72,16 @@ def test_a_test_makes_one_collective_the_switch_another_and_no_other_step_but_th
         assert {step + 1: count for step, count in enumerate(made) if count} == expected
 
 
+def test_a_cooldown_that_one_rank_was_asked_for_begins_on_all_one_step_later(ranks):
+    for rank in ranks:
+        run = rank["asked_on_one_rank"]
+        assert run["events"] == [["switch", run["switch"]["step"], False], ["cooldown", 402, False]]
+        assert run["lrs"][401] == run["lrs"][402] > run["lrs"][403]
+        assert run["lrs"][452] == run["lrs"][-1] == min(run["lrs"][402:]) == pytest.approx(run["switch"]["lr"] / 50)
+        # One a step until the run is over, and the first compares the ranks' arguments.
+        assert run["collectives"] == [2] + [1] * 50 + [0] * (STEPS - 452)
+
+
 def test_the_watch_makes_one_collective_a_block_until_the_cooldown_has_halved_the_lr(ranks):
     for rank in ranks:
         made, lrs = rank["watched"]["collectives"], rank["watched"]["lrs"]

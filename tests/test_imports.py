@@ -44,11 +44,14 @@ ROOMS = {
     "rollback": ("events", "live", "ranks", "snapshot"),
     "judge": ("config", "events", "gp", "gpytorch_engine", "history", "phases", "ranks", "schedules", "switching"),
     "stages": ("config", "events", "history", "judge", "live", "phases", "ranks", "reader", "rollback", "switching", "watch"),
+    "plans": ("config", "phases"),
+    "horizon": ("checks", "config", "events", "phases", "plans", "ranks", "reader"),
+    "open_ended": ("config", "horizon", "phases", "stages"),
     "schema": ("checks", "config", "gp", "phases", "watch"),
     "states": ("config", "history", "phases", "schema", "watch"),
     "scheduler": (
-        *("checks", "config", "gp", "gpytorch_engine", "group_lrs", "history", "micro_batches", "optimizer_calls"),
-        *("phases", "stages", "states", "switching"),
+        *("checks", "config", "gp", "gpytorch_engine", "group_lrs", "history", "horizon", "micro_batches"),
+        *("open_ended", "optimizer_calls", "phases", "stages", "states", "switching"),
     ),
     "plotting": ("gp", "scheduler"),
 }

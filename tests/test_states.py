@@ -88,7 +88,7 @@ def test_a_run_goes_on_as_it_did(name, saved):
 def test_it_is_saved_in_the_present_version_and_loads_again(name, saved):
     model, optimizer, scheduler = loaded(saved[name], MAKE[name])
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-    assert state["scheduler"]["version"] == VERSION == 5
+    assert state["scheduler"]["version"] == VERSION == 6
     again = loaded(copy.deepcopy(state), MAKE[name])
     assert go_on(*again) == go_on(model, optimizer, scheduler)
 
@@ -147,7 +147,7 @@ def test_a_block_of_several_ranks_adds_its_losses_and_no_other_on_one(saved):
 def test_a_version_that_is_not_read_is_refused(saved):
     case = saved["voting"]
     case["scheduler"]["version"] = 3
-    with pytest.raises(ValueError, match="version=3: this autowu reads versions 4 and 5"):
+    with pytest.raises(ValueError, match="version=3: this autowu reads versions 4 to 6"):
         loaded(case, MAKE["voting"])
 
 
