@@ -48,6 +48,11 @@ class Horizon:
         wanted = count("steps", steps) if fraction is None else max(1, round(share("fraction", fraction) * taken))
         self._asked.append(wanted)
 
+    def extended(self, is_open: bool) -> None:
+        """Note that the run was made longer; what was asked for is forgotten."""
+        self._asked.clear()
+        self.moved, self._opened = False, self._opened or is_open
+
     def after_step(self, config: Config, state: State, step: int) -> Config:
         """The plan after `step` steps, the same on all ranks."""
         if not self._asked and not self._opened:  # as a rule

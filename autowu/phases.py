@@ -67,7 +67,7 @@ class Event:
         kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; "loss_changed", where
             the last of these was none; "lost", weights that no copy mends; or the kind of a trouble that was survived, told once:
             "loss", "fit", "rank", "snapshot", "on_rollback", "optimizer", "peak", "calls", "skipped", "frozen", "lr", "resume"; or
-            "cooldown", one that was asked for.
+            "cooldown", "extended", "rewarm", which were asked for.
         step: optimizer steps taken by then.
         message: what the log said.
     """

@@ -161,7 +161,7 @@ def _shortened(name: str) -> str:
 def _draw_decision(loss_axes: Axes, lr_axes: Axes, scheduler: AutoWU) -> None:
     posterior, switch = scheduler.posterior, scheduler.switch
     if posterior is not None:
-        x = posterior.grid * scheduler.config.warmup_steps
+        x = scheduler.config.warmup_origin + posterior.grid * scheduler.config.warmup_steps
         mean, std = posterior.mean.mean(0), np.sqrt(np.maximum(posterior.variance.mean(0), 0))
         loss_axes.plot(x, mean, color="C1", label="Gaussian process at the last test")
         loss_axes.fill_between(x, mean - 2 * std, mean + 2 * std, color="C1", alpha=0.25, linewidth=0, label="its mean ± 2 std")

@@ -23,7 +23,7 @@ from autowu.horizon import Horizon
 from autowu.micro_batches import MicroBatches
 from autowu.open_ended import OpenEnded
 from autowu.optimizer_calls import OptimizerCalls
-from autowu.phases import Event, Phase, State, Switch, base_lr, phase_at, state_of
+from autowu.phases import Event, State, Switch, base_lr, phase_at, state_of
 from autowu.stages import Stage, rooms_of, stage_of
 from autowu.states import VERSION, readable, whole_or_not
 from autowu.switching import SwitchDecision
@@ -159,11 +159,6 @@ class AutoWU(OpenEnded, LRScheduler):
         return cls(optimizer, steps_per_epoch, total_epochs, **(dict(PUBLISHED) | overrides))
 
     @property
-    def phase(self) -> Phase:
-        """Phase of the coming optimizer step: "warmup", "stable", "cooldown" or "done"."""
-        return phase_at(self.config, self._state, self.last_epoch)
-
-    @property
     def switch(self) -> Switch | None:
         """The end of the warm-up: step, LR, probability, position of the minimum; None before it."""
         return self._state.switch
@@ -206,7 +201,8 @@ class AutoWU(OpenEnded, LRScheduler):
     def lr_at(self, step: int) -> float:
         """LR of optimizer step `step` by all that is known now, of the parameter group with the largest LR.
 
-        Past the present the warm-up is taken to go on to its limit, and the LR of a stable phase to stay.
+        Past the present the warm-up is taken to go on to its limit, and the LR of a stable phase to stay. Of steps before a warm-up
+        that was begun anew nothing is known any longer, and of those of a cooldown before it was replanned only about.
         """
         return base_lr(self.config, self._state, step)
 

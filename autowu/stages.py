@@ -38,7 +38,7 @@ from autowu.ranks import Ranks
 from autowu.reader import Reader
 from autowu.rollback import NoRollback, Restored, Rollback
 from autowu.switching import MIN_LOSSES
-from autowu.watch import BLOCK
+from autowu.watch import BLOCK, LossWatch
 
 __all__ = ["AfterSwitch", "Rooms", "Stage", "WarmUp", "rooms_of", "stage_of"]
 
@@ -67,6 +67,13 @@ class Rooms:
         goes_back = isinstance(self.rollback, Rollback)
         own = {"last_epoch": step, "gp": type(self.judge.gp).__name__, "rollback": goes_back}
         self.ranks.compare(described(config) | own)
+
+    def begin_again(self, config: Config, before: Config) -> None:
+        """Forget the losses and the copies: a warm-up begins by `config`, after one by another."""
+        self.judge.begin(config, before.warmup_steps / config.warmup_steps)
+        self.reader.watch = LossWatch()
+        self.reader.begin(config.warmup_origin, None)
+        self.rollback.free()
 
 
 def rooms_of(config: Config, arguments: Mapping[str, Any]) -> Rooms:

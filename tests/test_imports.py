@@ -44,9 +44,9 @@ ROOMS = {
     "rollback": ("events", "live", "ranks", "snapshot"),
     "judge": ("config", "events", "gp", "gpytorch_engine", "history", "phases", "ranks", "schedules", "switching"),
     "stages": ("config", "events", "history", "judge", "live", "phases", "ranks", "reader", "rollback", "switching", "watch"),
-    "plans": ("config", "phases"),
+    "plans": ("checks", "config", "phases", "schedules"),
     "horizon": ("checks", "config", "events", "phases", "plans", "ranks", "reader"),
-    "open_ended": ("config", "horizon", "phases", "stages"),
+    "open_ended": ("checks", "config", "group_lrs", "horizon", "phases", "plans", "stages"),
     "schema": ("checks", "config", "gp", "phases", "watch"),
     "states": ("config", "history", "phases", "schema", "watch"),
     "scheduler": (

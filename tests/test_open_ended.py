@@ -313,6 +313,217 @@ def test_every_block_of_the_page_runs_to_its_end():
         assert names["scheduler"].phase == "done"
 
 
+# Going on later.
+
+
+@pytest.mark.parametrize("extended_at", [30, 100, 150, 200])
+@pytest.mark.parametrize("arguments", [{}, {"immediate_cooldown": True}], ids=["", "immediate"])
+def test_an_extension_is_what_loading_the_state_into_a_longer_run_is(arguments, extended_at):
+    scheduler = scheduler_of(total_steps=200, cooldown_fraction=0.4, **arguments)
+    train(scheduler, extended_at)
+    loaded = scheduler_of(total_steps=320, **arguments)
+    loaded.load_state_dict(copy.deepcopy(scheduler.state_dict()))
+    scheduler.extend(total_steps=320)
+    assert scheduler.optimizer.param_groups[0]["lr"] == loaded.optimizer.param_groups[0]["lr"]
+    assert scheduler.config == loaded.config
+    assert train(scheduler, 330) == train(loaded, 330)
+    assert scheduler.phase == "done"
+    assert sorted(event.kind for event in scheduler.events) == ["extended", "switch"]
+
+
+def test_an_end_can_be_opened_and_an_open_one_given_a_step():
+    scheduler = scheduler_of(total_steps=150, cooldown_fraction=0.4)
+    train(scheduler, 120)
+    assert scheduler.phase == "cooldown"
+    scheduler.extend()
+    assert (scheduler.phase, scheduler.progress) == ("stable", None)
+    assert set(train(scheduler, 200)) == {scheduler.switch.lr}
+    scheduler.extend(total_steps=240)  # 0.4 of it would have begun at 144
+    assert (scheduler.phase, scheduler.config.cooldown_start) == ("cooldown", 200)
+    assert_decays(train(scheduler, 240), scheduler.switch.lr)
+    assert (scheduler.phase, scheduler.progress) == ("done", 1.0)
+
+
+def test_a_cooldown_that_was_asked_for_keeps_its_share_of_a_run_that_is_extended():
+    scheduler = scheduler_of()
+    train(scheduler, 149)
+    scheduler.start_cooldown(50)
+    train(scheduler, 180)
+    scheduler.extend(total_steps=400)
+    assert (scheduler.phase, scheduler.config.cooldown_start) == ("stable", 300)
+    assert_decays(train(resumed(scheduler), 400)[120:], scheduler.switch.lr)
+
+
+def test_an_extension_in_the_warmup_leaves_it_alone_where_there_is_room():
+    scheduler, other = scheduler_of(), scheduler_of()
+    train(scheduler, 50)
+    scheduler.extend(total_steps=1000)
+    assert scheduler.config.warmup_limit == WARMUP
+    train(other, 50)
+    other.extend(total_steps=100)
+    assert (other.config.warmup_limit, other.config.cooldown_start) == (51, 51)
+    train(other, 100)
+    assert other.phase == "done"
+    assert resumed(other).phase == "done"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "longer", "said"),
+    [
+        ({"total_steps": 100}, {"total_steps": 100}, "total_steps=100: must be more than 100 steps"),
+        ({"total_steps": 100}, {"total_steps": 60}, "total_steps=60: must be more than 100 steps"),
+        ({}, {"total_steps": 11}, "total_steps=11: must be more than 11 steps"),
+        ({}, {"total_steps": 0}, "total_steps=0: must be at least 1"),
+        ({}, {"total_epochs": 10}, "total_epochs=10: the run was given no epochs"),
+        ({"steps_per_epoch": 10, "total_epochs": 10}, {"total_epochs": 10}, "total_epochs=10: must be more than 100 steps"),
+        (
+            {"steps_per_epoch": 10, "total_epochs": 10},
+            {"total_epochs": 20, "total_steps": 9},
+            "total_epochs=20, total_steps=9: give one",
+        ),
+        ({"total_steps": 100, "immediate_cooldown": True}, {}, "total_steps=None: a run with immediate_cooldown=True"),
+    ],
+)
+def test_an_extension_that_is_none_is_refused_and_changes_nothing(arguments, longer, said):
+    scheduler = scheduler_of(None, **arguments)
+    train(scheduler, 10)
+    before = scheduler.config
+    with pytest.raises(ValueError, match=said):
+        scheduler.extend(**longer)
+    assert scheduler.config is before
+
+
+# The search again.
+
+
+@pytest.mark.parametrize("arguments", [{}, {"total_steps": 1000, "cooldown_fraction": 0.3}], ids=["open", "length"])
+def test_a_warmup_that_is_begun_anew_finds_the_minimum_again_and_resumes_to_the_bit(arguments):
+    scheduler = scheduler_of(**arguments)
+    train(scheduler, 200)
+    first = scheduler.switch
+    scheduler.rewarm()
+    assert (scheduler.phase, scheduler.switch) == ("warmup", None)
+    assert scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(first.lr / 10)
+    before = train(scheduler, 230)
+    assert all(a < b for a, b in pairwise(before))
+    again = resumed(scheduler)
+    lrs = train(scheduler, 300)
+    assert train(again, 300) == lrs
+    assert again.switch == scheduler.switch
+    # The losses are lowest 60 steps after the new beginning, whatever came before.
+    assert scheduler.switch.by_test
+    assert scheduler.switch.minimum == pytest.approx(260, abs=6)
+    at_the_minimum = (before + lrs)[round(scheduler.switch.minimum) - 200]
+    assert scheduler.switch.lr == pytest.approx(scheduler.config.peak_factor * at_the_minimum, rel=0.05)
+    assert {scheduler.lr_at(step) for step in range(scheduler.switch.step, 700)} == {scheduler.switch.lr}
+    assert [event.kind for event in scheduler.events] == ["switch", "rewarm", "switch"]
+    assert draw_run([1.0] * 300, [0.1] * 300, scheduler).axes[0].lines[1].get_xdata()[0] == 200
+    scheduler.start_cooldown(20)
+    train(scheduler, 321)
+    assert scheduler.phase == "done"
+
+
+def test_the_pace_and_the_smoothness_in_decades_are_those_of_the_first_warmup():
+    scheduler = scheduler_of()
+    train(scheduler, 200)
+    before, lengthscale = scheduler.config, scheduler.gp.lengthscale
+    pace = scheduler.lr_at  # past its switch the axis is not shown
+    scheduler.rewarm(0.5)
+    config = scheduler.config
+    assert config.warmup_steps * scheduler.gp.lengthscale == pytest.approx(before.warmup_steps * lengthscale)
+    assert pace(201) / pace(200) == pytest.approx((before.max_lr / before.min_lr) ** (0.8 / before.warmup_steps), rel=0.01)
+    assert config.test_interval == before.test_interval
+
+
+def test_where_no_loss_comes_the_lr_before_is_taken_again():
+    scheduler = scheduler_of(total_steps=400)
+    train(scheduler, 130)
+    before = scheduler.switch.lr
+    scheduler.rewarm()
+    while scheduler.switch is None:
+        scheduler.optimizer.step()
+        scheduler.step()
+    assert (scheduler.switch.step, scheduler.switch.lr) == (160, before)
+
+
+@pytest.mark.parametrize(
+    ("step", "fraction", "said"),
+    [
+        (10, 0.1, "fraction=0.1: .* in 'warmup'; its search is still going on"),
+        (190, 0.1, "fraction=0.1: .* in 'cooldown'; make it longer first"),
+        (200, 0.1, "fraction=0.1: .* in 'done'; make it longer first"),
+        (100, 1, "fraction=1: must be above 0 and below 1"),
+        (100, 0, "fraction=0: must be above 0 and below 1"),
+        (100, float("nan"), "fraction=nan: must be above 0 and below 1"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_and_changes_nothing(step, fraction, said):
+    scheduler = scheduler_of(total_steps=200, cooldown_fraction=0.2)
+    train(scheduler, step)
+    before = scheduler.config, scheduler._state
+    with pytest.raises(ValueError, match=said):
+        scheduler.rewarm(fraction)
+    assert (scheduler.config, scheduler._state) == before
+
+
+@pytest.mark.parametrize("how", [{"steps": 40}, {"cooldown_fraction": 0.2}], ids=["steps", "share of the branch"])
+def test_an_open_run_has_branches_that_cool_down_while_it_goes_on(how):
+    trunk = scheduler_of()
+    train(trunk, 160)
+    branch = scheduler_of(None, total_steps=5000)
+    branch.load_state_dict(trunk.fork_cooldown(**how))
+    assert_decays(train(branch, 200), trunk.switch.lr)
+    assert branch.should_stop
+    assert set(train(trunk, 220)) == {trunk.switch.lr}
+    trunk.rewarm()
+    train(trunk, 400)
+    again = scheduler_of()
+    again.load_state_dict(trunk.fork_cooldown(steps=10))
+    assert_decays(train(again, 410), trunk.switch.lr)
+
+
+def test_a_run_with_a_length_has_branches_of_any_number_of_steps():
+    trunk = scheduler_of(total_steps=400)
+    train(trunk, 140)
+    branch = scheduler_of()
+    branch.load_state_dict(trunk.fork_cooldown(steps=20))
+    assert_decays(train(branch, 160), trunk.switch.lr)
+    assert trunk.phase == "stable"
+
+
+@pytest.mark.parametrize(
+    ("step", "how", "error", "said"),
+    [
+        (
+            10,
+            {"steps": 5},
+            ValueError,
+            "steps=5: a branch cools down from the stable phase or the cooldown, the run is in 'warmup'",
+        ),
+        (10, {"cooldown_fraction": 0.5}, ValueError, "the run is in 'warmup'"),
+        (100, {}, TypeError, "cooldown_fraction=None, steps=None: give one"),
+        (100, {"cooldown_fraction": 0.5, "steps": 5}, TypeError, "cooldown_fraction=0.5, steps=5: give one"),
+        (100, {"steps": 0}, ValueError, "steps=0: must be at least 1"),
+        (100, {"cooldown_fraction": 1.0}, ValueError, "cooldown_fraction=1.0: must be above 0 and below 1"),
+    ],
+)
+def test_a_branch_that_cannot_be_is_refused(step, how, error, said):
+    trunk = scheduler_of()
+    train(trunk, step)
+    with pytest.raises(error, match=said):
+        trunk.fork_cooldown(**how)
+
+
+def test_a_loop_asks_whether_to_stop():
+    scheduler, steps = scheduler_of(total_steps=100), 0
+    seen = []
+    while not scheduler.should_stop:
+        seen.append(scheduler.progress)
+        steps += 1
+        train(scheduler, steps)
+    assert seen == [step / 100 for step in range(100)]
+
+
 # States of version 5, in which every run had its end, and what went on from there.
 VERSION_5 = Path(__file__).parent / "data" / "states_version_5_with_a_length.pt"
 
