@@ -35,7 +35,9 @@ from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, decades
 
 __all__ = [
     "ARGUMENTS",
+    "BUDGETS",
     "PUBLISHED",
+    "UNMEASURED",
     "Config",
     "check_together",
     "checked",
@@ -52,6 +54,10 @@ OPEN_WARMUP: Final = 600
 """Steps of a full warm-up in a run without a fixed end: as in one of 1,875 steps, about the longest that the default was measured
 on. A shorter one decides on fewer than a hundred losses a decade of LR; a longer one costs more than an unknown length may be
 worth."""
+UNMEASURED: Final = 2**20
+"""Origin of a warm-up that waits for the length of the run to be estimated; until then the LR is `min_lr`."""
+BUDGETS: Final = ("total_samples", "total_tokens", "total_seconds")
+"""Lengths of a run that are not known in steps."""
 MAX_LAG: Final = 0.5
 """Decades of LR: what a fitted curve can tell apart, and so the most that the loss of a warm-up counts as lagging behind its LR."""
 
@@ -62,6 +68,7 @@ class Config:
 
     Attributes:
         total_steps: T; None as long as the end is open.
+        total_samples, total_tokens, total_seconds: the budget of a run whose end moves as it is used; at most one is not None.
         steps_per_epoch: None for a run that was given no epochs.
         warmup_steps: length W of the axis on which the LR would grow from `min_lr` to `max_lr`.
         warmup_limit: step of the axis at which a warm-up ends without a switch: W, or an earlier start of the cooldown.
@@ -75,6 +82,9 @@ class Config:
     """
 
     total_steps: int | None
+    total_samples: int | None
+    total_tokens: int | None
+    total_seconds: float | None
     steps_per_epoch: int | None
     min_lr: float
     max_lr: float
@@ -103,6 +113,14 @@ class Config:
     def end(self) -> float:
         """T; infinite as long as the end is open."""
         return math.inf if self.total_steps is None else self.total_steps
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """Name and size of the budget, if there is one."""
+        for name in BUDGETS:  # in half the time of next()
+            if (value := getattr(self, name)) is not None:
+                return name, value
+        return None
 
     @property
     def cooldown_from(self) -> float:
@@ -148,6 +166,9 @@ ARGUMENTS: Final[Mapping[str, Check]] = {
     "steps_per_epoch": optional(count),
     "total_epochs": optional(count),
     "total_steps": optional(count),
+    "total_samples": optional(count),
+    "total_tokens": optional(count),
+    "total_seconds": optional(positive),
     "immediate_cooldown": flag,
     "cooldown_type": one_of(*COOLDOWN_TYPES),
     "cooldown_fraction": fraction,
@@ -211,7 +232,7 @@ def configure(arguments: Mapping[str, Any]) -> Config:
         TypeError, ValueError: for arguments that do not go together, naming them, their values and what they may be.
     """
     optimizer, steps_per_epoch = arguments["optimizer"], arguments["steps_per_epoch"]
-    total = _total_steps(**{name: arguments[name] for name in ("steps_per_epoch", "total_epochs", "total_steps")})
+    total = _length(arguments)
     _check_epochs(arguments)
     _check_decay(arguments)
     min_lr, max_lr = (
@@ -233,7 +254,7 @@ def configure(arguments: Mapping[str, Any]) -> Config:
         "max_lr": max_lr,
         "warmup_steps": warmup_steps,
         "warmup_limit": limit,
-        "warmup_origin": 0,
+        "warmup_origin": UNMEASURED if _is_unmeasured(arguments) else 0,
         "cooldown_start": start,
         "replanned_at": None,
         "replanned_progress": 0.0,
@@ -269,6 +290,20 @@ def check_together(config: Mapping[str, Any]) -> None:
         raise ValueError(f"replanned_at={again!r}: must be a step of the cooldown, from {start!r} on and below {total!r}")
     if limit > latest:
         raise ValueError(f"warmup_limit={limit!r}: must be at most {latest}, by the steps of warm-up and cooldown")
+
+
+def _length(arguments: Mapping[str, Any]) -> int | None:
+    """T; None where it is not known in steps."""
+    epochs = ("steps_per_epoch", "total_epochs", "total_steps")
+    given = [f"{name}={arguments[name]!r}" for name in (*epochs, *BUDGETS) if arguments[name] is not None]
+    if len(given) > 1 and any(arguments[name] is not None for name in BUDGETS):
+        raise ValueError(f"{', '.join(given)}: give one length, or none for a run whose end is open")
+    return _total_steps(**{name: arguments[name] for name in epochs})
+
+
+def _is_unmeasured(arguments: Mapping[str, Any]) -> bool:
+    """Whether the warm-up can be planned only once it is known what a step uses of a budget."""
+    return arguments["max_warmup_steps"] is None and any(arguments[name] is not None for name in BUDGETS)
 
 
 def _total_steps(steps_per_epoch: int | None, total_epochs: int | None, total_steps: int | None) -> int | None:
@@ -349,6 +384,9 @@ def cooldown_start(config: Config, cooldown_fraction: float) -> int:
         TypeError, ValueError: unless the fraction is a number above 0 and below 1, and the run has a length.
     """
     share_of_run = fraction("cooldown_fraction", cooldown_fraction)
+    if config.budget is not None:
+        known = "with a budget the step is not known; that fraction begins where scheduler.progress reaches the rest"
+        raise ValueError(f"cooldown_fraction={cooldown_fraction!r}: {known}")
     if config.total_steps is None:
         raise ValueError(f"cooldown_fraction={cooldown_fraction!r}: the end of this run is open, and no step of it is known")
     return _cooldown_start(config.total_steps, share_of_run)
@@ -363,9 +401,9 @@ def described(config: Config) -> dict[str, Any]:
 def extended(config: Config, other: Config) -> Config:
     """`config` with the length of `other`, if that is the longer: in epochs, or in steps where neither has epochs.
 
-    The warm-up stays as it is; the cooldown moves to the new end. A run whose end is open stays open.
+    The warm-up stays as it is; the cooldown moves to the new end. A run with a budget, or whose end is open, stays as it is.
     """
-    if config.total_steps is None or other.total_steps is None:
+    if config.budget is not None or config.total_steps is None or other.total_steps is None:
         return config
     if config.steps_per_epoch is not None and other.steps_per_epoch is not None:
         total = config.steps_per_epoch * (other.total_steps // other.steps_per_epoch)
@@ -384,12 +422,20 @@ def lengthened(config: Config, total: int, earliest: int = 0) -> Config:
     return replace(config, total_steps=total, cooldown_start=start, replanned_at=None, replanned_progress=0.0)
 
 
-def forked(config: Config, step: int, cooldown_fraction: float) -> Config:
+def forked(config: Config, step: int, cooldown_fraction: float, progress: float | None = 0.0) -> Config:
     """The configuration of a run with another `cooldown_fraction`, if it could stand at `step` as a run of `config` does.
+
+    Of a run with a budget `progress` says how much of it is used.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what it may be.
     """
+    if config.budget is not None:
+        share_left = 1 - max(fraction("cooldown_fraction", cooldown_fraction), config.cooldown_fraction)
+        if progress is None or progress > share_left:
+            used = f"{share_left:.4g} of the budget at most, used are {progress or 0:.4g}"
+            raise ValueError(f"cooldown_fraction={cooldown_fraction!r}: must be forked off by {used}")
+        return replace(config, cooldown_fraction=float(cooldown_fraction))
     start = cooldown_start(config, cooldown_fraction)
     if config.immediate_cooldown:
         raise ValueError(

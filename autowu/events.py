@@ -114,6 +114,8 @@ def divergence_message(state: State, restored: int | None) -> str:
 def resume_message(config: Config, state: State, step: int, planned: Config) -> str | None:
     """What is said of a run that goes on from `step`, if it is over or not as long as `planned` by the object that takes it up."""
     total = config.total_steps
+    if config.budget is not None and step < config.end:
+        return None
     if total is None:
         if planned.total_steps is None:
             return None

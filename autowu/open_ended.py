@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from autowu.checks import count, fraction
-from autowu.config import Config, cooldown_start, forked
+from autowu.config import Config, cooldown_start
 from autowu.group_lrs import GroupLRs
 from autowu.horizon import Horizon
 from autowu.phases import Phase, State, base_lr, phase_at
-from autowu.plans import cooled, longer, rewarmed
+from autowu.plans import rewarmed
 from autowu.stages import Rooms, Stage, WarmUp, stage_of
 
 __all__ = ["OpenEnded"]
@@ -41,6 +42,10 @@ class OpenEnded:
     @property
     def progress(self) -> float | None:
         """Share of the run that lies behind, from 0 to 1; None as long as its end is open."""
+        if self.should_stop:
+            return 1.0
+        if self.config.budget is not None:
+            return min(self._horizon.budget.used / self.config.budget[1], 1.0)
         if self.config.total_steps is None:
             return None
         return min(self.last_epoch / self.config.total_steps, 1.0)
@@ -82,7 +87,30 @@ class OpenEnded:
         """
         self._horizon.ask(self.last_epoch, steps, fraction)
 
-    def extend(self, *, total_epochs: int | None = None, total_steps: int | None = None) -> None:
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it the clock of a run with `total_seconds` stands still: for evaluations or checkpoints that are not to count.
+
+        Example:
+            >>> import torch
+            >>> from autowu import AutoWU
+            >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+            >>> scheduler = AutoWU(optimizer, total_seconds=3600)
+            >>> with scheduler.paused():
+            ...     pass  # evaluate
+        """
+        with self._horizon.budget.paused():
+            yield
+
+    def extend(
+        self,
+        *,
+        total_epochs: int | None = None,
+        total_steps: int | None = None,
+        total_samples: int | None = None,
+        total_tokens: int | None = None,
+        total_seconds: float | None = None,
+    ) -> None:
         """Make the run longer, from now on; with no length its end is open from here.
 
         The cooldown begins where the last `cooldown_fraction` of the longer run does, at the earliest now. One that has begun is
@@ -92,6 +120,9 @@ class OpenEnded:
         Args:
             total_epochs: epochs of the run in all, more than so far; for a run that has epochs.
             total_steps: steps of the run in all, more than so far.
+            total_samples: a larger budget in all; for a run that has one of samples.
+            total_tokens: likewise of tokens.
+            total_seconds: likewise of seconds.
 
         Raises:
             TypeError, ValueError: naming the argument, its value and its range.
@@ -105,15 +136,18 @@ class OpenEnded:
             >>> scheduler.config.cooldown_start
             400
         """
-        counts = [None if v is None else count(n, v) for n, v in (("total_epochs", total_epochs), ("total_steps", total_steps))]
-        was, config = self.phase, longer(self.config, self._state, self.last_epoch, *counts)
-        self._horizon.extended(config.total_steps is None)
+        lengths = {"total_epochs": total_epochs, "total_steps": total_steps}
+        lengths |= {"total_samples": total_samples, "total_tokens": total_tokens, "total_seconds": total_seconds}
+        self._extend(lengths)
+
+    def _extend(self, lengths: Mapping[str, Any]) -> None:
+        was, config = self.phase, self._horizon.longer(self.config, self._state, self.last_epoch, lengths)
         self._plan(config)
         if was != "stable" and "epoch" in (stage := self._stage.state_dict()):  # one that the cooldown cut short
             self._stage.load_state_dict({**stage, "epoch": None})
         self._write_lrs()
-        end = "its end is open" if config.total_steps is None else f"it has {config.total_steps} steps"
-        self._rooms.log.tell("extended", self.last_epoch, f"AutoWU extends the run at step {self.last_epoch}: {end}")
+        given = ", ".join(f"{name}={value}" for name, value in lengths.items() if value is not None) or "its end is open"
+        self._rooms.log.tell("extended", self.last_epoch, f"AutoWU extends the run at step {self.last_epoch}: {given}")
 
     def rewarm(self, fraction: float = 0.1) -> None:
         """Search the LR again, from now on: for new data, layers that were frozen, another batch size.
@@ -133,11 +167,11 @@ class OpenEnded:
             >>> from autowu import AutoWU
             >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
             >>> scheduler = AutoWU(optimizer, max_warmup_steps=20)
-            >>> for step in range(100):
+            >>> for step in range(50):
             ...     optimizer.step()
-            ...     scheduler.step(abs(step - 10.0))
-            >>> scheduler.phase, scheduler.switch.step
-            ('stable', 17)
+            ...     scheduler.step(1 + abs(min(step, 20) - 10.0))
+            >>> scheduler.phase
+            'stable'
             >>> scheduler.rewarm()
             >>> scheduler.phase
             'warmup'
@@ -167,7 +201,7 @@ class OpenEnded:
         several branches share warm-up and stable phase. In a process group each rank forks its own state.
 
         Args:
-            cooldown_fraction: share of T, in (0, 1); of the steps of the branch in all where the end is open.
+            cooldown_fraction: share of T, or of the budget, in (0, 1); of the steps of the branch in all where the end is open.
             steps: length of a cooldown from now on, 1 or more, in place of the fraction.
 
         Raises:
@@ -192,31 +226,17 @@ class OpenEnded:
             >>> branch.phase, branch.last_epoch, branch.config.cooldown_fraction
             ('cooldown', 60, 0.4)
         """
-        return self._branch(cooldown_fraction, steps)
-
-    def _branch(self, cooldown_fraction: float | None, steps: int | None) -> dict[str, Any]:
-        if (steps is None) == (cooldown_fraction is None):
-            given = f"cooldown_fraction={cooldown_fraction!r}, steps={steps!r}"
-            raise TypeError(f"{given}: give one, a fraction above 0 and below 1 or steps of 1 or more")
-        if cooldown_fraction is not None and self.config.total_steps is not None:
-            config = forked(self.config, self.last_epoch, cooldown_fraction)
-            return copy.deepcopy(self.state_dict()) | {"config": asdict(config)}
-        if cooldown_fraction is not None:
-            share = fraction("cooldown_fraction", cooldown_fraction)
-            steps = max(1, round(share / (1 - share) * self.last_epoch))
-        steps = count("steps", steps)
-        if self.phase not in ("stable", "cooldown"):
-            raise ValueError(
-                f"steps={steps!r}: a branch cools down from the stable phase or the cooldown, the run is in {self.phase!r}"
-            )
-        config = cooled(self.config, self._state, self.last_epoch, steps)
-        state = copy.deepcopy(self.state_dict())
-        return state | {"config": asdict(config), "horizon": state["horizon"] | {"asked": [], "moved": True}}
+        share_used = 0.0 if self.config.budget is None else self.progress or 0.0
+        where = self.config, self._state, self.last_epoch
+        config, horizon = self._horizon.branch(*where, share_used, cooldown_fraction, steps)
+        return copy.deepcopy(self.state_dict()) | {"config": asdict(config), "horizon": horizon}
 
     def _plan(self, config: Config) -> None:
         """Go on by `config`."""
+        if config is self.config:
+            return
         before, self.config, self._stage.config = self.config, config, config
-        if config is before or not isinstance(self._stage, WarmUp):
+        if not isinstance(self._stage, WarmUp):
             return
         if config.warmup_origin + config.warmup_limit == self.last_epoch + 1:  # cut short: no LR that was not tried
             tried = base_lr(before, self._state, self.last_epoch)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+from torch.optim import Optimizer
+
 from autowu.checks import fraction as fraction_of
-from autowu.config import Config, lengthened
+from autowu.config import BUDGETS, Config, configure, lengthened
 from autowu.phases import State, base_lr, cooldown_begin, cooldown_progress, phase_at
 from autowu.schedules import decades
 
-__all__ = ["cooled", "longer", "opened", "rewarmed"]
+__all__ = ["cooled", "larger", "longer", "measured", "opened", "rewarmed", "spent"]
 
+_NO_BUDGET: Final[dict[str, Any]] = dict.fromkeys(BUDGETS)
+_LEAST: Final = {"total_samples": 0.5, "total_tokens": 0.5, "total_seconds": 1.0}
+"""Share of a usual step that must be left for another: a count is met as nearly as steps can, a deadline is not passed."""
+_FARTHEST: Final = 2**40
+"""Steps that a run is taken to have left, at most."""
 _NOT_REPLANNED: Final[dict[str, Any]] = {"replanned_at": None, "replanned_progress": 0.0}
 
 
@@ -32,6 +40,7 @@ def cooled(config: Config, state: State, step: int, steps: int) -> Config:
         immediate_cooldown=False,
         cooldown_start=start,
         cooldown_fraction=(total - start) / total,
+        **_NO_BUDGET,
     )
 
 
@@ -41,15 +50,16 @@ def _warmed_up_by(config: Config, step: int) -> Config:
     return replace(config, warmup_origin=origin, warmup_limit=min(config.warmup_limit, step - origin))
 
 
-def opened(config: Config) -> Config:
-    """The plan of a run that goes on without an end.
+def opened(config: Config, step: int) -> Config:
+    """The plan of a run that goes on from `step` without an end.
 
     Raises:
         ValueError: for one whose cooldown is immediate, and knows nothing else.
     """
     if config.immediate_cooldown:
         raise ValueError("total_steps=None: a run with immediate_cooldown=True needs an end; give it a later one")
-    return replace(config, total_steps=None, cooldown_start=None, **_NOT_REPLANNED)
+    origin = min(config.warmup_origin, step)  # a warm-up that waits for its length begins
+    return replace(config, total_steps=None, cooldown_start=None, warmup_origin=origin, **_NOT_REPLANNED, **_NO_BUDGET)
 
 
 def longer(config: Config, state: State, step: int, total_epochs: int | None, total_steps: int | None) -> Config:
@@ -63,19 +73,17 @@ def longer(config: Config, state: State, step: int, total_epochs: int | None, to
     total, given = total_steps, f"total_steps={total_steps!r}"
     if total_epochs is not None:
         given = f"total_epochs={total_epochs!r}"
-        if total_steps is not None:
-            raise ValueError(f"{given}, total_steps={total_steps!r}: give one length, or none to leave the end open")
         if config.steps_per_epoch is None:
             raise ValueError(f"{given}: the run was given no epochs; give total_steps")
         total = config.steps_per_epoch * total_epochs
     if total is None:
-        return opened(config)
+        return opened(config, step)
     least = max(config.total_steps or 0, step + 1)
     if total <= least:
         raise ValueError(f"{given}: must be more than {least} steps, has {total}; the run is at step {step}")
     phase = phase_at(config, state, step)
     earliest = {"warmup": step + 1, "stable": step}.get(phase, 0)
-    config = lengthened(config, total, earliest)
+    config = replace(lengthened(config, total, earliest), warmup_origin=min(config.warmup_origin, step), **_NO_BUDGET)
     if phase != "warmup" or config.immediate_cooldown:
         return config
     assert config.cooldown_start is not None
@@ -98,3 +106,55 @@ def rewarmed(config: Config, state: State, step: int, fraction: float) -> Config
     steps = max(1, round(config.warmup_steps * math.log10(config.max_lr / low) / pace))
     limit = int(min(steps, config.cooldown_from - step))
     return replace(config, min_lr=low, warmup_type="exp", warmup_steps=steps, warmup_limit=limit, warmup_origin=step)
+
+
+def measured(config: Config, given: Mapping[str, Any], optimizer: Optimizer, total: float, step: int) -> Config:
+    """The plan of a run that turns out to have about `total` steps: its warm-up, as one of that length would have it.
+
+    Args:
+        given: the arguments `max_warmup_fraction`, `test_interval` and `peak_factor`.
+        step: optimizer steps taken; the last of them, at `min_lr`, is the first of the axis.
+    """
+    steps = max(1, int(min(given["max_warmup_fraction"] * total, _FARTHEST)))
+    arguments = {**vars(config), **given, **_NO_BUDGET, "optimizer": optimizer, "total_epochs": None, "max_warmup_steps": steps}
+    like = configure(arguments | {"total_steps": None})
+    names = ("warmup_steps", "warmup_limit", "test_interval", "peak_factor")
+    return replace(config, warmup_origin=step - 1, **{name: getattr(like, name) for name in names})
+
+
+def larger(config: Config, used: float, budget: str, total: float) -> Config:
+    """The plan of a run with more of its budget; the cooldown is planned anew, by :func:`spent`.
+
+    Raises:
+        ValueError: naming the argument, for a budget that the run has not, or that is no larger.
+    """
+    if config.budget is None or config.budget[0] != budget:
+        raise ValueError(f"{budget}={total!r}: the run has no such budget; give the scheduler one, or extend by total_steps")
+    least = max(config.budget[1], used)
+    if total <= least:
+        raise ValueError(f"{budget}={total!r}: must be more than {least:g}, of which {used:g} are used")
+    return replace(config, **{budget: total}, **_NOT_REPLANNED)
+
+
+def spent(config: Config, state: State, step: int, used: float, a_step: float) -> Config:
+    """The plan of a run at `step` that has `used` so much of its budget, where a step uses `a_step`.
+
+    The cooldown follows what is used, not the steps: it is always as far as the budget. Where nothing is left the run is over.
+    """
+    assert config.budget is not None
+    budget, total = config.budget
+    length, left = config.cooldown_fraction * total, total - used
+    if left > length:
+        return config if config.total_steps is None else replace(config, total_steps=None, cooldown_start=None, **_NOT_REPLANNED)
+    start = step if config.cooldown_start is None else config.cooldown_start
+    if start < step and left < max(_LEAST[budget] * a_step, math.ulp(total)):
+        return replace(config, total_steps=step)
+    steps = max(1, math.ceil(min(left / a_step, _FARTHEST))) if a_step else _FARTHEST
+    latest = max(0.0, 1 - 0.25 * a_step / length)  # the last step trains, too
+    return replace(
+        _warmed_up_by(config, start),
+        total_steps=step + steps,
+        cooldown_start=start,
+        replanned_at=step,
+        replanned_progress=max(config.replanned_progress, min(1 - left / length, latest)),
+    )

@@ -44,6 +44,9 @@ class AutoWU(OpenEnded, LRScheduler):
         steps_per_epoch: optimizer steps per epoch, 1 or more.
         total_epochs: epochs in the run, 1 or more; T is their product.
         total_steps: T, in place of the two counts. With no length at all the LR is held until :meth:`start_cooldown`.
+        total_samples: budget of samples over all ranks, 1 or more; then pass those of each step to :meth:`step`.
+        total_tokens: likewise of tokens.
+        total_seconds: budget of wall-clock time from step to step, above 0, without that spent within :meth:`paused`.
         immediate_cooldown: True decays from the switch on; False holds the peak and decays over the last `cooldown_fraction` of T.
         cooldown_type: "cosine", "half_cosine", "linear" or "sqrt"; see :func:`autowu.schedules.cooldown_factor`.
         cooldown_fraction: share of T, in (0, 1), for a cooldown that is not immediate.
@@ -100,6 +103,9 @@ class AutoWU(OpenEnded, LRScheduler):
         total_epochs: int | None = None,
         *,
         total_steps: int | None = None,
+        total_samples: int | None = None,
+        total_tokens: int | None = None,
+        total_seconds: float | None = None,
         immediate_cooldown: bool = False,
         cooldown_type: str = "linear",
         cooldown_fraction: float = 0.6,
@@ -132,7 +138,7 @@ class AutoWU(OpenEnded, LRScheduler):
         self._rooms = rooms_of(self.config, arguments)
         self._micro_batches = MicroBatches()
         self._calls = OptimizerCalls(optimizer, self._rooms.log)
-        self._horizon = Horizon(self.config, self._rooms.ranks, self._rooms.log)
+        self._horizon = Horizon(self.config, arguments, self._rooms.ranks, self._rooms.log)
         self._groups = GroupLRs(optimizer)
         if self._groups.resting:
             told = f"parameter groups {self._groups.resting} have an LR of 0, and keep it until it is set"
@@ -247,7 +253,7 @@ class AutoWU(OpenEnded, LRScheduler):
         if self._stage.wants_loss(self._state, self.last_epoch):
             self._micro_batches.observe(loss)
 
-    def step(self, loss: float | Tensor | None = None) -> None:
+    def step(self, loss: float | Tensor | None = None, *, samples: int | None = None, tokens: int | None = None) -> None:
         """Record the loss of the optimizer step just taken and set the LR of the next one.
 
         Does not wait for the device, but in a test for one read of a few kilobytes. A call for which the optimizer was not called,
@@ -257,20 +263,25 @@ class AutoWU(OpenEnded, LRScheduler):
             loss: the training loss: a float, or a tensor of one element and any floating dtype, on any device, with or without its
                 graph. It is not kept alive, and survived where it is not finite. It is averaged with what was observed since the
                 last step, see :meth:`observe`; None where that is all. With neither the step counts as one with a missing loss.
+            samples: how many this rank has taken for the step, 0 or more; needed with `total_samples`, else ignored.
+            tokens: likewise; needed with `total_tokens`.
 
         Raises:
-            TypeError: if `loss` is not a floating-point number.
-            ValueError: if `loss` has several elements; at the first step of ranks that were given different arguments.
+            TypeError: if `loss` is not a floating-point number, or `samples` or `tokens` no integer where they are needed.
+            ValueError: if `loss` has several elements, or a count is below 0; at the first step of ranks that were given different
+                arguments.
         """
         if torch.compiler.is_compiling():
-            _step_untraced(self, loss)
+            _step_untraced(self, loss, samples, tokens)
         else:
-            self._step(loss)
+            self._step(loss, samples, tokens)
 
-    def _step(self, loss: float | Tensor | None) -> None:
+    def _step(self, loss: float | Tensor | None, samples: int | None, tokens: int | None) -> None:
         if not (ranks := self._rooms.ranks).compared and not ranks.alone:
             self._rooms.compare(self.config, self.last_epoch)
+        used = self._horizon.budget.of_step(self.config, samples, tokens)
         loss = self._micro_batches.loss_of_step(loss)
+        self._horizon.budget.own += used
         step, before = self.last_epoch + 1, self._state
         if self._calls.took_step(self.optimizer, step):
             self._plan(self._horizon.after_step(self.config, before, step))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autowu import checks
+from autowu.budget import GIVEN, MEASURED
 from autowu.checks import Check, between, count, flag, optional, positive, share
 from autowu.config import ARGUMENTS, Config, check_together
 from autowu.gp import MIN_LENGTHSCALE
@@ -271,6 +272,16 @@ _COPY: Final = _record(
     {"step": _whole(0), "lr": _lr_or_0, "level": _loss, "tensors": _by_place(_tensor()), "rest": _by_place(_anything)}, more=True
 )
 
+_BUDGET: Final = _record(
+    {
+        "used": _at_least_0,
+        "own": _at_least_0,
+        "over": _flag,
+        "given": optional(_record({name: _plain(ARGUMENTS[name]) for name in GIVEN})),
+        "recent": _list_of(_at_least_0, MEASURED),
+    }
+)
+
 _TABLE: Final = _record(
     {
         "config": _CONFIG,
@@ -305,7 +316,13 @@ _TABLE: Final = _record(
             }
         ),
         "horizon": _record(
-            {"asked": _list_of(_whole(1)), "pending": optional(_list_of(_number, 2)), "opened": _flag, "moved": _flag}
+            {
+                "asked": _list_of(_whole(1)),
+                "pending": optional(_list_of(_at_least_0, 3)),
+                "opened": _flag,
+                "moved": _flag,
+                "budget": _BUDGET,
+            }
         ),
         "snapshot": optional(_record({"newer": optional(_COPY), "older": optional(_COPY)}, more=True)),
     },

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from autowu.config import Config
+from autowu.config import BUDGETS, Config
 from autowu.history import LossHistory
 from autowu.phases import warmup_lr_at
 from autowu.schema import check_state, shown
@@ -18,8 +18,9 @@ __all__ = ["VERSION", "readable", "whole_or_not"]
 
 VERSION: Final = 6
 
-_FIXED: Final = {"warmup_origin": 0, "replanned_at": None, "replanned_progress": 0.0}
+_FIXED: Final = {"warmup_origin": 0, "replanned_at": None, "replanned_progress": 0.0, **dict.fromkeys(BUDGETS)}
 """What the configurations of version 6 have besides, of a run whose end is fixed."""
+_NO_BUDGET: Final = {"used": 0.0, "own": 0.0, "over": False, "given": None, "recent": []}
 
 
 def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
@@ -82,7 +83,7 @@ def whole_or_not(rooms: Iterable[Any], engine: Any) -> Iterator[None]:
 def _with_a_fixed_end(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Version 6 has runs whose end is open, or moves; before it every run had its end, and one warm-up."""
     config = state["config"] | _FIXED
-    horizon = {"asked": [], "pending": None, "opened": False, "moved": False}
+    horizon = {"asked": [], "pending": None, "opened": False, "moved": False, "budget": _NO_BUDGET}
     return {**state, "version": VERSION, "config": config, "horizon": horizon}
 
 

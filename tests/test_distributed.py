@@ -82,6 +82,27 @@ def test_a_cooldown_that_one_rank_was_asked_for_begins_on_all_one_step_later(ran
         assert run["collectives"] == [2] + [1] * 50 + [0] * (STEPS - 452)
 
 
+def test_a_budget_is_that_of_all_ranks_together(ranks):
+    for rank in ranks:
+        run = rank["budget_of_tokens"]
+        assert run["steps"] == pytest.approx(500, abs=2)
+        assert run["used"] == pytest.approx(500 * 60, rel=0.01)
+        assert run["warmup"] == pytest.approx(250, abs=10)
+        assert_falls_to_the_last(run)
+    seconds = [rank["budget_of_seconds"]["seconds"] for rank in ranks]
+    assert sum(seconds) / 2 == pytest.approx(400, rel=0.01)
+    assert_falls_to_the_last(ranks[0]["budget_of_seconds"])
+
+
+def assert_falls_to_the_last(run):
+    lrs, switch = run["lrs"][: run["steps"]], run["switch"]
+    cooldown = [lr for lr in lrs[switch["step"] :] if lr < switch["lr"]]
+    assert len(cooldown) > 100
+    assert cooldown == sorted(cooldown, reverse=True)
+    assert lrs[-1] == min(cooldown) < 0.05 * switch["lr"]
+    assert set(run["lrs"][run["steps"] :]) == {lrs[-1]}
+
+
 def test_the_watch_makes_one_collective_a_block_until_the_cooldown_has_halved_the_lr(ranks):
     for rank in ranks:
         made, lrs = rank["watched"]["collectives"], rank["watched"]["lrs"]

@@ -45,9 +45,10 @@ ROOMS = {
     "judge": ("config", "events", "gp", "gpytorch_engine", "history", "phases", "ranks", "schedules", "switching"),
     "stages": ("config", "events", "history", "judge", "live", "phases", "ranks", "reader", "rollback", "switching", "watch"),
     "plans": ("checks", "config", "phases", "schedules"),
-    "horizon": ("checks", "config", "events", "phases", "plans", "ranks", "reader"),
-    "open_ended": ("checks", "config", "group_lrs", "horizon", "phases", "plans", "stages"),
-    "schema": ("checks", "config", "gp", "phases", "watch"),
+    "budget": ("config", "ranks"),
+    "horizon": ("budget", "checks", "config", "events", "phases", "plans", "ranks", "reader"),
+    "open_ended": ("config", "group_lrs", "horizon", "phases", "plans", "stages"),
+    "schema": ("budget", "checks", "config", "gp", "phases", "watch"),
     "states": ("config", "history", "phases", "schema", "watch"),
     "scheduler": (
         *("checks", "config", "gp", "gpytorch_engine", "group_lrs", "history", "horizon", "micro_batches"),
