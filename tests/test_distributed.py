@@ -79,7 +79,7 @@ def test_a_cooldown_that_one_rank_was_asked_for_begins_on_all_one_step_later(ran
         assert run["lrs"][401] == run["lrs"][402] > run["lrs"][403]
         assert run["lrs"][452] == run["lrs"][-1] == min(run["lrs"][402:]) == pytest.approx(run["switch"]["lr"] / 50)
         # One a step until the run is over, and the first compares the ranks' arguments.
-        assert run["collectives"] == [2] + [1] * 50 + [0] * (STEPS - 452)
+        assert run["collectives"] == [2] + [1] * 49 + [0] * (STEPS - 451)
 
 
 def test_a_budget_is_that_of_all_ranks_together(ranks):
