@@ -133,7 +133,7 @@ def larger(config: Config, used: float, budget: str, total: float) -> Config:
     least = max(config.budget[1], used)
     if total <= least:
         raise ValueError(f"{budget}={total!r}: must be more than {least:g}, of which {used:g} are used")
-    return replace(config, **{budget: total}, **_NOT_REPLANNED)
+    return replace(config, **{**_NOT_REPLANNED, budget: total})
 
 
 def spent(config: Config, state: State, step: int, used: float, a_step: float) -> Config:

@@ -55,7 +55,7 @@ def draw(losses: list[float], lrs: list[float], tests: list[tuple[int, int]], sc
     loss_axes, lr_axes = figure.axes
     config, switch = scheduler.config, scheduler.switch
     assert switch is not None
-    phases = {"warm-up": (0, switch.step), "stable": (switch.step, config.cooldown_from)}
+    phases: dict[str, tuple[float, float]] = {"warm-up": (0, switch.step), "stable": (switch.step, config.cooldown_from)}
     phases["cooldown"] = (config.cooldown_from, config.end)
     for shade, (name, (start, end)) in enumerate(phases.items()):
         for axes in (loss_axes, lr_axes):
