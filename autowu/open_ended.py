@@ -136,7 +136,7 @@ class OpenEnded:
             >>> scheduler.config.cooldown_start
             400
         """
-        lengths = {"total_epochs": total_epochs, "total_steps": total_steps}
+        lengths: dict[str, float | None] = {"total_epochs": total_epochs, "total_steps": total_steps}
         lengths |= {"total_samples": total_samples, "total_tokens": total_tokens, "total_seconds": total_seconds}
         self._extend(lengths)
 

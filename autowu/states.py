@@ -18,9 +18,9 @@ __all__ = ["VERSION", "readable", "whole_or_not"]
 
 VERSION: Final = 6
 
-_FIXED: Final = {"warmup_origin": 0, "replanned_at": None, "replanned_progress": 0.0, **dict.fromkeys(BUDGETS)}
+_FIXED: Final[dict[str, Any]] = {"warmup_origin": 0, "replanned_at": None, "replanned_progress": 0.0, **dict.fromkeys(BUDGETS)}
 """What the configurations of version 6 have besides, of a run whose end is fixed."""
-_NO_BUDGET: Final = {"used": 0.0, "own": 0.0, "over": False, "given": None, "recent": []}
+_NO_BUDGET: Final[dict[str, Any]] = {"used": 0.0, "own": 0.0, "over": False, "given": None, "recent": []}
 
 
 def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
