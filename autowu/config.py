@@ -328,9 +328,9 @@ def _check_epochs(arguments: Mapping[str, Any]) -> None:
         return
     for name in ("warmup_unit", "test_interval"):
         if arguments[name] == "epoch":
-            raise ValueError(f"{name}='epoch': needs steps_per_epoch, but total_steps was given")
+            raise ValueError(f"{name}='epoch': needs steps_per_epoch and total_epochs")
     if _decays(arguments):
-        raise ValueError(f"{_decay_words(arguments)}: act once an epoch and need steps_per_epoch, but total_steps was given")
+        raise ValueError(f"{_decay_words(arguments)}: act once an epoch and need steps_per_epoch and total_epochs")
 
 
 def _check_decay(arguments: Mapping[str, Any]) -> None:
