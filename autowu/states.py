@@ -83,7 +83,7 @@ def whole_or_not(rooms: Iterable[Any], engine: Any) -> Iterator[None]:
 def _with_a_fixed_end(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Version 6 has runs whose end is open, or moves; before it every run had its end, and one warm-up."""
     config = state["config"] | _FIXED
-    horizon = {"asked": [], "pending": None, "opened": False, "moved": False, "budget": _NO_BUDGET}
+    horizon: dict[str, Any] = {"asked": [], "pending": None, "opened": False, "moved": False, "budget": _NO_BUDGET}
     return {**state, "version": VERSION, "config": config, "horizon": horizon}
 
 
