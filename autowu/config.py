@@ -273,6 +273,9 @@ def check_together(config: Mapping[str, Any]) -> None:
     """
     _check_epochs(config)
     _check_decay(config)
+    given = [f"{name}={config[name]!r}" for name in ("steps_per_epoch", *BUDGETS) if config[name] is not None]
+    if len(given) > 1 or (given and config["immediate_cooldown"] and config["steps_per_epoch"] is None):
+        raise ValueError(f"{', '.join(given)}: must be one length, and with a budget immediate_cooldown=False")
     steps, limit, origin = (config[name] for name in ("warmup_steps", "warmup_limit", "warmup_origin"))
     if not config["min_lr"] < config["max_lr"]:
         raise ValueError(f"min_lr={config['min_lr']!r}: must be below max_lr={config['max_lr']!r}")

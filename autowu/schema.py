@@ -18,7 +18,7 @@ from torch import Tensor
 from autowu import checks
 from autowu.budget import GIVEN, MEASURED
 from autowu.checks import Check, between, count, flag, optional, positive, share
-from autowu.config import ARGUMENTS, Config, check_together
+from autowu.config import ARGUMENTS, BUDGETS, Config, check_together
 from autowu.gp import MIN_LENGTHSCALE
 from autowu.phases import Event, State
 from autowu.watch import BLOCK, HUGE, LossWatch
@@ -410,6 +410,8 @@ def _history_agrees(path: str, history: Mapping[str, Any], state: Mapping[str, A
 
 
 def _rest_agrees(name: str, state: Mapping[str, Any]) -> None:
+    if any(state["config"][budget] is not None for budget in BUDGETS) and not state["horizon"]["opened"]:
+        raise ValueError(f'{name}["horizon"]["opened"]=False: must be True in a run with a budget')
     taken, groups = state["last_epoch"], len(state["base_lrs"])
     if not groups or len(state["groups"]["ratios"]) != groups:
         ratios = len(state["groups"]["ratios"])
