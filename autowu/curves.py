@@ -170,7 +170,8 @@ def _of_state(path: Path, state: Mapping[str, Any]) -> Curve:
     losses: list[float | None] = [None] * report.step
     for step, loss in zip(report.loss_steps.tolist(), report.losses.tolist(), strict=True):
         losses[min(math.ceil(step), report.step - 1)] = loss
-    notes = [f"a saved state, at step {report.step} of {report.config.total_steps}"]
+    end = "" if report.config.total_steps is None else f" of {report.config.total_steps}"
+    notes = [f"a saved state, at step {report.step}{end}"]
     if len(report.losses) < report.step:
         notes.append(f"{len(report.losses)} points for {report.step} losses, the means of successive ones or gaps between them")
     return Curve(str(path), losses, [report.lr(step) for step in range(report.step)], report, notes)

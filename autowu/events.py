@@ -33,9 +33,13 @@ class EventLog:
     def warn_of_a_short_run(self, config: Config) -> None:
         """Say where the warm-up has too few losses for a verdict before its second half; no event, since nothing befell the run."""
         if 2 * (needed := first_switch(config, alone=self._ranks.alone)) > config.warmup_limit and self._ranks.is_first:
+            few = f"a warm-up of {config.warmup_limit} steps is too short to find an LR by"
+            if config.total_steps is None:
+                _logger.warning("AutoWU: %s; pass max_warmup_steps=%d or more", few, 2 * needed)
+                return
             least = math.ceil(2 * needed * config.total_steps / config.warmup_limit)
-            few = f"a warm-up of {config.warmup_limit} steps is too short to find an LR by; train for {least} steps or more"
-            _logger.warning("AutoWU: %s, in place of %d, or use another schedule", few, config.total_steps)
+            cure = f"train for {least} steps or more, in place of {config.total_steps}, or use another schedule"
+            _logger.warning("AutoWU: %s; %s", few, cure)
 
     def warn_once(self, kind: str, step: int, message: str) -> None:
         """A trouble of all ranks alike: the first warns of it, once a run and kind."""
@@ -105,7 +109,8 @@ def switch_message(config: Config, switch: Switch, ended_by: str, restored: int 
     if switch.minimum is not None:
         why = f" (probability {switch.probability:.3f})" if switch.by_test else ended_by
         found = f"the loss was lowest at step {switch.minimum:.0f}{why}"
-    where = f"AutoWU switched at step {switch.step} of {config.total_steps}: LR {switch.lr:.4g}"
+    of = "" if config.total_steps is None else f" of {config.total_steps}"
+    where = f"AutoWU switched at step {switch.step}{of}: LR {switch.lr:.4g}"
     return f"{where}, {found}{_back_at(restored)}"
 
 
@@ -130,10 +135,19 @@ def divergence_message(state: State, restored: int | None) -> str:
 def resume_message(config: Config, state: State, step: int, planned: Config) -> str | None:
     """What is said of a run that goes on from `step`, if it is over or not as long as `planned` by the object that takes it up."""
     total = config.total_steps
+    if config.budget is not None and step < config.end:
+        return None
+    if total is None:
+        if planned.total_steps is None:
+            return None
+        cure = f"scheduler.extend(total_steps={planned.total_steps}) gives it one"
+        return f"the run of this state has no fixed end, that of the arguments given now ends at step {planned.total_steps}; {cure}"
     if step >= total:
         lr = base_lr(config, state, total)
-        cure = "more total_epochs, or total_steps, than the state's extend it"
+        cure = "more total_epochs, or total_steps, than the state's extend it, as scheduler.extend does"
         return f"the run of this state is over, its {total} steps are taken; the LR stays at {lr:.4g}; {cure}"
+    if planned.total_steps is None:  # a run whose end was open, and came
+        return None
     end, own, other = planned.total_steps, config.steps_per_epoch, planned.steps_per_epoch
     if own and other and own != other:
         end = max(step, step + round(planned.total_steps - step * other / own))

@@ -54,6 +54,13 @@ class Judge:
         self._repeated = torch.tensor(0)  # losses that were left out because they repeat the one before
         self._ranks, self._log = ranks, log
 
+    def begin(self, config: Config, scale: float) -> None:
+        """Forget the curve: another begins, on an axis with as many steps less as `scale` is above 1."""
+        gp, ranks, log = self.gp, self._ranks, self._log
+        if isinstance(gp, ClosedFormGP | GPyTorchGP):  # as long in steps, and in decades of LR
+            gp.lengthscale = max(gp.lengthscale * scale, MIN_LENGTHSCALE)
+        vars(self).update(vars(Judge(config, gp, self.device, ranks, log)))
+
     def test(
         self, config: Config, state: State, step: int, *, sound: torch.Tensor | None, flag: bool
     ) -> tuple[Verdict | None, Heard]:
@@ -101,7 +108,7 @@ class Judge:
             posterior, decision = self._decide(config, state)
         except Exception as error:  # a test must not end a run, whatever an engine raises
             if self._waits_for_losses():
-                if 10 * step >= config.warmup_limit and not float(self.history.total()[1]):
+                if 10 * self.history.steps >= config.warmup_limit and not float(self.history.total()[1]):
                     cure = "pass it to scheduler.step(loss), or to scheduler.observe(loss) for each micro-batch"
                     self._log.once("loss", step, f"no loss came with the first {step} steps; {cure}")
                 return None

@@ -279,7 +279,9 @@ def _draw_tests(axes: Axes, report: Report) -> None:
 
 
 def _draw_lr(axes: Axes, report: Report, lrs: Sequence[float] | None) -> None:
-    last = report.config.total_steps if report.state.switch is not None else max(1, report.step)
+    last = max(1, report.step)
+    if report.state.switch is not None and report.config.total_steps is not None:
+        last = report.config.total_steps
     marks = [0, report.step, *(mark for _, end in report.phases.values() for mark in (end - 1, end))]
     marks += [mark for course in report.courses for mark in (course.until - 1, course.until)]
     steps = np.unique([step for step in (*np.linspace(0, last - 1, _POINTS).round(), *marks) if 0 <= step < last]).astype(int)

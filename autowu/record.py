@@ -44,8 +44,8 @@ class Course:
     """
 
     until: int
-    total_steps: int
-    cooldown_start: int
+    total_steps: int | None
+    cooldown_start: int | None
     factor: float
 
 

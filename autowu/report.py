@@ -12,7 +12,7 @@ from autowu.config import Config
 from autowu.events import back_at
 from autowu.gp import FloatArray
 from autowu.history import LossHistory
-from autowu.phases import MAX_SETBACKS, Event, State, base_lr, phase_at, state_of, warmup_lr_at
+from autowu.phases import MAX_SETBACKS, Event, State, base_lr, cooldown_begin, phase_at, state_of, warmup_lr_at
 from autowu.record import Course, Record, Test
 from autowu.states import readable
 
@@ -71,14 +71,14 @@ class Report:
         config, record = Config(**parts["config"]), Record()
         record.load_state_dict(parts["record"])
         step, posterior, after = parts["last_epoch"], parts["judge"]["posterior"], parts["stage"].get("losses")
-        curves = [_points(parts["judge"]["history"], 0)]
+        curves = [_points(parts["judge"]["history"], config.warmup_origin)]
         if after is not None:
             curves.append(_points(after, step - after["steps"]))
         band = None
         if posterior is not None:
             grid, means, variances = (np.asarray(posterior[key].cpu()) for key in ("grid", "mean", "variance"))
             variance = np.maximum(variances.mean(0) + means.var(0), 0)
-            band = Band(grid * config.warmup_steps, means.mean(0), np.sqrt(variance))
+            band = Band(config.warmup_origin + grid * config.warmup_steps, means.mean(0), np.sqrt(variance))
         loss_steps, losses = (np.concatenate(arrays) for arrays in zip(*curves, strict=True))
         events = tuple(Event(**event) for event in parts["events"])
         told = (config, state_of(parts["state"]), step, events, tuple(record.tests), tuple(record.courses))
@@ -98,8 +98,9 @@ class Report:
         config, switch = self.config, self.state.switch
         if switch is None:
             return {"warm-up": (0, self.step)}
-        start = switch.step if config.immediate_cooldown else max(switch.step, config.cooldown_start)
-        all_three = {"warm-up": (0, switch.step), "stable": (switch.step, start), "cooldown": (start, config.total_steps)}
+        end = max(self.step, switch.step) if config.total_steps is None else config.total_steps
+        start = int(min(cooldown_begin(config, switch), end))
+        all_three = {"warm-up": (0, switch.step), "stable": (switch.step, start), "cooldown": (start, end)}
         return {name: span for name, span in all_three.items() if span[0] < span[1]}
 
     @property
@@ -112,15 +113,20 @@ class Report:
     def lr_at_minimum(self) -> float | None:
         """LR of the warm-up where the fitted curve was lowest; None where it is not known."""
         switch = self.state.switch
-        return None if switch is None or switch.minimum is None else warmup_lr_at(self.config, switch.minimum)
+        return (
+            None
+            if switch is None or switch.minimum is None
+            else warmup_lr_at(self.config, switch.minimum - self.config.warmup_origin)
+        )
 
     def decided(self) -> list[tuple[str, str]]:
         """What was decided, as rows of a table: what, and the words."""
         config, state, switch = self.config, self.state, self.state.switch
+        end = "" if config.total_steps is None else f" of {config.total_steps}"
         phase = phase_at(config, state, self.step).replace("warmup", "warm-up")
-        rows = [("phase", f"{phase}, step {self.step} of {config.total_steps}"), ("LR", f"{self.lr(self.step):.4g}")]
+        rows = [("phase", f"{phase}, step {self.step}{end}"), ("LR", f"{self.lr(self.step):.4g}")]
         if switch is None:
-            rows.append(("switch", f"not yet; by step {config.warmup_limit} at the latest"))
+            rows.append(("switch", f"not yet; by step {config.warmup_origin + config.warmup_limit} at the latest"))
             if self.tests:
                 last = self.tests[-1]
                 votes = f"probability {last.probability:.3f} of the minimum being past, {last.votes} of {config.patience} votes"

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from autowu.config import Config, check_together, cooldown_start
+from autowu.config import BUDGETS, Config, check_together, cooldown_start
 from autowu.history import MISSING, LossHistory
 from autowu.switching import MIN_LOSSES
 
@@ -46,7 +46,7 @@ def rescaled(state: Mapping[str, Any], planned: Config) -> Mapping[str, Any]:
     """
     config, run = state["config"], state["state"]
     before, now = config["steps_per_epoch"], planned.steps_per_epoch
-    if before is None or now is None or before == now or config["total_steps"] % before:
+    if before is None or now is None or before == now or not _has_a_fixed_end(state) or config["total_steps"] % before:
         return state
     epochs = _Epochs(before, now)
     if max((steps := state["judge"]["history"]["steps"]), epochs.steps(steps)) > _MOST_LOSSES:
@@ -74,6 +74,12 @@ def rescaled(state: Mapping[str, Any], planned: Config) -> Mapping[str, Any]:
         "record": _record(state["record"], epochs, taken),
         "events": [{**event, "step": min(epochs.steps(event["step"]), taken)} for event in state["events"]],
     }
+
+
+def _has_a_fixed_end(state: Mapping[str, Any]) -> bool:
+    config, horizon = state["config"], state["horizon"]
+    planned = config["replanned_at"] is None and not config["warmup_origin"] and all(config[name] is None for name in BUDGETS)
+    return config["total_steps"] is not None and planned and not horizon["moved"] and not horizon["asked"]
 
 
 def _config(config: Mapping[str, Any], epochs: _Epochs) -> dict[str, Any]:
@@ -157,6 +163,8 @@ def _stage(stage: Mapping[str, Any], epochs: _Epochs, taken: int) -> dict[str, A
 
 def _record(record: Mapping[str, Any], epochs: _Epochs, taken: int) -> dict[str, Any]:
     def course(plan: Mapping[str, Any]) -> dict[str, Any]:
+        if plan["total_steps"] is None or plan["cooldown_start"] is None:
+            return {**plan, "until": min(epochs.steps(plan["until"]), taken)}
         total = max(1, epochs.steps(plan["total_steps"]))
         start = min(epochs.steps(plan["cooldown_start"]), total - 1)
         return {**plan, "until": min(epochs.steps(plan["until"]), taken), "total_steps": total, "cooldown_start": start}

@@ -21,6 +21,7 @@ from autowu.gpytorch_engine import PublishedGP
 from autowu.group_lrs import GroupLRs
 from autowu.horizon import Horizon
 from autowu.micro_batches import MicroBatches
+from autowu.open_ended import OpenEnded
 from autowu.optimizer_calls import OptimizerCalls
 from autowu.phases import State, base_lr, phase_at, state_of
 from autowu.plotting import Drawn
@@ -32,7 +33,7 @@ from autowu.states import VERSION, readable, whole_or_not
 __all__ = ["AutoWU"]
 
 
-class AutoWU(Shown, Horizon, Drawn):
+class AutoWU(Shown, OpenEnded, Drawn):
     r"""Finds the peak LR and the length of the warm-up during the run (automated warm-up, Kim et al. 2021, arXiv 2107.05855).
 
     The LR grows exponentially while the loss falls. Once a Gaussian process on the losses says that their minimum is past, the LR
@@ -44,7 +45,10 @@ class AutoWU(Shown, Horizon, Drawn):
         optimizer: any torch optimizer; the ratios between the LRs of its parameter groups (and timm's ``lr_scale``) are kept.
         steps_per_epoch: optimizer steps per epoch, 1 or more.
         total_epochs: epochs in the run, 1 or more; T is their product.
-        total_steps: T, in place of the two counts.
+        total_steps: T, in place of the two counts. With no length at all the LR is held until :meth:`start_cooldown`.
+        total_samples: budget of samples over all ranks, 1 or more; then pass those of each step to :meth:`step`.
+        total_tokens: likewise of tokens.
+        total_seconds: budget of wall-clock time from step to step, above 0, without that spent within :meth:`paused`.
         immediate_cooldown: True decays from the switch on; False holds the peak and decays over the last `cooldown_fraction` of T.
         cooldown_type: "cosine", "half_cosine", "linear" or "sqrt"; see :func:`autowu.schedules.cooldown_factor`.
         cooldown_fraction: share of T, in (0, 1), for a cooldown that is not immediate.
@@ -52,6 +56,7 @@ class AutoWU(Shown, Horizon, Drawn):
             :data:`autowu.families.LR_RANGES`.
         max_lr: LR that a full warm-up would reach, above `min_lr`; None: by the optimizer's family.
         max_warmup_fraction: length W of a full warm-up as a share of T, in (0, 1]. None: 0.32, or 9.4 / sqrt(T) if that is less.
+        max_warmup_steps: W itself, 1 or more; None: by the share, or 600 where the run has no length.
         warmup_type: "two_speed", "exp" or "linear"; see :func:`autowu.schedules.warmup_lr`.
         warmup_unit: "step", or "epoch" to hold the LR within an epoch.
         decay_phase_stat: "loss" lowers the LR in the stable phase when an epoch's mean loss has not improved for over 5 epochs.
@@ -102,12 +107,16 @@ class AutoWU(Shown, Horizon, Drawn):
         total_epochs: int | None = None,
         *,
         total_steps: int | None = None,
+        total_samples: int | None = None,
+        total_tokens: int | None = None,
+        total_seconds: float | None = None,
         immediate_cooldown: bool = False,
         cooldown_type: str = "linear",
         cooldown_fraction: float = 0.6,
         min_lr: float | None = None,
         max_lr: float | None = None,
         max_warmup_fraction: float | None = None,
+        max_warmup_steps: int | None = None,
         warmup_type: str = "two_speed",
         warmup_unit: str = "step",
         decay_phase_stat: str | None = None,
@@ -134,6 +143,7 @@ class AutoWU(Shown, Horizon, Drawn):
         self._rooms = rooms_of(self.config, arguments)
         self._micro_batches = MicroBatches()
         self._calls = OptimizerCalls(optimizer, self._rooms.log)
+        self._horizon = Horizon(self.config, arguments, self._rooms.ranks, self._rooms.log)
         self._groups = GroupLRs(optimizer)
         if self._groups.resting:
             told = f"parameter groups {self._groups.resting} have an LR of 0, and keep it until it is set"
@@ -198,7 +208,7 @@ class AutoWU(Shown, Horizon, Drawn):
     def _observe(self, loss: float | Tensor) -> None:
         self._micro_batches.observe(checks.loss(loss))
 
-    def step(self, loss: float | Tensor | None = None) -> None:
+    def step(self, loss: float | Tensor | None = None, *, samples: int | None = None, tokens: int | None = None) -> None:
         """Record the loss of the optimizer step just taken and set the LR of the next one.
 
         Does not wait for the device, but in a test for one read of a few kilobytes. A call for which the optimizer was not called,
@@ -208,22 +218,28 @@ class AutoWU(Shown, Horizon, Drawn):
             loss: the training loss: a float, or a tensor of one element and any floating dtype, on any device, with or without its
                 graph. It is not kept alive, and survived where it is not finite. It is averaged with what was observed since the
                 last step, see :meth:`observe`; None where that is all. With neither the step counts as one with a missing loss.
+            samples: how many this rank has taken for the step, 0 or more; needed with `total_samples`, else ignored.
+            tokens: likewise; needed with `total_tokens`.
 
         Raises:
-            TypeError: if `loss` is not a floating-point number.
-            ValueError: if `loss` has several elements; at the first step of ranks that were given different arguments.
+            TypeError: if `loss` is not a floating-point number, or `samples` or `tokens` no integer where they are needed.
+            ValueError: if `loss` has several elements, or a count is below 0; at the first step of ranks that were given different
+                arguments.
         """
         if is_dynamo_compiling():
-            _step_untraced(self, loss)
+            _step_untraced(self, loss, samples, tokens)
         else:
-            self._step(loss)
+            self._step(loss, samples, tokens)
 
-    def _step(self, loss: float | Tensor | None) -> None:
+    def _step(self, loss: float | Tensor | None, samples: int | None, tokens: int | None) -> None:
         if not (ranks := self._rooms.ranks).compared and not ranks.alone:
             self._rooms.compare(self.config, self.last_epoch)
+        used = self._horizon.budget.of_step(self.config, samples, tokens)
         loss = self._micro_batches.loss_of_step(loss)
+        self._horizon.budget.own += used
         step, before = self.last_epoch + 1, self._state
         if self._calls.took_step(self.optimizer, step):
+            self._plan(self._horizon.after_step(self.config, before, step))
             self._state, self._stage = self._stage.after_step(step, loss, before)
             if self._step_count == 1:  # where torch may have to warn of the order of the two calls
                 LRScheduler.step(self)
@@ -277,6 +293,7 @@ class AutoWU(Shown, Horizon, Drawn):
             "groups": self._groups,
             "micro_batches": self._micro_batches,
             "calls": self._calls,
+            "horizon": self._horizon,
             "events": rooms.log,
             "reader": rooms.reader,
             "snapshot": rooms.rollback,
@@ -287,10 +304,10 @@ class AutoWU(Shown, Horizon, Drawn):
         """Go on where the run that `state_dict` was taken of stood, whatever this object was built with, and set the LRs.
 
         Of this object's own arguments one matters: more `total_epochs` (or `total_steps`, where neither has epochs) than the
-        state's extend the run. The warm-up stays as it is and the cooldown moves to the new end: an immediate one is stretched
-        over all steps after the switch, another begins anew when the last `cooldown_fraction` of the longer run does. The LR may
-        therefore rise at the point of extension. Where both have `steps_per_epoch`, and not the same, the run keeps its place in
-        epochs. A run that is over, or not as long as this object's arguments say, is warned of.
+        state's extend the run, unless its cooldown was asked for. The warm-up stays as it is and the cooldown moves to the new end:
+        an immediate one is stretched over all steps after the switch, another begins anew when the last `cooldown_fraction` of the
+        longer run does. The LR may therefore rise at the point of extension. Where both have `steps_per_epoch`, and not the same,
+        the run keeps its place in epochs. A run that is over, or not as long as this object's arguments say, is warned of.
 
         Raises:
             TypeError, ValueError: naming the entry by its path, if the state is incomplete or damaged; if it is of another
@@ -308,7 +325,8 @@ class AutoWU(Shown, Horizon, Drawn):
         config, self._state, self.last_epoch = Config(**state["config"]), state_of(state["state"]), state["last_epoch"]
         self._step_count = state["step_count"]
         self.base_lrs = [*state["base_lrs"], *self.base_lrs[len(state["base_lrs"]) :]]
-        planned, self.config = self.config, extended(config, self.config)
+        planned = config if self._horizon.moved else self.config
+        self.config = extended(config, planned)
         self._rooms.record.steer(self.last_epoch, config, self._state, self.config, self._state)
         self._rooms.rollback.allow(self.config.rollback)
         self._stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)

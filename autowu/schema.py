@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from autowu import checks
+from autowu.budget import GIVEN, MEASURED
 from autowu.checks import Check, between, count, flag, optional, positive, share
-from autowu.config import ARGUMENTS, Config, check_together
+from autowu.config import ARGUMENTS, BUDGETS, Config, check_together
 from autowu.gp import MIN_LENGTHSCALE
 from autowu.phases import Event, State
 from autowu.record import MOST
@@ -176,8 +177,9 @@ _flag, _positive, _share = _plain(flag), _plain(positive), _plain(share)
 
 _CONFIG: Final = _record(
     {field.name: _plain(ARGUMENTS[field.name]) if field.name in ARGUMENTS else _anything for field in fields(Config)}
-    | dict.fromkeys(("total_steps", "warmup_steps", "warmup_limit", "test_interval"), _plain(count))
-    | {"cooldown_start": _whole(0), "min_lr": _lr, "max_lr": _lr, "peak_factor": _share}
+    | dict.fromkeys(("warmup_steps", "warmup_limit", "test_interval"), _plain(count))
+    | {"total_steps": optional(_whole(1)), "warmup_origin": _whole(0), "min_lr": _lr, "max_lr": _lr, "peak_factor": _share}
+    | {"cooldown_start": optional(_whole(0)), "replanned_at": optional(_whole(0)), "replanned_progress": _probability}
 )
 
 _SWITCH: Final = _record(
@@ -277,8 +279,21 @@ _RECORD: Final = _record(
     {
         "tests": _list_of(_record({"step": _whole(0), "votes": _whole(0), "probability": _probability}), MOST),
         "courses": _list_of(
-            _record({"until": _whole(0), "total_steps": _whole(1), "cooldown_start": _whole(0), "factor": _share}), MOST
+            _record(
+                {"until": _whole(0), "total_steps": optional(_whole(1)), "cooldown_start": optional(_whole(0)), "factor": _share}
+            ),
+            MOST,
         ),
+    }
+)
+
+_BUDGET: Final = _record(
+    {
+        "used": _at_least_0,
+        "own": _at_least_0,
+        "over": _flag,
+        "given": optional(_record({name: _plain(ARGUMENTS[name]) for name in GIVEN})),
+        "recent": _list_of(_at_least_0, MEASURED),
     }
 )
 
@@ -316,6 +331,15 @@ _TABLE: Final = _record(
             }
         ),
         "record": _RECORD,
+        "horizon": _record(
+            {
+                "asked": _list_of(_whole(1)),
+                "pending": optional(_list_of(_at_least_0, 3)),
+                "opened": _flag,
+                "moved": _flag,
+                "budget": _BUDGET,
+            }
+        ),
         "snapshot": optional(_record({"newer": optional(_COPY), "older": optional(_COPY)}, more=True)),
     },
     more=True,  # those of a class that derives from the scheduler
@@ -351,15 +375,16 @@ def _config_agrees(path: str, config: Mapping[str, Any]) -> None:
 def _position_agrees(name: str, state: Mapping[str, Any]) -> None:
     """The step counts, the switch, and whatever happens once a step at most."""
     config, run, taken = state["config"], state["state"], state["last_epoch"]
+    latest = config["warmup_origin"] + config["warmup_limit"]
     if state["step_count"] != taken + 1:
         raise ValueError(f'{name}["step_count"]={state["step_count"]!r}: must be one more than last_epoch={taken!r}')
     path, switch = f'{name}["state"]', run["switch"]
     for key in ("votes", "bad_epochs", "setbacks"):
         _most(f'{path}["{key}"]', run[key], taken, "the steps taken")
     if switch is None:
-        _most(f'{name}["last_epoch"]', taken, config["warmup_limit"] - 1, "the last step of a warm-up")
+        _most(f'{name}["last_epoch"]', taken, latest - 1, "the last step of a warm-up")
     else:
-        _most(f'{path}["switch"]["step"]', switch["step"], min(taken, config["warmup_limit"]), "the steps of warm-up")
+        _most(f'{path}["switch"]["step"]', switch["step"], min(taken, latest), "the steps of warm-up")
     for index, event in enumerate(state["events"]):
         _most(f'{name}["events"][{index}]["step"]', event["step"], taken + 1, "the coming step")
 
@@ -401,6 +426,8 @@ def _history_agrees(path: str, history: Mapping[str, Any], state: Mapping[str, A
 
 
 def _rest_agrees(name: str, state: Mapping[str, Any]) -> None:
+    if any(state["config"][budget] is not None for budget in BUDGETS) and not state["horizon"]["opened"]:
+        raise ValueError(f'{name}["horizon"]["opened"]=False: must be True in a run with a budget')
     taken, groups = state["last_epoch"], len(state["base_lrs"])
     if not groups or len(state["groups"]["ratios"]) != groups:
         ratios = len(state["groups"]["ratios"])
@@ -414,7 +441,8 @@ def _rest_agrees(name: str, state: Mapping[str, Any]) -> None:
     for index, course in enumerate(state["record"]["courses"]):
         path = f'{name}["record"]["courses"][{index}]'
         _most(f'{path}["until"]', course["until"], taken, "the steps taken")
-        _most(f'{path}["cooldown_start"]', course["cooldown_start"], course["total_steps"] - 1, "a step of the run")
+        if course["total_steps"] is not None and course["cooldown_start"] is not None:
+            _most(f'{path}["cooldown_start"]', course["cooldown_start"], course["total_steps"] - 1, "a step of the run")
     if state["reader"]["pending"] == []:
         raise ValueError(f'{name}["reader"]["pending"]=[]: must end with the flag of the ranks, or be None')
     for which, copied in (state["snapshot"] or {}).items():

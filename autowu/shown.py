@@ -71,7 +71,8 @@ class Shown(LRScheduler):
     def lr_at(self, step: int) -> float:
         """LR of optimizer step `step` by all that is known now, of the parameter group with the largest LR.
 
-        Past the present the warm-up is taken to go on to its limit, and the LR of a stable phase to stay.
+        Past the present the warm-up is taken to go on to its limit, and the LR of a stable phase to stay. Of steps before a warm-up
+        that was begun anew nothing is known any longer, and of those of a cooldown before it was replanned only about.
         """
         return base_lr(self.config, self._state, step)
 
@@ -80,5 +81,6 @@ class Shown(LRScheduler):
         found = f"lr_range=({config.min_lr:g}, {config.max_lr:g})"
         if switch is not None:
             found = f"switch=(step={switch.step}, lr={switch.lr:.4g})"
-        where = f"phase={self.phase!r}, step={self.last_epoch}/{config.total_steps}, lr={self.lr_at(self.last_epoch):.4g}"
+        end = "" if config.total_steps is None else f"/{config.total_steps}"
+        where = f"phase={self.phase!r}, step={self.last_epoch}{end}, lr={self.lr_at(self.last_epoch):.4g}"
         return f"{type(self).__name__}({where}, {found}, cooldown_type={config.cooldown_type!r}, gp={self.gp!r})"

@@ -40,7 +40,7 @@ from autowu.reader import Reader
 from autowu.record import Record
 from autowu.rollback import NoRollback, Restored, Rollback
 from autowu.switching import MIN_LOSSES
-from autowu.watch import BLOCK
+from autowu.watch import BLOCK, LossWatch
 
 __all__ = ["AfterSwitch", "Rooms", "Stage", "WarmUp", "rooms_of", "stage_of"]
 
@@ -74,6 +74,13 @@ class Rooms:
         goes_back = isinstance(self.rollback, Rollback)
         own = {"last_epoch": step, "gp": type(self.judge.gp).__name__, "rollback": goes_back}
         self.ranks.compare(described(config) | own)
+
+    def begin_again(self, config: Config, before: Config) -> None:
+        """Forget the losses and the copies: a warm-up begins by `config`, after one by another."""
+        self.judge.begin(config, before.warmup_steps / config.warmup_steps)
+        self.reader.watch = LossWatch()
+        self.reader.begin(config.warmup_origin, None)
+        self.rollback.free()
 
 
 def rooms_of(config: Config, arguments: Mapping[str, Any]) -> Rooms:
@@ -129,8 +136,9 @@ class WarmUp:
 
     def _test(self, step: int, state: State) -> tuple[State, Stage]:
         """The test that is due."""
-        at_limit = step == self.config.warmup_limit
-        if step < MIN_LOSSES and not at_limit:
+        position = step - self.config.warmup_origin
+        at_limit = position == self.config.warmup_limit
+        if position < MIN_LOSSES and not at_limit:
             self._copy_before_the_first_fit(step)
             return state, self
         found, all_sound = self._verdict(step, state)
@@ -166,7 +174,7 @@ class WarmUp:
 
     def _copy(self, step: int) -> None:
         level = self.rooms.reader.watch.level
-        self.rooms.rollback.take(step, warmup_lr_at(self.config, step), level, self.config.peak_factor)
+        self.rooms.rollback.take(step, warmup_lr_at(self.config, step - self.config.warmup_origin), level, self.config.peak_factor)
 
     def _explode(self, step: int, state: State) -> tuple[State, Stage]:
         """A loss that explodes ends the warm-up at once."""
@@ -223,9 +231,12 @@ class AfterSwitch:
 
     def __init__(self, config: Config, rooms: Rooms) -> None:
         self.config, self.rooms = config, rooms
-        self._copies_every = max(config.test_interval, config.total_steps // _COPIES)
         self._losses = LossHistory(_POINTS)  # those since the switch; staged are those since the last look, at least
         self._epoch: LossHistory | None = None  # those of the epoch, for the plateau rule
+
+    def _copies_every(self, step: int) -> int:
+        """Steps between two copies; of a run whose end is open as of one that ended here."""
+        return max(self.config.test_interval, (self.config.total_steps or step) // _COPIES)
 
     def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
         """Take the loss of the `step`-th optimizer step."""
@@ -258,7 +269,7 @@ class AfterSwitch:
         return self.config.decay_phase_stat is not None and phase_at(self.config, state, step) == "stable"
 
     def _watch(self, step: int, loss: float | Tensor, state: State) -> State:
-        reader, rollback, interval = self.rooms.reader, self.rooms.rollback, self._copies_every
+        reader, rollback, interval = self.rooms.reader, self.rooms.rollback, self._copies_every(step)
         since = self._read(step, loss)
         if since is None:
             return state
@@ -285,7 +296,7 @@ class AfterSwitch:
         if reader.follows_at_once(loss, self._losses):
             if step % _FOLDED_EVERY == 0:
                 self._losses.fold()
-            look = step % BLOCK == 0 or (rollback.able and step % self._copies_every == 0)
+            look = step % BLOCK == 0 or (rollback.able and step % self._copies_every(step) == 0)
             return reader.follow(step, loss, look=look)
         since = reader.read_block(step, self._losses, flag=rollback.failed)
         if since is not None:

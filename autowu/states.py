@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from autowu.config import Config
+from autowu.config import BUDGETS, Config
 from autowu.history import LossHistory
 from autowu.phases import SETBACK_FACTOR, warmup_lr_at
 from autowu.record import MOST
@@ -20,6 +20,16 @@ __all__ = ["VERSION", "readable", "whole_or_not"]
 VERSION: Final = 6
 OLDEST: Final = 4
 """Version that is still read."""
+
+_FIXED: Final[dict[str, Any]] = {
+    "min_rise": 0.0,
+    "warmup_origin": 0,
+    "replanned_at": None,
+    "replanned_progress": 0.0,
+    **dict.fromkeys(BUDGETS),
+}
+"""What the configurations of version 6 have besides, of a run whose end is fixed, and where the minimum alone counts."""
+_NO_BUDGET: Final[dict[str, Any]] = {"used": 0.0, "own": 0.0, "over": False, "given": None, "recent": []}
 
 
 def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
@@ -88,8 +98,8 @@ def _from_5(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _config_of_6(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """No rise was asked for, and the LR was that at the minimum. A warm-up goes on by the rule that it began with."""
-    config: Mapping[str, Any] = state["config"] | {"min_rise": 0.0}
+    """Every run had its end, and one warm-up. No rise was asked for, and a warm-up goes on by the rule that it began with."""
+    config: Mapping[str, Any] = state["config"] | _FIXED
     return config
 
 
@@ -119,7 +129,18 @@ def _record_of_6(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"tests": tests, "courses": courses[-MOST:]}
 
 
-_OF_6: Final = {"config": _config_of_6, "judge": _judge_of_6, "reader": _reader_of_6, "record": _record_of_6}
+def _horizon_of_6(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The end was that of the configuration."""
+    return {"asked": [], "pending": None, "opened": False, "moved": False, "budget": _NO_BUDGET}
+
+
+_OF_6: Final = {
+    "config": _config_of_6,
+    "judge": _judge_of_6,
+    "reader": _reader_of_6,
+    "record": _record_of_6,
+    "horizon": _horizon_of_6,
+}
 """Entries of a state that version 6 keeps more of, or anew, and how each follows from a state of version 5."""
 
 
@@ -153,7 +174,7 @@ def _from_4(state: Mapping[str, Any]) -> Mapping[str, Any]:
             "pending": _block_from_4(state),
         },
         "stage": {} if state["state"]["switch"] is None else after_switch,
-        "snapshot": _copies_from_4(Config(**config, min_rise=0.0), state["snapshot"]),
+        "snapshot": _copies_from_4(Config(**config, **_FIXED), state["snapshot"]),
     }
 
 

@@ -36,7 +36,7 @@ def test_every_default_passes_its_check():
 
 
 def test_every_field_of_a_configuration_comes_from_an_argument_or_is_resolved():
-    resolved = {"warmup_steps", "warmup_limit", "cooldown_start"}
+    resolved = {"warmup_steps", "warmup_limit", "warmup_origin", "cooldown_start", "replanned_at", "replanned_progress"}
     fields = {field for field in inspect.signature(Config).parameters if field not in resolved}
     assert fields <= set(ARGUMENTS)
 
@@ -79,12 +79,16 @@ WRONG = {
     "steps_per_epoch": [0, 2.5, True, "ten"],
     "total_epochs": [0, -1, None],
     "total_steps": [0, 1.0],
+    "total_samples": [0, -5, 2.5, True, "all"],
+    "total_tokens": [0, 1e9, "1e9"],
+    "total_seconds": [0, -1, math.nan, math.inf, "1 h", True],
     "immediate_cooldown": [1, "yes", None],
     "cooldown_type": ["quadratic", None],
     "cooldown_fraction": [0, 1, math.nan, "half"],
     "min_lr": [0, -1e-3, math.inf, "low", True, 10**400],
     "max_lr": [0.0, math.nan],
     "max_warmup_fraction": [0, 1.5, "all"],
+    "max_warmup_steps": [0, 1.5, "all"],
     "warmup_type": ["sqrt"],
     "warmup_unit": ["batch"],
     "decay_phase_stat": ["accuracy"],
