@@ -11,7 +11,7 @@ from typing import Any
 from autowu.config import Config, cooldown_start
 from autowu.group_lrs import GroupLRs
 from autowu.horizon import Horizon
-from autowu.phases import State, base_lr
+from autowu.phases import State, base_lr, phase_at
 from autowu.plans import rewarmed
 from autowu.stages import Rooms, Stage, WarmUp, stage_of
 
