@@ -47,6 +47,7 @@ __all__ = [
     "extended",
     "forked",
     "lengthened",
+    "warmup_share",
 ]
 
 TESTS_PER_WARMUP: Final = 60
@@ -362,6 +363,11 @@ def _decay_words(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={arguments[name]!r}" for name in ("decay_phase_stat", "decay_phase_factor"))
 
 
+def warmup_share(given: float | None, total: float) -> float:
+    """`max_warmup_fraction` of a run of `total` steps."""
+    return min(MAX_WARMUP_FRACTION, WARMUP_STEPS / math.sqrt(total)) if given is None else given
+
+
 def _warmup(total: int | None, arguments: Mapping[str, Any]) -> tuple[int, int, int | None]:
     """Length of the warm-up's axis, the step at which it ends at the latest, and the first step of the cooldown."""
     largest, steps = arguments["max_warmup_fraction"], arguments["max_warmup_steps"]
@@ -370,8 +376,7 @@ def _warmup(total: int | None, arguments: Mapping[str, Any]) -> tuple[int, int, 
             need = "needs the step of the end; give total_steps, or steps_per_epoch and total_epochs"
             raise ValueError(f"immediate_cooldown=True: decays from the switch to the end, and {need}")
         return steps or OPEN_WARMUP, steps or OPEN_WARMUP, None
-    if largest is None:
-        largest = min(MAX_WARMUP_FRACTION, WARMUP_STEPS / math.sqrt(total))
+    largest = warmup_share(largest, total)
     asked = f"max_warmup_fraction={largest!r}" if steps is None else f"max_warmup_steps={steps!r}"
     if steps is None:
         steps = int(largest * total) or round(largest * total)  # the shortest of runs has one step of warm-up

@@ -21,7 +21,7 @@ LR_RANGES: Final[dict[str, tuple[float, float]]] = {
 """`min_lr` and `max_lr` of a warm-up where none are given. They bracket the LRs in use with some decades to spare on both sides, so
 that the loss is flat at the one end and rises at the other; "lars" is for the usual `trust_coef` of 0.001."""
 
-_PEAK_FACTORS: Final = {"lamb": 1 / 6}
+_PEAK_FACTORS: Final = {"lamb": 0.1}
 _PEAK_FACTOR: Final = 0.4
 _LAYERWISE: Final = ("lars", "lamb")
 
@@ -51,7 +51,7 @@ def lr_range(optimizer: Optimizer) -> tuple[float, float]:
 
 
 def peak_factor(optimizer: Optimizer) -> float:
-    """The peak LR for an optimizer, as a share of the LR at the far edge of the loss's valley: 1/6 for LAMB, 0.4 for all others.
+    """The peak LR for an optimizer, as a share of the LR at the far edge of the loss's valley: 0.1 for LAMB, 0.4 for all others.
 
     The loss of a warm-up is low until a little short of where training comes apart; the best peak lies below. Measured.
     """

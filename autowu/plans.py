@@ -10,7 +10,7 @@ from typing import Any, Final
 from torch.optim import Optimizer
 
 from autowu.checks import fraction as fraction_of
-from autowu.config import BUDGETS, Config, configure, lengthened
+from autowu.config import BUDGETS, Config, configure, lengthened, warmup_share
 from autowu.phases import State, base_lr, cooldown_begin, cooldown_progress, phase_at
 from autowu.schedules import decades
 
@@ -115,7 +115,7 @@ def measured(config: Config, given: Mapping[str, Any], optimizer: Optimizer, tot
         given: the arguments `max_warmup_fraction`, `test_interval` and `peak_factor`.
         step: optimizer steps taken; the last of them, at `min_lr`, is the first of the axis.
     """
-    steps = max(1, int(min(given["max_warmup_fraction"] * total, _FARTHEST)))
+    steps = max(1, int(min(warmup_share(given["max_warmup_fraction"], total) * total, _FARTHEST)))
     arguments = {**vars(config), **given, **_NO_BUDGET, "optimizer": optimizer, "total_epochs": None, "max_warmup_steps": steps}
     like = configure(arguments | {"total_steps": None})
     names = ("warmup_steps", "warmup_limit", "test_interval", "peak_factor")

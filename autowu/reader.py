@@ -112,7 +112,7 @@ class Reader:
         before, self._pending = self._pending, None
         self._follow(before)
         self.watch.follow(self._unread)
-        self._unread.clear()
+        self._unread = []  # another list: what holds this one may have to put it back
 
     def follow_skipped(self, loss: float) -> None:
         """Follow a loss that is of no step."""
@@ -133,7 +133,7 @@ class Reader:
     def forget(self) -> None:
         """What was not followed yet is wanted no longer."""
         self._pending, self._quiet = None, -math.inf
-        self._unread.clear()
+        self._unread = []  # another list: what holds this one may have to put it back
 
     def _follow(self, block: LateRead | None) -> None:
         if block is None:

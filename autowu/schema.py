@@ -88,7 +88,8 @@ def _record(entries: Mapping[str, Check], more: bool = False) -> Check:
     def run(path: str, value: Any) -> None:
         _mapping(path, value)
         if missing := [key for key in entries if key not in value]:
-            raise ValueError(f"{path} without {', '.join(map(repr, missing))}: the state is incomplete")
+            others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ValueError(f"{path} without {', '.join(map(repr, missing[:3]))}{others}: the state is incomplete")
         if not more and (unknown := [key for key in value if key not in entries]):
             raise ValueError(f"{path}[{shown(unknown[0])}]: must not be there; known are {', '.join(entries)}")
         for key, check in entries.items():

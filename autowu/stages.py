@@ -50,6 +50,8 @@ _POINTS: Final = 1024
 """Points that the losses since the switch are kept as."""
 _FOLDED_EVERY: Final = 512
 """Steps, where the watch follows at once: what is staged must outlast a block, should it be read in blocks from now on."""
+_SPACING: Final = 2.0
+"""On `peak_factor`, the share of the LR between two copies of a warm-up: so far past the minimum the edge lies in the mean."""
 _SKIPPED: Final = 20
 """Calls without an optimizer step after which the loss is looked at."""
 
@@ -174,7 +176,8 @@ class WarmUp:
 
     def _copy(self, step: int) -> None:
         level = self.rooms.reader.watch.level
-        self.rooms.rollback.take(step, warmup_lr_at(self.config, step - self.config.warmup_origin), level, self.config.peak_factor)
+        lr, spacing = warmup_lr_at(self.config, step - self.config.warmup_origin), min(1.0, _SPACING * self.config.peak_factor)
+        self.rooms.rollback.take(step, lr, level, spacing)
 
     def _explode(self, step: int, state: State) -> tuple[State, Stage]:
         """A loss that explodes ends the warm-up at once."""

@@ -115,7 +115,7 @@ def test_every_range_is_one():
         (lambda: torch.optim.RMSprop(parameters(), momentum=0.5), 0.4, 1.0),
         (lambda: LARS(torch.optim.AdamW(parameters())), 0.4, 9.0),
         (lambda: LARS(torch.optim.SGD(parameters(), lr=0.1, momentum=0.9)), 0.4, 0.0),
-        (lambda: timm_optimizer("lamb"), 1 / 6, 0.0),
+        (lambda: timm_optimizer("lamb"), 0.1, 0.0),
         (lambda: timm_optimizer("adafactor"), 0.4, 0.0),  # has betas that are None
         (lambda: Drift(parameters()), 0.4, 0.0),
     ],

@@ -414,7 +414,9 @@ def test_a_warmup_that_is_begun_anew_finds_the_minimum_again_and_resumes_to_the_
     assert scheduler.switch.by_test
     assert scheduler.switch.minimum == pytest.approx(260, abs=6)
     at_the_minimum = (before + lrs)[round(scheduler.switch.minimum) - 200]
-    assert scheduler.switch.lr == pytest.approx(scheduler.config.peak_factor * at_the_minimum, rel=0.05)
+    edge = (before + lrs)[round(scheduler.decision.edges[0] * scheduler.config.warmup_steps)]
+    assert scheduler.switch.lr == pytest.approx(scheduler.config.peak_factor * edge, rel=0.05)
+    assert at_the_minimum <= edge < 2 * at_the_minimum
     assert {scheduler.lr_at(step) for step in range(scheduler.switch.step, 700)} == {scheduler.switch.lr}
     assert [event.kind for event in scheduler.events] == ["switch", "rewarm", "switch"]
     assert draw_run([1.0] * 300, [0.1] * 300, scheduler).axes[0].lines[1].get_xdata()[0] == 200

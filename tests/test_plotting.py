@@ -130,7 +130,7 @@ def test_the_tests_are_those_that_were_made():
     [
         ({}, valley(STEPS), []),
         ({"immediate_cooldown": True, "cooldown_type": "cosine"}, valley(STEPS), []),
-        ({}, [*valley(100), *[1e3] * 4, *valley(STEPS, 104)], ["divergence"]),
+        ({}, [*valley(100), *[1e3, 1001.0, 1002.0, 1003.0], *valley(STEPS, 104)], ["divergence"]),
         ({}, [*valley(100), *[5.0] * (STEPS - 100)], ["divergence", "loss_changed"]),
         (
             {"total_steps": None, "steps_per_epoch": 5, "total_epochs": 80, "decay_phase_stat": "loss", "decay_phase_factor": 0.5},
@@ -184,7 +184,7 @@ def test_the_state_alone_tells_what_the_run_does(steps):
 @pytest.fixture(scope="module")
 def run():
     scheduler = made()
-    advanced(scheduler, [*valley(100), *[1e3] * 4, *valley(STEPS, 104)])
+    advanced(scheduler, [*valley(100), *[1e3, 1001.0, 1002.0, 1003.0], *valley(STEPS, 104)])
     return scheduler
 
 
