@@ -215,7 +215,6 @@ LONG = {
     "autowu.optim.param_groups.param_groups": "30 lines of rules for its users, then one loop over the parameters",
     "autowu.scheduler.AutoWU": "torch's face: a signature of 25 arguments, their documentation, and one-line properties",
     "autowu.scheduler.AutoWU.__init__": "the same signature",
-    "autowu.training.config._parser": "a table of options",
 }
 """Functions of more than 40 lines and classes of more than 300 that a reader would not want split, and why."""
 

@@ -106,6 +106,19 @@ def check(process, config):
     one, other = alone.model.state_dict(), again.model.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
+    # Gradients that are accumulated travel once a step; the step is that of all its images at once.
+    images, labels = next(iter(loaders.train))
+    whole, _ = made(config, process)
+    split, _ = made(replace(config, batch_size=16, grad_accum=4), process)
+    for parts in (whole, split):
+        parts.model[1].eval()  # batch norm would see batches of other images
+    losses = [train_step(parts, images, labels) for parts in (whole, split)]
+    torch.testing.assert_close(*losses)
+    for one, other in zip(whole.model.parameters(), split.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    one, other = process.gather(split.model.state_dict())
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
     # The folder is that which the main process has named.
     own = replace(config, run_dir=config.run_dir.parent / f"named-by-{process.rank}", batch_size=600, epochs=2)
     train(own, process)

@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from autowu.families import family
-from autowu.optim import LAMB, LARS, TVLARS, param_groups
 from autowu.scheduler import AutoWU
-from autowu.schedules import cooldown_factor
-from autowu.training.config import TrainConfig, UsageError, unknown_name
+from autowu.training.config import TrainConfig
 from autowu.training.data import Data, Loaders, make_loaders
 from autowu.training.layers import check_layer_log
+from autowu.training.models import build_model
+from autowu.training.optimizers import build_optimizer, build_scheduler
 from autowu.training.process import Process
 
-__all__ = ["HAND_SET_LR", "Model", "Parts", "build", "build_model", "build_optimizer", "build_parts", "build_scheduler"]
-
-HAND_SET_LR = {"sgd": 0.1, "adam": 1e-3, "lars": 3.0, "lamb": 1e-2, "unknown": 1e-3}
-"""Peak LR of ``--sched cosine`` where none is given, by the optimizer's family."""
-
-_OURS = ("lars", "lamb", "tvlars")
-_DIGITS_SIZE = 32
-_COSINE_WARMUP_FRACTION = 0.05
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model on the CPU, the side of the images that it takes, and how timm says they are to be prepared."""
-
-    module: nn.Module
-    size: int
-    data_config: dict[str, Any]
+__all__ = ["Parts", "build", "build_model", "build_parts"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +33,7 @@ class Parts:
         criterion: (logits, labels) to the loss.
         device: of this process.
         amp: whether the forward pass runs in bfloat16.
+        grad_accum: batches per optimizer step.
     """
 
     model: nn.Module
@@ -60,6 +43,7 @@ class Parts:
     criterion: nn.Module
     device: torch.device
     amp: bool
+    grad_accum: int = 1
 
     @property
     def autowu(self) -> AutoWU | None:
@@ -78,6 +62,12 @@ class Parts:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    def synced(self, now: bool) -> AbstractContextManager[None]:
+        """Whether the backward pass within averages gradients over the processes, which accumulated ones wait for."""
+        if now or not isinstance(self.forward, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        return self.forward.no_sync()
 
     def step_scheduler(self, loss: Tensor) -> None:
         """Tell the scheduler of an optimizer step and this process's loss, a 0-d tensor."""
@@ -105,7 +95,7 @@ def build_parts(config: TrainConfig, process: Process, model: nn.Module, steps_p
         UsageError: if there is no such optimizer, or it or the scheduler does not take what `config` says.
     """
     model = model.to(process.device)
-    if config.sync_bn and process.world_size > 1:
+    if config.sync_bn and process.world_size > 1 and process.device.type == "cuda":
         from timm.layers import convert_sync_batchnorm  # torch's own drops the activations of timm's layers
 
         model = convert_sync_batchnorm(model)
@@ -120,107 +110,4 @@ def build_parts(config: TrainConfig, process: Process, model: nn.Module, steps_p
         ids = [process.device.index] if process.device.type == "cuda" else None
         forward = nn.parallel.DistributedDataParallel(model, device_ids=ids)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    return Parts(model, forward, optimizer, scheduler, criterion, process.device, config.amp)
-
-
-def build_model(config: TrainConfig, data: Data) -> Model:
-    """The timm model `config.model` for `data`.
-
-    Digits are enlarged to 32 pixels, or to the model's own input size where it does not take so small an image.
-
-    Raises:
-        UsageError: if timm does not know the model, or the model does not take images of the size asked for.
-    """
-    import timm
-
-    if not timm.is_model(config.model):
-        raise unknown_name("--model", config.model, timm.list_models())
-    sizes = [config.img_size]
-    if config.img_size is None:
-        sizes = [_DIGITS_SIZE, None] if data.root is None else [None]
-    for size in sizes:
-        try:
-            return _build_for(config.model, data, size)
-        except Exception as error:  # whatever a model raises on images that it cannot take
-            reason = error
-    raise UsageError(f"--model {config.model}: cannot be built for {sizes[-1] or 'its own'} pixels: {reason}")
-
-
-def _build_for(name: str, data: Data, size: int | None) -> Model:
-    import timm
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # timm's notices on deprecated model names
-        module = timm.create_model(name, num_classes=data.num_classes, in_chans=data.channels)
-        if size is not None and module.pretrained_cfg.get("fixed_input_size", False):
-            module = timm.create_model(name, num_classes=data.num_classes, in_chans=data.channels, img_size=size)
-    data_config = timm.data.resolve_model_data_config(module)
-    size = size or data_config["input_size"][-1]
-    with torch.no_grad():
-        module.eval()(torch.zeros(1, data.channels, size, size))
-    return Model(module.train(), size, data_config)
-
-
-def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
-    """The optimizer `config.opt` over the parameters of `model`; norms and biases without decay and adaptation.
-
-    Raises:
-        UsageError: if there is no such optimizer.
-    """
-    from timm.optim import create_optimizer_v2, list_optimizers
-
-    if config.opt.lower() in _OURS:
-        return _build_ours(config.opt.lower(), config, model)
-    if config.opt.lower().removeprefix("lookahead_") not in list_optimizers():
-        raise unknown_name("--opt", config.opt, [*_OURS, *list_optimizers()])
-    try:
-        # The first is made to learn its family, which the LR depends on.
-        optimizer: Optimizer = create_optimizer_v2(model, config.opt, 1e-3, config.weight_decay, config.momentum)
-        lr = config.lr or HAND_SET_LR[family(optimizer)]
-        optimizer = create_optimizer_v2(model, config.opt, lr, config.weight_decay, config.momentum)
-    except Exception as error:  # an optional package that is not installed, arguments that it does not take
-        raise UsageError(f"--opt {config.opt}: cannot be built: {error or type(error).__name__}") from None
-    if getattr(optimizer, "is_second_order", False):
-        raise UsageError(f"--opt {config.opt}: needs second derivatives, which train.py does not compute")
-    return optimizer
-
-
-def _build_ours(name: str, config: TrainConfig, model: nn.Module) -> Optimizer:
-    groups = param_groups(model, config.weight_decay)
-    lr = config.lr or HAND_SET_LR["lamb" if name == "lamb" else "lars"]
-    if name == "lamb":
-        return LAMB(groups, lr)
-    if name == "tvlars":
-        return TVLARS(groups, lr, config.momentum)
-    return LARS(SGD(groups, lr, config.momentum))
-
-
-def build_scheduler(config: TrainConfig, model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> LRScheduler:
-    """The scheduler `config.sched` of a run of `model`, stepped once an optimizer step.
-
-    Raises:
-        UsageError: if AutoWU does not take its options.
-    """
-    if config.sched == "cosine":
-        total = config.epochs * steps_per_epoch
-        warmup = max(1, round(_COSINE_WARMUP_FRACTION * total))
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return cooldown_factor((min(step, total - 1) - warmup) / max(1, total - warmup))
-
-        return LambdaLR(optimizer, factor)
-    options: dict[str, Any] = {"seed": config.seed}
-    if config.cooldown_fraction is not None:
-        options["immediate_cooldown"] = False
-    for name in ("cooldown_type", "cooldown_fraction", "max_warmup_fraction", "min_lr", "max_lr"):
-        if (value := getattr(config, name)) is not None:
-            options[name] = value
-    make = AutoWU.paper if config.sched == "paper" else AutoWU
-    if config.sched != "paper":
-        options["model"] = model
-    try:
-        return make(optimizer, steps_per_epoch, config.epochs, **options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--sched {config.sched}: {error}") from None
+    return Parts(model, forward, optimizer, scheduler, criterion, process.device, config.amp, config.grad_accum)

@@ -54,7 +54,7 @@ class Console(NullConsole):
         self._begin = (
             f"{config.model} ({parameters:,} parameters) on {config.data_dir or config.dataset}, {config.opt} with {config.sched}: "
             f"{config.epochs} epochs of {steps_per_epoch} steps of "
-            f"{config.batch_size * process.world_size} images on {process.world_size} x {process.device.type}"
+            f"{config.step_size * process.world_size} images on {process.world_size} x {process.device.type}"
         )
         self._bar: Any = None
         self._lines = _Lines(self)

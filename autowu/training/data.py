@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 
+from autowu.training.augment import transforms
 from autowu.training.config import RunError, TrainConfig, UsageError
 from autowu.training.process import Process
 
@@ -60,10 +61,11 @@ def find_data(config: TrainConfig, process: Process) -> Data:
         if train.classes != test.classes:
             raise UsageError(f"--data-dir {root}: train and val do not have the same classes")
         data = Data(root, len(train.classes), channels=3, num_train=len(train))
-    step = config.batch_size * process.world_size
+    step = config.step_size * process.world_size
     if step > data.num_train:
         raise UsageError(
-            f"--batch-size {config.batch_size}: a step of {step} images ({process.world_size} processes) "
+            f"--batch-size {config.batch_size}: a step of {step} images "
+            f"({process.world_size} processes{f' x --grad-accum {config.grad_accum}' if config.grad_accum > 1 else ''}) "
             f"is more than the {data.num_train} training images"
         )
     return data
@@ -76,7 +78,7 @@ def make_loaders(config: TrainConfig, process: Process, data: Data, size: int, m
         size: side of the images in pixels.
         model_config: mean, std, interpolation and the like that the model expects (timm's data config).
     """
-    train, test = _digits(size) if data.root is None else _folder(data.root, size, model_config, config.skip_corrupt)
+    train, test = _digits(size) if data.root is None else _folder(config, data.root, size, model_config)
     # The digits lie in memory: worker processes would cost more than they bring.
     options: dict[str, Any] = {"pin_memory": process.device.type == "cuda"}
     if data.root is not None:
@@ -87,7 +89,7 @@ def make_loaders(config: TrainConfig, process: Process, data: Data, size: int, m
     )
     share = Subset(test, range(process.rank, len(cast(Sized, test)), process.world_size))
     return Loaders(
-        train=DataLoader(train, config.batch_size, sampler=sampler, drop_last=True, **options),
+        train=DataLoader(train, config.step_size, sampler=sampler, drop_last=True, **options),
         test=DataLoader(share, max(config.batch_size, 256), **options),
         sampler=sampler,
     )
@@ -159,12 +161,7 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _folder(root: Path, size: int, model_config: dict[str, Any], skip_corrupt: bool) -> tuple[Dataset[Any], Dataset[Any]]:
-    from timm.data import create_transform
-
-    common = {"input_size": (3, size, size)} | {k: model_config[k] for k in ("mean", "std", "interpolation")}
-    train = create_transform(**common, is_training=True, auto_augment=None)
-    test = create_transform(**common, is_training=False, crop_pct=model_config["crop_pct"])
-    parts = ((root / "train", train), (root / "val", test))
-    train, test = (_Readable(_image_folder(*part), skip_corrupt) for part in parts)
+def _folder(config: TrainConfig, root: Path, size: int, model_config: dict[str, Any]) -> tuple[Dataset[Any], Dataset[Any]]:
+    parts = zip((root / "train", root / "val"), transforms(config, size, model_config), strict=True)
+    train, test = (_Readable(_image_folder(*part), config.skip_corrupt) for part in parts)
     return train, test

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from autowu.training.build import Parts
@@ -88,11 +89,16 @@ class Loop:
 
 
 def train_step(parts: Parts, images: Tensor, labels: Tensor) -> Tensor:
-    """Take one optimizer step; this process's loss, without gradient, on the device."""
-    images, labels = images.to(parts.device, non_blocking=True), labels.to(parts.device, non_blocking=True)
-    with parts.autocast():
-        loss: Tensor = parts.criterion(parts.forward(images), labels)
+    """Take one optimizer step, of as many batches as are accumulated; this process's loss, without gradient, on the device."""
     parts.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    losses = []
+    batches = list(zip(images.chunk(parts.grad_accum), labels.chunk(parts.grad_accum), strict=True))
+    for number, (inputs, targets) in enumerate(batches, 1):
+        inputs, targets = inputs.to(parts.device, non_blocking=True), targets.to(parts.device, non_blocking=True)
+        with parts.synced(number == len(batches)):
+            with parts.autocast():
+                loss: Tensor = parts.criterion(parts.forward(inputs), targets) / len(batches)
+            loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
     parts.optimizer.step()
-    return loss.detach()
+    return torch.stack(losses).sum()

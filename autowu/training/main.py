@@ -67,7 +67,7 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
     """
     started = time.perf_counter()
     torch.manual_seed(config.seed)
-    if config.sync_bn and process.device.type != "cuda":
+    if config.sync_bn and process.device.type != "cuda" and config.recipe is None:  # a recipe's is left out there
         raise UsageError("--sync-bn: works on GPUs only")
     config = replace(config, run_dir=process.gather(config.run_dir)[0])  # each may have named one after its own clock
     data = find_data(config, process)

@@ -65,7 +65,7 @@ def summarize(
         "model": config.model,
         "opt": config.opt,
         "sched": config.sched,
-        "batch_size": config.batch_size * process.world_size,
+        "batch_size": config.step_size * process.world_size,
         "world_size": process.world_size,
     }
 
