@@ -17,7 +17,7 @@ from autowu.training.main import main
 from autowu.training.optimizers import build_optimizer, build_scheduler
 from autowu.training.recipes import read_recipe, recipe_names
 
-RECIPES = ["efficientnet_b0-imagenet", "resnet50-imagenet", "resnet50-lars"]
+RECIPES = ["efficientnet_b0-imagenet", "resnet50-imagenet", "resnet50-lars", "vit_small-imagenet"]
 TINY = ["--model", "test_resnet", "--img-size", "32", "--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
 
 
@@ -106,8 +106,10 @@ def test_the_published_optimizer_has_its_numbers():
 
 def test_every_field_of_a_recipe_is_overridden_by_its_option():
     other = {"model": "vgg11", "opt": "sgd", "sched": "cosine", "opt_kwargs": {"delta": 0.2}, "sync_bn": False}
-    other |= dict.fromkeys(("weight_decay", "momentum", "label_smoothing", "lr", "color_jitter", "lighting"), 0.5)
-    other |= {"epochs": 7, "batch_size": 7, "warmup_epochs": 7.0}
+    other |= dict.fromkeys(
+        ("weight_decay", "momentum", "label_smoothing", "lr", "color_jitter", "lighting", "reprob", "mixup", "cutmix"), 0.5
+    )
+    other |= {"epochs": 7, "batch_size": 7, "warmup_epochs": 7.0, "auto_augment": "none"}
     for recipe in RECIPES:
         for name, value in read_recipe(recipe).items():
             assert other[name] != value

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autowu.training.config import TrainConfig, UsageError
 
-__all__ = ["Lighting", "transforms"]
+__all__ = ["Lighting", "mixing", "transforms"]
 
 
 class Lighting:
@@ -61,3 +61,27 @@ def transforms(config: TrainConfig, size: int, model_config: dict[str, Any]) -> 
         (place,) = (k for k, step in enumerate(train.transforms) if isinstance(step, Normalize))
         train.transforms.insert(place, Lighting(config.lighting))
     return train, create_transform(**common, is_training=False, crop_pct=model_config["crop_pct"])
+
+
+def mixing(config: TrainConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """timm's mixup and cutmix of a batch of images and labels, to images and soft labels; None where neither is asked for.
+
+    Raises:
+        UsageError: if a batch cannot be mixed in pairs.
+    """
+    if not config.mixup and not config.cutmix:
+        return None
+    if config.batch_size % 2:
+        raise UsageError(f"--batch-size {config.batch_size}: must be even with --mixup or --cutmix")
+    from timm.data import Mixup
+
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        mode=config.mixup_mode,
+        label_smoothing=config.label_smoothing,
+        num_classes=num_classes,
+    )
+    return mix

@@ -109,5 +109,6 @@ def build_parts(config: TrainConfig, process: Process, model: nn.Module, steps_p
     if process.world_size > 1:
         ids = [process.device.index] if process.device.type == "cuda" else None
         forward = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    mixed = config.mixup or config.cutmix  # labels are smoothed where they are mixed
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixed else config.label_smoothing)
     return Parts(model, forward, optimizer, scheduler, criterion, process.device, config.amp, config.grad_accum)

@@ -33,6 +33,10 @@ class TrainConfig:
     recipe: str | None
     dataset: str
     data_dir: Path | None
+    dataset_download: bool
+    train_split: str
+    val_split: str
+    num_classes: int | None
     skip_corrupt: bool
     img_size: int | None
     workers: int
@@ -47,6 +51,12 @@ class TrainConfig:
     remode: str
     recount: int
     lighting: float
+    aug_repeats: int
+    mixup: float
+    cutmix: float
+    mixup_prob: float
+    mixup_switch_prob: float
+    mixup_mode: str
     model: str
     model_kwargs: dict[str, Any] | None
     opt: str
@@ -173,15 +183,23 @@ def _check(config: TrainConfig) -> None:
         raise UsageError(f"--device {config.device}: must be cpu or cuda")
     if config.sched not in (schedulers := ("autowu", "paper", "cosine", "poly")):
         raise unknown_name("--sched", config.sched, schedulers)
-    if config.remode not in (modes := ("const", "rand", "pixel")):
-        raise unknown_name("--remode", config.remode, modes)
+    for name, known in (("remode", ("const", "rand", "pixel")), ("mixup_mode", ("batch", "pair", "elem"))):
+        if getattr(config, name) not in known:
+            raise unknown_name(option_of(name), getattr(config, name), known)
     for name, most in (("scale", 1.0), ("ratio", float("inf"))):
         least, largest = getattr(config, name) or (0.5, 0.5)
         if not 0 < least <= largest <= most:
             raise UsageError(f"{option_of(name)} {least} {largest}: must be above 0, in ascending order, and at most {most}")
-    if config.dataset not in (datasets := ("digits", "folder")):
-        raise unknown_name("--dataset", config.dataset, datasets)
+    _check_dataset(config)
+
+
+def _check_dataset(config: TrainConfig) -> None:
+    own, sources = ("digits", "folder", "synthetic"), ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
+    if config.dataset not in own and not config.dataset.lower().startswith(sources):
+        raise unknown_name("--dataset", config.dataset, own)
     if config.dataset == "folder" and config.data_dir is None:
         raise UsageError("--dataset folder: needs --data-dir")
-    if config.dataset == "digits" and config.data_dir is not None:
+    if config.dataset in ("digits", "synthetic") and config.data_dir is not None:
         raise UsageError(f"--data-dir {config.data_dir}: goes with --dataset folder")
+    if config.dataset in own and config.dataset_download:
+        raise UsageError(f"--dataset-download: goes with a dataset of timm's, not with --dataset {config.dataset}")

@@ -17,7 +17,7 @@ from autowu.training.files import read_rows, replacing
 
 __all__ = ["RunFolder"]
 
-_FREE_TO_CHANGE = {"recipe", "resume", "run_dir", "workers", "device", "skip_corrupt", "small_checkpoints"}
+_FREE_TO_CHANGE = {"recipe", "dataset_download", "resume", "run_dir", "workers", "device", "skip_corrupt", "small_checkpoints"}
 _LOCK = ".lock"
 
 _STEP_FIELDS = ("step", "epoch", "lr", "loss")

@@ -15,18 +15,19 @@ __all__ = ["check_numbers"]
 
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
 _LARGEST_COUNT = 2**31 - 1
-_MOST_WORKERS = 1024
+_MANY = 1024
 _LARGEST_SEED = 2**63 - 1
 
 _SHARE = (0, 1)
 _RANGES: Final[dict[str, tuple[float, float]]] = {
     **dict.fromkeys(
-        ("epochs", "batch_size", "global_batch_size", "grad_accum", "img_size", "log_layers", "recount"), (1, _LARGEST_COUNT)
+        ("epochs", "batch_size", "global_batch_size", "grad_accum", "img_size", "log_layers", "recount", "num_classes"),
+        (1, _LARGEST_COUNT),
     ),
-    "workers": (0, _MOST_WORKERS),
+    **dict.fromkeys(("workers", "aug_repeats"), (0, _MANY)),
     "seed": (0, _LARGEST_SEED),
-    **dict.fromkeys(("label_smoothing", "hflip", "vflip", "reprob"), _SHARE),
-    **dict.fromkeys(("weight_decay", "color_jitter", "lighting", "warmup_epochs"), (0, _LARGEST_FLOAT)),
+    **dict.fromkeys(("label_smoothing", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"), _SHARE),
+    **dict.fromkeys(("weight_decay", "color_jitter", "lighting", "mixup", "cutmix", "warmup_epochs"), (0, _LARGEST_FLOAT)),
 }
 """Both ends belong to a range."""
 

@@ -14,7 +14,7 @@ from autowu.training.data import Data
 
 __all__ = ["Model", "build_model"]
 
-_DIGITS_SIZE = 32
+_SMALL_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Model:
 def build_model(config: TrainConfig, data: Data) -> Model:
     """The timm model `config.model` for `data`.
 
-    Digits are enlarged to 32 pixels, or to the model's own input size where it does not take so small an image.
+    Small images, such as the digits, are enlarged to 32 pixels, or to the model's own size where it does not take those.
 
     Raises:
         UsageError: if timm does not know the model, or the model does not take images of the size asked for.
@@ -40,7 +40,7 @@ def build_model(config: TrainConfig, data: Data) -> Model:
         raise unknown_name("--model", config.model, timm.list_models())
     sizes = [config.img_size]
     if config.img_size is None:
-        sizes = [_DIGITS_SIZE, None] if data.root is None else [None]
+        sizes = [_SMALL_SIZE, None] if data.small else [None]
     for size in sizes:
         try:
             return _build_for(config, data, size)

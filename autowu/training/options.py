@@ -120,18 +120,31 @@ def _recipe(group: _Group) -> None:
 
 
 def _data(group: _Group) -> None:
-    group.add_argument("--dataset", help="'digits' or 'folder' (default: digits, or folder where --data-dir is given)")
-    group.add_argument("--data-dir", type=Path, help="image folder in ImageNet's layout: train/CLASS/IMAGE and val/CLASS/IMAGE")
+    group.add_argument(
+        "--dataset",
+        help="'digits', 'folder', 'synthetic' (noise, to measure throughput), or one of timm's, such as torch/cifar10, hfds/NAME "
+        "or wds/NAME (default: digits, or folder where --data-dir is given)",
+    )
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        help="image folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE, or in Tiny ImageNet's; for timm's datasets "
+        "the folder that they lie in",
+    )
     group.add_argument(
         "--data-root",
         type=Path,
         help="the same, and the published recipe: efficientnet_b0-imagenet for that model, else resnet50-imagenet",
     )
+    _flag(group, "dataset-download", "fetch a dataset of timm's that is not there")
+    group.add_argument("--train-split", default="train", help="split of timm's dataset to train on")
+    group.add_argument("--val-split", default="validation", help="split of timm's dataset to test on")
+    group.add_argument("--num-classes", type=int, help="classes of the model (default: those of the data)")
     _flag(group, "skip-corrupt", "take the next image in the place of one that cannot be read, and name it")
     group.add_argument(
-        "--img-size", type=int, help="side of the input in pixels (default: 32 for the digits, else the model's own)"
+        "--img-size", type=int, help="side of the input in pixels (default: 32 for small images, else the model's own)"
     )
-    group.add_argument("--workers", "-j", type=int, default=4, help="loader processes for an image folder")
+    group.add_argument("--workers", "-j", type=int, default=4, help="loader processes, but for digits and noise")
 
 
 def _augmentation(group: _Group) -> None:
@@ -151,6 +164,14 @@ def _augmentation(group: _Group) -> None:
     group.add_argument(
         "--lighting", type=float, default=0.0, help="standard deviation of noise along the principal colours of ImageNet"
     )
+    group.add_argument(
+        "--aug-repeats", type=int, default=0, help="how often an image is drawn in a row; an epoch is as long as ever"
+    )
+    group.add_argument("--mixup", type=float, default=0.0, help="alpha of mixup")
+    group.add_argument("--cutmix", type=float, default=0.0, help="alpha of cutmix")
+    group.add_argument("--mixup-prob", type=float, default=1.0, help="probability of either")
+    group.add_argument("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix where both are on")
+    group.add_argument("--mixup-mode", default="batch", help="one strength per 'batch', 'pair' or 'elem'")
 
 
 def _model(group: _Group) -> None:
