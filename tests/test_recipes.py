@@ -48,13 +48,14 @@ def losses(path):
 
 
 @pytest.mark.usefixtures("blank_figures")
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_trains_to_the_end_and_its_configuration_does_so_again(tmp_path, small_folder, recipe):
-    command = ["--recipe", recipe, "--data-dir", str(small_folder), *TINY]
+@pytest.mark.parametrize(("recipe", "options"), [*((recipe, []) for recipe in RECIPES), ("resnet50-lars", ["--sched", "poly"])])
+def test_a_recipe_trains_to_the_end_and_its_configuration_does_so_again(tmp_path, small_folder, recipe, options):
+    command = ["--recipe", recipe, "--data-dir", str(small_folder), *TINY, *options]
     assert main([*command, "--run-dir", str(tmp_path / "run")]) == 0
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     for name, value in read_recipe(recipe).items():
-        assert saved[name] == ({"model": "test_resnet", "epochs": 1, "batch_size": 4}.get(name, value))
+        given = {"model": "test_resnet", "epochs": 1, "batch_size": 4} | ({"sched": "poly"} if options else {})
+        assert saved[name] == given.get(name, value)
     if recipe == "resnet50-imagenet":
         assert main(["--config", str(tmp_path / "run" / "config.json"), "--run-dir", str(tmp_path / "again")]) == 0
         assert losses(tmp_path / "again") == losses(tmp_path / "run")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -32,8 +36,13 @@ class Parts:
         scheduler: of the optimizer.
         criterion: (logits, labels) to the loss.
         device: of this process.
-        amp: whether the forward pass runs in bfloat16.
+        amp: whether the forward pass runs in `amp_dtype`.
         grad_accum: batches per optimizer step.
+        amp_dtype: bfloat16 or float16.
+        scaler: of the loss, where gradients are of float16.
+        clip_grad: where gradients are clipped; None or 0 for nowhere.
+        clip_mode: by their norm, by value or adaptively (timm's names).
+        ema: average of the weights, timm's; what is tested where it is.
     """
 
     model: nn.Module
@@ -44,6 +53,16 @@ class Parts:
     device: torch.device
     amp: bool
     grad_accum: int = 1
+    amp_dtype: torch.dtype = torch.bfloat16
+    scaler: GradScaler | None = None
+    clip_grad: float | None = None
+    clip_mode: str = "norm"
+    ema: Any = None
+
+    @property
+    def tested(self) -> nn.Module:
+        """The model, or its average."""
+        return self.model if self.ema is None else self.ema.module
 
     @property
     def autowu(self) -> AutoWU | None:
@@ -52,8 +71,8 @@ class Parts:
 
     @property
     def lr(self) -> float:
-        """LR of the first parameter group."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The largest LR of a parameter group."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     @property
     def phase(self) -> str:
@@ -61,20 +80,58 @@ class Parts:
         return "" if self.autowu is None else self.autowu.phase
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp)
 
     def synced(self, now: bool) -> AbstractContextManager[None]:
         """Whether the backward pass within averages gradients over the processes, which accumulated ones wait for."""
-        if now or not isinstance(self.forward, nn.parallel.DistributedDataParallel):
+        parallel = getattr(self.forward, "_orig_mod", self.forward)  # inside of torch.compile
+        if now or not isinstance(parallel, nn.parallel.DistributedDataParallel):
             return nullcontext()
-        return self.forward.no_sync()
+        return parallel.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients those of a loss, a 0-d tensor."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+
+    def step_optimizer(self) -> None:
+        """Clip the gradients and take the step, but one of gradients that float16 does not hold; then average the weights."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.clip_grad:
+            from timm.models import model_parameters
+            from timm.utils import dispatch_clip_grad
+
+            clipped = model_parameters(self.model, exclude_head=self.clip_mode == "agc")
+            dispatch_clip_grad(clipped, self.clip_grad, self.clip_mode)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.scheduler.last_epoch + 1)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside model, optimizer and scheduler: the average and the scaler, where there are any."""
+        state = {} if self.ema is None else {"ema": self.ema.module.state_dict()}
+        return state if self.scaler is None else state | {"scaler": self.scaler.state_dict()}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`extra_state` gave, from among what a checkpoint holds."""
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
 
     def step_scheduler(self, loss: Tensor) -> None:
         """Tell the scheduler of an optimizer step and this process's loss, a 0-d tensor."""
-        if self.autowu is None:
-            self.scheduler.step()
-        else:
+        if self.autowu is not None:
             self.autowu.step(loss)  # it takes the mean over the processes
+            return
+        with warnings.catch_warnings():
+            if self.scaler is not None:  # torch takes a first step that was left out for a wrong order of calls
+                warnings.simplefilter("ignore", UserWarning)
+            self.scheduler.step()
 
 
 def build(config: TrainConfig, process: Process, data: Data) -> tuple[Parts, Loaders]:
@@ -95,20 +152,44 @@ def build_parts(config: TrainConfig, process: Process, model: nn.Module, steps_p
         UsageError: if there is no such optimizer, or it or the scheduler does not take what `config` says.
     """
     model = model.to(process.device)
-    if config.sync_bn and process.world_size > 1 and process.device.type == "cuda":
+    on_gpu = process.device.type == "cuda"
+    if config.sync_bn and process.world_size > 1 and on_gpu:
         from timm.layers import convert_sync_batchnorm  # torch's own drops the activations of timm's layers
 
         model = convert_sync_batchnorm(model)
-    if process.device.type == "cuda":
+    if on_gpu if config.channels_last is None else config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(config, model)
     if config.log_layers is not None:
         check_layer_log(config, optimizer)
-    scheduler = build_scheduler(config, model, optimizer, steps_per_epoch)
+    ema: Any = None
+    if config.model_ema:
+        from timm.utils import ModelEmaV3
+
+        ema = ModelEmaV3(model, config.model_ema_decay, use_warmup=config.model_ema_warmup)
+    put_back = None if ema is None else lambda step: ema.set(model)  # an average of what was undone is undone
+    scheduler = build_scheduler(config, model, optimizer, steps_per_epoch, put_back)
+    mixed = config.mixup or config.cutmix  # labels are smoothed where they are mixed
+    return Parts(
+        model=model,
+        forward=_forward(config, process, model),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixed else config.label_smoothing),
+        device=process.device,
+        amp=config.amp,
+        grad_accum=config.grad_accum,
+        amp_dtype=getattr(torch, config.amp_dtype),
+        scaler=GradScaler(process.device.type) if config.amp and config.amp_dtype == "float16" else None,
+        clip_grad=config.clip_grad,
+        clip_mode=config.clip_mode,
+        ema=ema,
+    )
+
+
+def _forward(config: TrainConfig, process: Process, model: nn.Module) -> nn.Module:
     forward: nn.Module = model
     if process.world_size > 1:
         ids = [process.device.index] if process.device.type == "cuda" else None
         forward = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    mixed = config.mixup or config.cutmix  # labels are smoothed where they are mixed
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixed else config.label_smoothing)
-    return Parts(model, forward, optimizer, scheduler, criterion, process.device, config.amp, config.grad_accum)
+    return torch.compile(forward) if config.compile else forward  # type: ignore[return-value]

@@ -57,6 +57,7 @@ class Checkpoints:
             self._parts.model.load_state_dict(state["model"])
             self._parts.optimizer.load_state_dict(state["optimizer"])
             self._parts.scheduler.load_state_dict(self._of_this_process(state["scheduler"]))
+            self._parts.load_extra_state(state)
             begun = state.get("begun")
             if begun is not None:
                 begun = Begun(begun["lrs"], begun["losses"], begun["random"][self._process.rank])
@@ -100,6 +101,7 @@ class Checkpoints:
             "model": self._parts.model.state_dict(),
             "optimizer": self._parts.optimizer.state_dict(),
             "scheduler": self._of_all_processes(scheduler_state),
+            **self._parts.extra_state(),
         }
 
     def _of_all_processes(self, state: dict[str, Any]) -> list[dict[str, Any]]:

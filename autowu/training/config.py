@@ -18,8 +18,16 @@ from autowu.training.recipes import read_config, read_recipe, recipe_names
 __all__ = ["RunError", "TrainConfig", "UsageError", "parse_args", "unknown_name"]
 
 _OF_AUTOWU = ("min_lr", "max_lr", "max_warmup_fraction", "cooldown_type", "cooldown_fraction")
-_BELONGS_TO = {"opt_kwargs": "opt", "model_kwargs": "model"} | dict.fromkeys(_OF_AUTOWU, "sched")
+_BELONGS_TO = {"opt_kwargs": "opt", "model_kwargs": "model", "drop_path": "model"} | dict.fromkeys(_OF_AUTOWU, "sched")
 """Fields that mean something beside the value of another one only: where that is overridden, they go."""
+
+_CHOICES = {
+    "sched": ("autowu", "paper", "cosine", "poly"),
+    "remode": ("const", "rand", "pixel"),
+    "mixup_mode": ("batch", "pair", "elem"),
+    "clip_mode": ("norm", "value", "agc"),
+    "amp_dtype": ("bfloat16", "float16"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,18 @@ class TrainConfig:
     mixup_switch_prob: float
     mixup_mode: str
     model: str
+    drop_path: float | None
     model_kwargs: dict[str, Any] | None
+    pretrained: bool
+    initial_checkpoint: Path | None
+    freeze: list[str] | None
+    layer_decay: float | None
     opt: str
     opt_kwargs: dict[str, Any] | None
     weight_decay: float
     momentum: float
+    clip_grad: float | None
+    clip_mode: str
     label_smoothing: float
     sched: str
     lr: float | None
@@ -77,6 +92,13 @@ class TrainConfig:
     global_batch_size: int | None
     grad_accum: int
     amp: bool
+    amp_dtype: str
+    channels_last: bool | None
+    compile: bool
+    grad_checkpointing: bool
+    model_ema: bool
+    model_ema_decay: float
+    model_ema_warmup: bool
     sync_bn: bool
     device: str | None
     seed: int
@@ -181,11 +203,11 @@ def _check(config: TrainConfig) -> None:
                 raise UsageError(f"--cooldown-fraction {value}: is there twice")
     if config.device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device {config.device}: must be cpu or cuda")
-    if config.sched not in (schedulers := ("autowu", "paper", "cosine", "poly")):
-        raise unknown_name("--sched", config.sched, schedulers)
-    for name, known in (("remode", ("const", "rand", "pixel")), ("mixup_mode", ("batch", "pair", "elem"))):
+    for name, known in _CHOICES.items():
         if getattr(config, name) not in known:
             raise unknown_name(option_of(name), getattr(config, name), known)
+    if config.pretrained and config.initial_checkpoint is not None:
+        raise UsageError(f"--initial-checkpoint {config.initial_checkpoint}: does not go with --pretrained; give one of them")
     for name, most in (("scale", 1.0), ("ratio", float("inf"))):
         least, largest = getattr(config, name) or (0.5, 0.5)
         if not 0 < least <= largest <= most:

@@ -51,8 +51,9 @@ class Console(NullConsole):
         self._epochs = config.epochs
         self._total = config.epochs * steps_per_epoch
         self._done = done
+        data = config.data_dir if config.dataset == "folder" else config.dataset
         self._begin = (
-            f"{config.model} ({parameters:,} parameters) on {config.data_dir or config.dataset}, {config.opt} with {config.sched}: "
+            f"{config.model} ({parameters:,} parameters) on {data}, {config.opt} with {config.sched}: "
             f"{config.epochs} epochs of {steps_per_epoch} steps of "
             f"{config.step_size * process.world_size} images on {process.world_size} x {process.device.type}"
         )

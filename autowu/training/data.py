@@ -88,15 +88,20 @@ def _look(config: TrainConfig, process: Process) -> Data:
             raise UsageError(f"--data-dir {root}: train and val do not have the same classes")
         return Data(len(train.classes), channels=3, num_train=len(train))
     if config.dataset_download:
-        process.on_main(lambda: [timm_dataset(config, train, download=True) for train in (True, False)] and None)
-    images = timm_dataset(config, True)
-    timm_dataset(config, False)
+        process.on_main(lambda: bool(_open(config, download=True)))
+    images = _open(config)
     reader = getattr(images, "reader", None)
     classes = getattr(images, "classes", None) or getattr(reader, "class_to_idx", None) or ()
     if not classes and config.num_classes is None:
         raise UsageError(f"--dataset {config.dataset}: does not say its classes; give --num-classes")
     num_train = getattr(reader, "num_samples", None) if isinstance(images, IterableDataset) else len(images)
     return Data(len(classes), 3, num_train or 0, config.dataset.lower() in _SMALL)
+
+
+def _open(config: TrainConfig, download: bool = False) -> Any:
+    """The training images of a dataset of timm's; it is seen that the others are there too."""
+    timm_dataset(config, False, download=download)
+    return timm_dataset(config, True, download=download)
 
 
 def make_loaders(config: TrainConfig, process: Process, data: Data, size: int, model_config: dict[str, Any]) -> Loaders:

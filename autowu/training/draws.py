@@ -21,12 +21,12 @@ __all__ = ["Augmented", "Draw", "Draws", "drawing"]
 
 
 class Draw(NamedTuple):
-    """An image that is drawn: what its random numbers depend on, and its index."""
+    """An image that is drawn: what its random numbers depend on, and its number among the images."""
 
     seed: int
     epoch: int
     place: int
-    index: int
+    image: int
 
 
 class Draws(Sampler[Draw]):
@@ -81,7 +81,7 @@ class Augmented(Dataset[Any]):
 
     def _augmented(self, draw: Draw) -> Any:
         with drawing(*draw[:3]):
-            return self._images[draw.index]
+            return self._images[draw.image]
 
 
 @contextmanager

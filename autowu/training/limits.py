@@ -25,9 +25,12 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
         (1, _LARGEST_COUNT),
     ),
     **dict.fromkeys(("workers", "aug_repeats"), (0, _MANY)),
-    "seed": (0, _LARGEST_SEED),
-    **dict.fromkeys(("label_smoothing", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"), _SHARE),
-    **dict.fromkeys(("weight_decay", "color_jitter", "lighting", "mixup", "cutmix", "warmup_epochs"), (0, _LARGEST_FLOAT)),
+    **dict.fromkeys(
+        ("label_smoothing", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "drop_path", "model_ema_decay"), _SHARE
+    ),
+    **dict.fromkeys(
+        ("weight_decay", "color_jitter", "lighting", "mixup", "cutmix", "warmup_epochs", "clip_grad"), (0, _LARGEST_FLOAT)
+    ),
 }
 """Both ends belong to a range."""
 
@@ -49,7 +52,11 @@ def check_numbers(fields: Mapping[str, Any]) -> None:
             raise UsageError(f"{option}: must be at least {least}")
         if value > most:
             raise UsageError(f"{option}: must be at most {most}")
+    if not 0 <= fields["seed"] <= _LARGEST_SEED:
+        raise UsageError(f"--seed {fields['seed']}: must be at least 0 and at most {_LARGEST_SEED}")
     if not 0 <= (momentum := fields["momentum"]) < 1:
         raise UsageError(f"--momentum {momentum}: must be {'below 1' if momentum >= 1 else 'at least 0'}")
+    if fields["layer_decay"] is not None and not 0 < fields["layer_decay"] <= 1:
+        raise UsageError(f"--layer-decay {fields['layer_decay']}: must be above 0 and at most 1")
     if fields["lr"] is not None and not 0 < fields["lr"] <= _LARGEST_FLOAT:
         raise UsageError(f"--lr {fields['lr']}: must be above 0 and finite in float32")

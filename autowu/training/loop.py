@@ -45,7 +45,8 @@ class Loop:
         while progress.epochs < self.config.epochs:
             started = time.perf_counter()
             steps = self.train_epoch(progress)
-            average_batch_norm(self.parts.model, self.process)
+            for model in dict.fromkeys((self.parts.model, self.parts.tested)):
+                average_batch_norm(model, self.process)
             test = evaluate(self.parts, self.loaders.test, self.process)
             rows = steps.rows()  # the one read of the epoch's losses
             seconds = time.perf_counter() - started
@@ -98,7 +99,7 @@ def train_step(parts: Parts, images: Tensor, labels: Tensor) -> Tensor:
         with parts.synced(number == len(batches)):
             with parts.autocast():
                 loss: Tensor = parts.criterion(parts.forward(inputs), targets) / len(batches)
-            loss.backward()  # type: ignore[no-untyped-call]
+            parts.backward(loss)
         losses.append(loss.detach())
-    parts.optimizer.step()
+    parts.step_optimizer()
     return torch.stack(losses).sum()

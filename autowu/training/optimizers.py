@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -33,12 +34,12 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
 
     if config.opt.lower() in _OURS:
         try:
-            return _build_ours(config.opt.lower(), config, model)
+            return _with_scaled_lrs(_build_ours(config.opt.lower(), config, model))
         except (TypeError, ValueError) as error:
             raise UsageError(f"--opt {config.opt}: cannot be built: {error}") from None
     if config.opt.lower().removeprefix("lookahead_") not in list_optimizers():
         raise unknown_name("--opt", config.opt, [*_OURS, *list_optimizers()])
-    more = config.opt_kwargs or {}
+    more: dict[str, Any] = {"layer_decay": config.layer_decay} | (config.opt_kwargs or {})
     try:
         # The first is made to learn its family, which the LR depends on.
         optimizer: Optimizer = create_optimizer_v2(model, config.opt, 1e-3, config.weight_decay, config.momentum, **more)
@@ -48,11 +49,18 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
         raise UsageError(f"--opt {config.opt}: cannot be built: {error or type(error).__name__}") from None
     if getattr(optimizer, "is_second_order", False):
         raise UsageError(f"--opt {config.opt}: needs second derivatives, which train.py does not compute")
+    return _with_scaled_lrs(optimizer)
+
+
+def _with_scaled_lrs(optimizer: Optimizer) -> Optimizer:
+    """Make the share of the LR that timm has written to a group its own LR, which every scheduler keeps the ratio of."""
+    for group in optimizer.param_groups:
+        group["lr"] *= group.pop("lr_scale", 1.0)
     return optimizer
 
 
 def _build_ours(name: str, config: TrainConfig, model: nn.Module) -> Optimizer:
-    groups = param_groups(model, config.weight_decay)
+    groups = _groups(config, model)
     lr = config.lr or HAND_SET_LR["lamb" if name == "lamb" else "lars"]
     more = config.opt_kwargs or {}
     if name == "lamb":
@@ -62,8 +70,35 @@ def _build_ours(name: str, config: TrainConfig, model: nn.Module) -> Optimizer:
     return LARS(SGD(groups, lr, config.momentum), **more)
 
 
-def build_scheduler(config: TrainConfig, model: nn.Module, optimizer: Optimizer, steps_per_epoch: int) -> LRScheduler:
+def _groups(config: TrainConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """The groups of our optimizers; with layer decay one a layer of timm's and kind."""
+    groups = param_groups(model, config.weight_decay)
+    if config.layer_decay is None:
+        return groups
+    from timm.optim import param_groups_layer_decay
+
+    layers = param_groups_layer_decay(model, layer_decay=config.layer_decay)
+    scales = {parameter: layer["lr_scale"] for layer in layers for parameter in layer["params"]}
+    split: dict[tuple[bool, float], dict[str, Any]] = {}
+    for group in groups:
+        for parameter, name in zip(group["params"], group["param_names"], strict=True):
+            scale = scales[parameter]
+            own = split.setdefault((group["adapt"], scale), {**group, "params": [], "param_names": [], "lr_scale": scale})
+            own["params"].append(parameter)
+            own["param_names"].append(name)
+    return list(split.values())
+
+
+def build_scheduler(
+    config: TrainConfig,
+    model: nn.Module,
+    optimizer: Optimizer,
+    steps_per_epoch: int,
+    on_rollback: Callable[[int], object] | None = None,
+) -> LRScheduler:
     """The scheduler `config.sched` of a run of `model`, stepped once an optimizer step.
+
+    `on_rollback` is called with the step after AutoWU has put back a copy of the model.
 
     Raises:
         UsageError: if AutoWU does not take its options.
@@ -78,7 +113,7 @@ def build_scheduler(config: TrainConfig, model: nn.Module, optimizer: Optimizer,
             options[name] = value
     make = AutoWU.paper if config.sched == "paper" else AutoWU
     if config.sched != "paper":
-        options["model"] = model
+        options |= {"model": model, "on_rollback": on_rollback}
     try:
         return make(optimizer, steps_per_epoch, config.epochs, **options)
     except (TypeError, ValueError, ImportError) as error:

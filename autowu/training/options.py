@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,6 +91,7 @@ def as_arguments(fields: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
+@functools.cache
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train.py",
@@ -104,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     _data(parser.add_argument_group("data"))
     _augmentation(parser.add_argument_group("augmentation of an image folder, by timm's names"))
     _model(parser.add_argument_group("model"))
+    _fine_tuning(parser.add_argument_group("fine-tuning"))
     _optimizer(parser.add_argument_group("optimizer"))
     _learning_rate(parser.add_argument_group("learning rate"))
     _batch(parser.add_argument_group("length and batch"))
@@ -176,7 +179,23 @@ def _augmentation(group: _Group) -> None:
 
 def _model(group: _Group) -> None:
     group.add_argument("--model", default="test_resnet", help="any model of timm")
+    group.add_argument("--drop-path", type=float, help="rate of stochastic depth")
     group.add_argument("--model-kwargs", nargs="*", action=_KeyValues, metavar="KEY=VALUE", help="more arguments of the model")
+
+
+def _fine_tuning(group: _Group) -> None:
+    _flag(group, "pretrained", "begin with timm's weights of the model, which are fetched if they are not there")
+    group.add_argument(
+        "--initial-checkpoint",
+        type=Path,
+        help="begin with the weights of this file, safetensors or torch's; a head that fits not is new",
+    )
+    group.add_argument(
+        "--freeze", nargs="*", metavar="MODULE", help="modules that are not trained; 'backbone' is all but the classifier"
+    )
+    group.add_argument(
+        "--layer-decay", type=float, help="LR of a layer over that of the next one up, in timm's groups; AutoWU keeps the ratios"
+    )
 
 
 def _optimizer(group: _Group) -> None:
@@ -188,6 +207,8 @@ def _optimizer(group: _Group) -> None:
     group.add_argument("--opt-kwargs", nargs="*", action=_KeyValues, metavar="KEY=VALUE", help="more arguments of the optimizer")
     group.add_argument("--weight-decay", type=float, default=5e-4, help="weight decay; norms and biases have none")
     group.add_argument("--momentum", type=float, default=0.9, help="momentum, where the optimizer has one")
+    group.add_argument("--clip-grad", type=float, help="clip gradients at this norm, value or factor, by --clip-mode")
+    group.add_argument("--clip-mode", default="norm", help="'norm', 'value', or 'agc' (adaptive, but for the classifier)")
     group.add_argument("--label-smoothing", "--smoothing", type=float, default=0.0, help="label smoothing")
 
 
@@ -230,7 +251,14 @@ def _batch(group: _Group) -> None:
 
 
 def _precision(group: _Group) -> None:
-    _flag(group, "amp", "bfloat16 autocast")
+    _flag(group, "amp", "autocast to --amp-dtype")
+    group.add_argument("--amp-dtype", default="bfloat16", help="'bfloat16', or 'float16' with a GradScaler")
+    _flag(group, "channels-last", "memory format of the model (default: on GPUs)", default=None)
+    _flag(group, "compile", "torch.compile")
+    _flag(group, "grad-checkpointing", "compute activations again in the backward pass, for less memory")
+    _flag(group, "model-ema", "average the weights; the average is what is tested")
+    group.add_argument("--model-ema-decay", type=float, default=0.9998, help="of the average, a step")
+    _flag(group, "model-ema-warmup", "let the decay grow from 0")
     _flag(group, "sync-bn", "batch-norm statistics over all processes, on GPUs")
     group.add_argument("--device", help="'cpu' or 'cuda' (default: cuda if there is one)")
 

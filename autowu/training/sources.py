@@ -69,7 +69,7 @@ def timm_dataset(config: TrainConfig, train: bool, transform: Callable[..., Any]
     from timm.data import create_dataset
     from torchvision.transforms import Compose
 
-    if not download and config.dataset.lower().startswith("hf"):
+    if not config.dataset_download and config.dataset.lower().startswith("hf"):
         _keep_offline()
     split, root = config.train_split if train else config.val_split, config.data_dir
     try:
@@ -77,9 +77,7 @@ def timm_dataset(config: TrainConfig, train: bool, transform: Callable[..., Any]
             raise ValueError("needs --data-dir, the folder of the data")
         if download and root is not None:
             Path(root).mkdir(parents=True, exist_ok=True)
-        options: dict[str, Any] = {"is_training": train, "batch_size": config.batch_size, "seed": config.seed}
-        if not config.dataset.lower().startswith("wds/"):
-            options["download"] = download
+        options: dict[str, Any] = {"is_training": train, "batch_size": config.batch_size, "seed": config.seed, "download": download}
         images = create_dataset(config.dataset, None if root is None else str(root), split, **options)
     except (Exception, SystemExit) as error:  # each source raises errors of its own
         hint = "" if config.dataset_download else "; --dataset-download fetches what can be fetched"
