@@ -81,18 +81,17 @@ def test_the_average_of_the_weights_is_that_of_the_definition_and_is_what_is_tes
 def test_the_average_goes_back_with_the_model(tmp_path):
     config = configured(tmp_path, "--epochs", "12", "--model-ema", "--opt", "momentum")
     parts, loaders = made(config)
-    put_back, taken = [], parts.ema.set
-
-    def setting(model):
-        taken(model)
-        put_back.append(parts.autowu.last_epoch)
-        assert_same_weights(parts.ema.module, model)
-
-    parts.ema.set = setting
+    went_back = 0
     for _ in range(12):
         for images, labels in loaders.train:
-            parts.step_scheduler(train_step(parts, images, labels))
-    assert len(put_back) == sum("back at step" in event.message for event in parts.autowu.events) > 0
+            loss = train_step(parts, images, labels)
+            with torch.no_grad():
+                parts.ema.module[0].weight.fill_(torch.nan)  # as after weights that have blown up
+            parts.step_scheduler(loss)
+            if sum("back at step" in event.message for event in parts.autowu.events) > went_back:
+                went_back += 1
+                assert_same_weights(parts.ema.module, parts.model)
+    assert went_back
 
 
 @pytest.mark.parametrize("options", [["--amp", "--amp-dtype", "float16"], ["--model-ema", "--model-ema-warmup"]], ids=" ".join)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -9,13 +10,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from processes import ranks
+from processes import ROOT, ranks
 
 from autowu.training.augment import Lighting, transforms
 from autowu.training.config import UsageError, parse_args
 from autowu.training.main import main
 from autowu.training.optimizers import build_optimizer, build_scheduler
-from autowu.training.recipes import read_recipe, recipe_names
+from autowu.training.options import RECIPES as FOUND
+from autowu.training.recipes import read_recipe
 
 RECIPES = ["efficientnet_b0-imagenet", "resnet50-imagenet", "resnet50-lars", "vit_small-imagenet"]
 TINY = ["--model", "test_resnet", "--img-size", "32", "--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
@@ -62,8 +64,12 @@ def test_a_recipe_trains_to_the_end_and_its_configuration_does_so_again(tmp_path
         assert json.loads((tmp_path / "again" / "config.json").read_text()) == saved | {"run_dir": str(tmp_path / "again")}
 
 
-def test_the_recipes_are_those_that_are_told_of():
-    assert recipe_names() == RECIPES
+def test_the_recipes_are_those_that_are_told_of(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = re.sub(r"-\s+", "-", capsys.readouterr().out) + (ROOT / "docs" / "train.md").read_text()
+    assert all(text.count(recipe) >= 2 for recipe in RECIPES)
+    assert FOUND == RECIPES
     for recipe in RECIPES:
         config = parse_args(["--recipe", recipe, "--data-dir", "images"])
         assert {name: getattr(config, name) for name in read_recipe(recipe)} == read_recipe(recipe)

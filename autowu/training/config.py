@@ -12,8 +12,8 @@ from typing import Any
 
 from autowu.training.errors import RunError, UsageError, unknown_name
 from autowu.training.limits import check_numbers
-from autowu.training.options import defaults, given, option_of
-from autowu.training.recipes import read_config, read_recipe, recipe_names
+from autowu.training.options import RECIPES, defaults, given, option_of
+from autowu.training.recipes import read_config, read_recipe
 
 __all__ = ["RunError", "TrainConfig", "UsageError", "parse_args", "unknown_name"]
 
@@ -151,7 +151,7 @@ def _merged(own: dict[str, Any]) -> dict[str, Any]:
         own["data_dir"] = root
         if "recipe" not in named:
             published = f"{named.get('model')}-imagenet"
-            own["recipe"] = published if published in recipe_names() else "resnet50-imagenet"
+            own["recipe"] = published if published in RECIPES else "resnet50-imagenet"
     recipe = (file | own).get("recipe")
     args = {name: value for name, value in defaults().items() if name not in ("config", "data_root", "local_rank")}
     for layer in ({} if recipe is None else read_recipe(recipe), file, own):

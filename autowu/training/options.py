@@ -11,9 +11,11 @@ from typing import Any, NoReturn
 
 from autowu.training.errors import UsageError
 
-__all__ = ["as_arguments", "defaults", "given", "option_of"]
+__all__ = ["RECIPES", "as_arguments", "defaults", "given", "option_of"]
 
 _UNSET = object()
+RECIPES = sorted(path.stem for path in Path(__file__).with_name("recipes").glob("*.yaml"))
+"""The names of the recipes, each a file."""
 _Group = argparse._ArgumentGroup
 
 
@@ -118,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _recipe(group: _Group) -> None:
-    group.add_argument("--recipe", help="a named set of options, such as resnet50-imagenet; docs/train.md lists them")
+    group.add_argument("--recipe", help=f"a named set of options: {', '.join(RECIPES[:-1])} or {RECIPES[-1]}")
     group.add_argument("--config", type=Path, help="options from a YAML file, or from the config.json of a run; over the recipe's")
 
 

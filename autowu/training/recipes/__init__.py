@@ -7,18 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from autowu.training.errors import UsageError, unknown_name
-from autowu.training.options import as_arguments, defaults, given
+from autowu.training.options import RECIPES, as_arguments, defaults, given
 
-__all__ = ["read_config", "read_recipe", "recipe_names"]
+__all__ = ["read_config", "read_recipe"]
 
 _FOLDER = Path(__file__).parent
 _OF_ONE_RUN = {"run_dir", "resume", "world_size"}
 """What the config.json of a run says of that run alone."""
-
-
-def recipe_names() -> list[str]:
-    """Every name that `read_recipe` takes."""
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -31,8 +26,8 @@ def read_recipe(name: str) -> dict[str, Any]:
         >>> read_recipe("resnet50-imagenet")["opt_kwargs"]["wd_ratio"]
         0.1
     """
-    if name not in recipe_names():
-        raise unknown_name("--recipe", name, recipe_names())
+    if name not in RECIPES:
+        raise unknown_name("--recipe", name, RECIPES)
     return read_config(_FOLDER / f"{name}.yaml")
 
 
