@@ -71,7 +71,7 @@ def made(config, process=ALONE):
 def looped(config, parts, loaders, *, recorder=None, console=None, branches=None):
     folder = RunFolder(config, 1)
     folder.path.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(parts, ALONE, folder, branches)
+    checkpoints = Checkpoints(parts, ALONE, folder, config, branches)
     return Loop(
         config, ALONE, parts, loaders, checkpoints, recorder or NullRecorder(), console or NullConsole(), StopSignals(ALONE)
     )
@@ -280,7 +280,7 @@ class Signalled(NullRecorder):
         self.paused = True
 
 
-@pytest.mark.parametrize(("number", "at", "saved_at"), [(signal.SIGTERM, 13, 14), (signal.SIGINT, 0, 1), (signal.SIGINT, 19, 20)])
+@pytest.mark.parametrize(("number", "at", "saved_at"), [(signal.SIGTERM, 13, 14), (signal.SIGUSR1, 0, 1), (signal.SIGINT, 19, 20)])
 def test_a_signal_saves_all_steps_and_the_run_goes_on_exactly(tmp_path, number, at, saved_at):
     config = configured(tmp_path / "whole")
     whole, loaders = made(config)
@@ -307,7 +307,7 @@ def test_a_second_interrupt_breaks_off_at_once_and_one_that_a_launcher_repeats_d
     with StopSignals(ALONE) as signals:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals.number() == signal.SIGINT
+        assert signals.asked() == signal.SIGINT
         time.sleep(1.1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -357,7 +357,7 @@ def test_a_loaded_run_goes_on_as_the_one_that_was_saved(tmp_path):
     other, loaders = made(config)
     with torch.no_grad():
         other.model[0].weight.zero_()
-    loaded = Checkpoints(other, ALONE, RunFolder(config, 1)).load(tmp_path / "run" / "checkpoint.pt")
+    loaded = Checkpoints(other, ALONE, RunFolder(config, 1), config).load(tmp_path / "run" / "checkpoint.pt")
     assert loaded == saved
     states = [p.autowu.state_dict() for p in (parts, other)]
     assert states[0]["last_epoch"] == states[1]["last_epoch"] == 10
@@ -403,7 +403,7 @@ def test_a_branch_that_leaves_between_two_epochs_waits_for_the_test(tmp_path):
     steps = loop.train_epoch(Progress(1))
     assert (steps.step, steps.is_complete) == (20, True)
     assert not list((tmp_path / "run").iterdir())
-    loop.checkpoints.save_due(Progress(2), EpochSteps(ALONE, 2, STEPS_PER_EPOCH))
+    loop.checkpoints.save_branches(Progress(2), EpochSteps(ALONE, 2, STEPS_PER_EPOCH))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["branch-0.5.pt"]
 
 
@@ -458,7 +458,7 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path, damage, said):
     config = configured(tmp_path / "run")
     parts, _ = made(config)
     path = tmp_path / "checkpoint.pt"
-    checkpoints = Checkpoints(parts, ALONE, RunFolder(configured(tmp_path), 1))
+    checkpoints = Checkpoints(parts, ALONE, RunFolder(configured(tmp_path), 1), config)
     checkpoints.save(Progress(0))
     torch.save(read_checkpoint(path), path)  # as torch itself writes, and as earlier versions did
     assert checkpoints.load(path) == Progress(0)
@@ -479,12 +479,12 @@ def test_small_checkpoints_are_without_the_copies_and_load(tmp_path):
     folder.path.mkdir()
     sizes = []
     for small in False, True:
-        Checkpoints(parts, ALONE, folder, small=small).save(Progress(2))
+        Checkpoints(parts, ALONE, folder, replace(config, small_checkpoints=small)).save(Progress(2))
         (state,) = read_checkpoint(folder.checkpoint_path)["scheduler"]
         assert (state["snapshot"] is None) == small
         sizes.append(folder.checkpoint_path.stat().st_size)
         again, _ = made(config)
-        Checkpoints(again, ALONE, folder).load(folder.checkpoint_path)
+        Checkpoints(again, ALONE, folder, config).load(folder.checkpoint_path)
         assert_same_weights(again.model, parts.model)
     assert sizes[1] < 0.7 * sizes[0]
 

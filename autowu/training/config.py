@@ -67,7 +67,10 @@ class TrainConfig:
     device: str | None
     seed: int
     run_dir: Path
-    resume: bool
+    resume: bool | str
+    checkpoint_steps: int | None
+    checkpoint_minutes: float | None
+    checkpoint_hist: int
     log_layers: int | None
     skip_corrupt: bool
     small_checkpoints: bool
@@ -172,10 +175,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--resume",
-        action="store_true",
-        help="go on in --run-dir, under the same options or more --epochs",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="auto",
+        help="go on in --run-dir, under the same options or more --epochs; with 'auto' begin there if there is no run yet "
+        "(default: begin anew)",
     )
-    run.add_argument(
+    keep = parser.add_argument_group("checkpoints")
+    keep.add_argument(
+        "--checkpoint-steps",
+        "--recovery-interval",
+        type=int,
+        metavar="N",
+        help="save one every N steps too (default: after every epoch)",
+    )
+    keep.add_argument("--checkpoint-minutes", type=float, metavar="M", help="save one too where the last is M minutes old")
+    keep.add_argument("--checkpoint-hist", type=int, metavar="K", default=2, help="keep the last K, beside the best epoch's")
+    keep.add_argument(
         "--small-checkpoints",
         action="store_true",
         help="leave AutoWU's copies of model and optimizer out of checkpoints; a resumed run has none until it takes the next",
@@ -209,8 +226,19 @@ def _check_numbers(config: TrainConfig) -> None:
         raise UsageError(f"--lr {config.lr}: must be above 0 and finite in float32")
 
 
+def _check_checkpoints(config: TrainConfig) -> None:
+    if config.resume not in (False, True, "auto"):
+        raise UsageError(f"--resume {config.resume}: must be 'auto', or stand alone; --run-dir names the folder")
+    for name in ("checkpoint_steps", "checkpoint_hist"):
+        if (value := getattr(config, name)) is not None and not 1 <= value <= _LARGEST_COUNT:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1 and at most {_LARGEST_COUNT}")
+    if (minutes := config.checkpoint_minutes) is not None and not 0 < minutes <= _LARGEST_FLOAT:
+        raise UsageError(f"--checkpoint-minutes {minutes}: must be above 0 and finite")
+
+
 def _check(config: TrainConfig) -> None:
     _check_numbers(config)
+    _check_checkpoints(config)
     if config.sched == "cosine":
         for name in ("min_lr", "max_lr", "max_warmup_fraction", "cooldown_type", "cooldown_fraction"):
             if getattr(config, name) is not None:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +19,9 @@ from autowu.training.files import read_rows, replacing
 __all__ = ["RunFolder"]
 
 _FREE_TO_CHANGE = {"resume", "run_dir", "workers", "device", "skip_corrupt", "small_checkpoints"}
+_FREE_TO_CHANGE |= {"checkpoint_steps", "checkpoint_minutes", "checkpoint_hist"}
 _LOCK = ".lock"
+_OLDER = re.compile(r"checkpoint\.(\d+)\.pt")
 
 _STEP_FIELDS = ("step", "epoch", "lr", "loss")
 _EPOCH_FIELDS = ("epoch", "step", "phase", "lr", "train_loss", "test_loss", "test_accuracy", "seconds")
@@ -31,12 +34,14 @@ class RunFolder:
     Nothing is made before :meth:`claim` or :meth:`start`. The lock of the trunk's folder is that of its branches too.
 
     ``config.json``, ``metrics.csv`` (a row an optimizer step), ``epochs.csv`` (a row an epoch), ``checkpoint.pt`` (renewed after
-    every epoch), and at the end ``summary.json`` and ``figure.png``. :class:`~autowu.training.layers.LayerLog` writes there too.
+    every epoch; ``checkpoint.1.pt`` is the one before it, and so on), ``best.pt`` (the checkpoint of the best epoch), and at the
+    end ``summary.json`` and ``figure.png``. :class:`~autowu.training.layers.LayerLog` writes there too.
     """
 
     def __init__(self, config: TrainConfig, world_size: int) -> None:
         self.path = config.run_dir
         self.checkpoint_path = self.path / "checkpoint.pt"
+        self.best_path = self.path / "best.pt"
         self.config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()} | {"world_size": world_size}
         self._resume = config.resume
         self._can_be_extended = config.sched != "cosine" and not isinstance(config.cooldown_fraction, list)
@@ -46,13 +51,31 @@ class RunFolder:
         """The checkpoint that the branch with this cooldown_fraction begins with."""
         return self.path / f"branch-{fraction}.pt"
 
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints that the run can go on from, the newest first."""
+        older = sorted((int(name[1]), path) for path in self.path.glob("checkpoint.*.pt") if (name := _OLDER.fullmatch(path.name)))
+        return [path for path in (self.checkpoint_path, *(path for _, path in older)) if path.is_file()]
+
+    def shift_checkpoints(self, keep: int) -> None:
+        """Make room for a newer checkpoint, with which at most `keep` are there.
+
+        What a kill has left between two moves is in order, with a gap: only what is in front of the gap moves.
+        """
+        places = [self.checkpoint_path, *(self.path / f"checkpoint.{k}.pt" for k in range(1, keep))]
+        for path in self.checkpoints()[1:]:
+            if path not in places:
+                path.unlink()
+        gap = next((k for k, path in enumerate(places) if not path.exists()), keep - 1)
+        for k in range(gap, 0, -1):
+            places[k - 1].replace(places[k])
+
     def check(self) -> None:
         """See that a run can begin here, or go on where it is to be resumed.
 
         Raises:
             UsageError: as :meth:`check_empty` and :meth:`check_resumable`.
         """
-        if self._resume:
+        if self._resume and (self._resume != "auto" or (self.path / "config.json").exists()):
             self.check_resumable()
         else:
             self.check_empty()

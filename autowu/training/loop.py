@@ -17,7 +17,7 @@ from autowu.training.generators import seed_epoch, set_random_state
 from autowu.training.process import Process
 from autowu.training.progress import EpochSteps, Progress
 from autowu.training.records import NullRecorder, epoch_row
-from autowu.training.signals import Stopped, StopSignals
+from autowu.training.signals import SAVE, Stopped, StopSignals
 
 __all__ = ["Loop", "train_step"]
 
@@ -53,7 +53,7 @@ class Loop:
             self.recorder.epoch(rows, row)
             self.checkpoints.save(progress)
             self.console.epoch(row)
-            if progress.epochs < self.config.epochs and (number := self.signals.number()):
+            if progress.epochs < self.config.epochs and (number := self.signals.asked()) > SAVE:
                 raise Stopped(number)
         return progress
 
@@ -70,7 +70,7 @@ class Loop:
             for _ in begun.lrs:
                 next(batches)
             set_random_state(begun.random, self.process.device)
-        self.checkpoints.save_due(progress, steps)
+        self.checkpoints.save_branches(progress, steps)
         for images, labels in batches:
             lr, phase = parts.lr, parts.phase
             loss = train_step(parts, images, labels)
@@ -78,13 +78,20 @@ class Loop:
             parts.step_scheduler(loss)
             steps.add(lr, phase, loss)
             self.console.step(epoch, lr, phase)
-            self.checkpoints.save_due(progress, steps)
-            if not steps.is_complete and (number := self.signals.number()):
-                self.recorder.pause()
+            self.checkpoints.save_branches(progress, steps)
+            if not steps.is_complete:
                 elapsed = progress.elapsed + time.perf_counter() - started
-                self.checkpoints.save_within(replace(progress, elapsed=elapsed), steps)
-                raise Stopped(number)
+                self.between_steps(replace(progress, elapsed=elapsed), steps)
         return steps
+
+    def between_steps(self, progress: Progress, steps: EpochSteps) -> None:
+        """Save a checkpoint where one is due, or a signal asks for the end: then Stopped is raised."""
+        asked = self.signals.asked(save=self.checkpoints.is_time())
+        if asked or self.checkpoints.is_step(steps.step):
+            self.recorder.pause()
+            self.checkpoints.save_within(progress, steps)
+        if asked > SAVE:
+            raise Stopped(asked)
 
 
 def train_step(parts: Parts, images: Tensor, labels: Tensor) -> Tensor:

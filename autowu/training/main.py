@@ -30,10 +30,11 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run train.py; the exit code.
 
-    0 at the end, 1 for what broke off, 2 for what the user asked and cannot be, 130 after Ctrl-C, 143 after SIGTERM.
+    0 at the end and after SIGTERM or SIGUSR1, with a checkpoint; 1 for what broke off, 2 for what the user asked and cannot be, 130
+    after Ctrl-C.
     """
     is_main = os.environ.get("RANK", "0") == "0"
-    code = 0
+    code, interrupted = 0, False
     try:
         config = parse_args(argv)
     except UsageError as error:
@@ -45,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 train(config, process)
             except Stopped as stopped:  # the processes stop, and leave, together
-                code = 128 + stopped.number
+                interrupted = True
+                code = 128 + stopped.number if stopped.number == signal.SIGINT else 0
     except (UsageError, RunError) as error:
         return error.code
     except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    if is_main and code and (config.run_dir / "config.json").exists():
+        interrupted, code = True, 128 + signal.SIGINT
+    if is_main and interrupted and (config.run_dir / "config.json").exists():
         print(f"interrupted; go on with the same options and --run-dir {config.run_dir} --resume", file=sys.stderr)
     return code
 

@@ -86,7 +86,7 @@ class NullRecorder:
         """An epoch is done: its rows of metrics.csv and its row of epochs.csv. A checkpoint follows."""
 
     def pause(self) -> None:
-        """The run stops within an epoch. A checkpoint follows, with its rows of metrics.csv."""
+        """A checkpoint within an epoch follows, with its rows of metrics.csv. The run may stop there."""
 
     def finish(self, summary: Mapping[str, Any], scheduler: AutoWU | None) -> None:
         """The run is done."""
