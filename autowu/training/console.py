@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +57,7 @@ class Console(NullConsole):
             f"{config.epochs} epochs of {steps_per_epoch} steps of "
             f"{config.batch_size * process.world_size} images on {process.world_size} x {process.device.type}"
         )
+        self._said_lost = False
         self._bar: Any = None
         self._lines = _Lines(self)
         self._level = logging.NOTSET
@@ -93,6 +95,9 @@ class Console(NullConsole):
             f"epoch {row['epoch']:3d}/{self._epochs}  LR {row['lr']:9.3g} {row['phase']:8s}  train loss {row['train_loss']:7.4f}  "
             f"test loss {row['test_loss']:7.4f}  test accuracy {row['test_accuracy']:7.2%}"
         )
+        if math.isnan(row["train_loss"]) and not self._said_lost:
+            self._said_lost = True
+            self.say(f"no loss of epoch {row['epoch']} was finite: the weights are lost; begin anew with a lower --lr or AutoWU")
 
     def finish(self, summary: Mapping[str, Any], path: Path) -> None:
         how = "" if summary["switch_step"] is None else f"  switch at step {summary['switch_step']}"

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -64,7 +65,7 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
 
     Raises:
         UsageError: if something in `config` cannot be, before anything was trained.
-        RunError: if the disk is full, or an image cannot be read.
+        RunError: if the disk is full, an image cannot be read, or a loader process has died.
         Stopped: if a signal asks for it.
     """
     started = time.perf_counter()
@@ -85,5 +86,12 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
         if error.errno not in _DISK:
             raise
         raise RunError(f"{error.filename or config.run_dir}: cannot be written: {error.strerror}") from None
+    except RuntimeError as error:  # torch has no class of its own for it
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = textwrap.shorten(str(error), 160)
+        raise RunError(
+            f"a loader process has died; go on with --resume, for want of memory with fewer --workers ({reason})"
+        ) from None
     finally:
         folder.release()

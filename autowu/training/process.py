@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ __all__ = ["Process", "join"]
 
 T = TypeVar("T")
 _FAILED = "autowu/failed"
+_GONE = "another process is gone; go on from the last checkpoint with --resume, as torchrun --max-restarts does by itself"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def join(device: str | None) -> Iterator[Process]:
 
     Raises:
         UsageError: if a GPU was asked for and there is none.
+        RunError: if another process has failed, or is gone.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = 0
@@ -98,7 +101,11 @@ def join(device: str | None) -> Iterator[Process]:
     except Exception as error:
         if _has_failed(store):  # the group breaks where one process leaves it
             raise RunError(f"another process has failed: {error}") from None
-        raise
+        if store is None or not _breaks_group(error):
+            raise
+        if _is_first(store, _GONE):
+            print(f"train.py: error: rank {rank}: {_GONE} ({_in_short(error)})", file=sys.stderr, flush=True)
+        raise RunError(_GONE) from None
     finally:
         if world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -117,6 +124,15 @@ def _device(name: str | None) -> torch.device:
     place = torch.device("cuda", local_rank)
     torch.cuda.set_device(place)
     return place
+
+
+def _breaks_group(error: Exception) -> bool:
+    """Whether it is what a collective raises where a process no longer answers."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _in_short(error: Exception) -> str:
+    return textwrap.shorten(str(error), 160)
 
 
 def _is_first(store: Any, error: str) -> bool:
