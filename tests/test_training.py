@@ -33,7 +33,7 @@ from autowu.training.folder import RunFolder
 from autowu.training.generators import random_state, seed_epoch, set_random_state
 from autowu.training.loop import Loop, train_step
 from autowu.training.process import Process
-from autowu.training.progress import Begun, EpochSteps, Progress
+from autowu.training.progress import Begun, EpochSteps, Progress, StepRow
 from autowu.training.records import NullRecorder, Recorder, epoch_row, summarize
 from autowu.training.run import train_run
 from autowu.training.signals import Stopped, StopSignals
@@ -49,6 +49,7 @@ EPOCH = {
     "test_loss": 1.5,
     "test_accuracy": 0.5,
     "seconds": 1,
+    "images_per_s": 1000.0,
 }
 
 
@@ -138,7 +139,12 @@ def test_the_steps_of_an_epoch_are_numbered_in_the_run_and_become_rows():
         assert steps.step == 6 + k
         steps.add(0.1 * k, "warmup", torch.tensor(float(k)))
     assert steps.is_complete
-    assert steps.rows() == [(6, 3, 0.0, 0.0), (7, 3, 0.1, 1.0), (8, 3, 0.2, 2.0)]
+    rows = [
+        (6, 3, 0.0, 0.0, "warmup", None, ""),
+        (7, 3, 0.1, 1.0, "warmup", None, "switch peak"),
+        (8, 3, 0.2, 2.0, "warmup", None, ""),
+    ]
+    assert steps.rows({8: "switch peak", 7000: "lost"}) == rows
 
 
 def test_an_epoch_that_was_begun_goes_on_behind_its_steps():
@@ -146,7 +152,7 @@ def test_an_epoch_that_was_begun_goes_on_behind_its_steps():
     steps = EpochSteps(ALONE, 1, 4, begun)
     assert (steps.step, steps.losses()) == (6, [3.0, math.inf])
     steps.add(0.125, "cooldown", torch.tensor(2.0))
-    assert steps.rows() == [(4, 2, 0.5, 3.0), (5, 2, 0.25, math.inf), (6, 2, 0.125, 2.0)]
+    assert [row[:4] for row in steps.rows()] == [(4, 2, 0.5, 3.0), (5, 2, 0.25, math.inf), (6, 2, 0.125, 2.0)]
     assert begun.lrs == [0.5, 0.25]
     assert Progress(1, begun=begun).steps(4) == 6
 
@@ -235,7 +241,7 @@ def test_the_loop_records_each_step_at_its_lr_and_each_epoch_before_its_checkpoi
     watcher = Watcher(RunFolder(config, 1))
     progress = looped(config, *made(config), recorder=watcher).train(Progress())
     rows = [row for steps, _ in watcher.epochs for row in steps]
-    assert [(step, lr) for step, _, lr, _ in rows] == watcher.steps
+    assert [(row.step, row.lr) for row in rows] == watcher.steps
     assert [step for step, _ in watcher.steps] == list(range(30))
     assert len({lr for _, lr in watcher.steps}) > 20
     assert watcher.saved == [0, 1, 2]
@@ -500,7 +506,8 @@ def test_a_branch_in_the_warm_up_is_refused_by_its_option(tmp_path):
 
 def test_the_row_of_an_epoch_averages_the_finite_losses():
     steps = [(20, 3, 0.5, 1.0), (21, 3, 0.25, math.inf), (22, 3, 0.125, 2.0), (23, 3, 0.1, math.nan)]
-    row = epoch_row(steps, "stable", (1.25, 0.75), 1.23456)
+    steps = [StepRow(*step) for step in steps]
+    row = epoch_row(steps, "stable", (1.25, 0.75), 1.23456, 345.678)
     assert row == {
         "epoch": 3,
         "step": 23,
@@ -510,13 +517,14 @@ def test_the_row_of_an_epoch_averages_the_finite_losses():
         "test_loss": 1.25,
         "test_accuracy": 0.75,
         "seconds": 1.235,
+        "images_per_s": 345.7,
     }
-    assert math.isnan(epoch_row(steps[3:], "stable", (1.0, 0.5), 1)["train_loss"])
+    assert math.isnan(epoch_row(steps[3:], "stable", (1.0, 0.5), 1, 1)["train_loss"])
 
 
 def epoch_of(number):
     """The rows of an epoch of two steps."""
-    steps = [(2 * number + k, number + 1, 0.5, float(number + k)) for k in range(2)]
+    steps = [StepRow(2 * number + k, number + 1, 0.5, float(number + k), "warmup", 0.25) for k in range(2)]
     return steps, EPOCH | {"epoch": number + 1, "step": 2 * number + 1}
 
 
@@ -824,20 +832,22 @@ MAY_USE = {
     "process": "config",
     "files": "",
     "layers": "config files",
-    "folder": "config files",
     "data": "config process",
     "generators": "process",
     "progress": "process",
+    "folder": "config files progress",
     "console": "config process",
     "signals": "process",
     "build": "config data layers process",
     "evaluation": "build process",
+    "board": "config progress",
     "checkpoints": "build config files folder generators process progress",
-    "records": "build config files folder layers process progress",
+    "plan": "build checkpoints config console data evaluation process",
+    "records": "board build config files folder layers process progress",
     "loop": "build checkpoints config console data evaluation generators process progress records signals",
     "run": "build checkpoints config console data folder loop process progress records signals",
     "cooldowns": "build config data files folder process run",
-    "main": "build config cooldowns data folder process run signals",
+    "main": "board build config cooldowns data folder plan process run signals",
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from autowu.training.build import Parts
 from autowu.training.config import TrainConfig, UsageError
@@ -21,7 +22,7 @@ from autowu.training.generators import random_state
 from autowu.training.process import Process
 from autowu.training.progress import Begun, EpochSteps, Progress
 
-__all__ = ["Checkpoints", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoints", "load_model", "read_checkpoint", "write_checkpoint"]
 
 
 class Checkpoints:
@@ -94,7 +95,7 @@ class Checkpoints:
             self._parts.scheduler.load_state_dict(self._of_this_process(state["scheduler"]))
             begun = state.get("begun")
             if begun is not None:
-                begun = Begun(begun["lrs"], begun["losses"], begun["random"][self._process.rank])
+                begun = Begun(**begun | {"random": begun["random"][self._process.rank]})
             return Progress(state["epoch"], state["elapsed"], state["last"], begun)
         except Exception as error:  # each part raises errors of its own on what it cannot load
             raise UsageError(f"{path}: no checkpoint of this run: {_in_a_line(error)}") from None
@@ -138,6 +139,7 @@ class Checkpoints:
         state["step_in_epoch"] = len(steps.lrs)
         random = self._process.gather(random_state(self._process.device))
         state["begun"] = {"lrs": list(steps.lrs), "losses": steps.losses(), "random": random}
+        state["begun"] |= {"phases": list(steps.phases), "probabilities": list(steps.probabilities)}
         return state
 
     def _state(self, progress: Progress, scheduler_state: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +193,18 @@ class Checkpoints:
         """By accuracy, then by loss; the best is the largest."""
         accuracy, loss = row.get("test_accuracy", -math.inf), row.get("test_loss", math.inf)
         return accuracy, -loss if math.isfinite(loss) else -math.inf
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Give `model` the weights in a checkpoint.
+
+    Raises:
+        UsageError: if it is damaged, or of another model.
+    """
+    try:
+        model.load_state_dict(read_checkpoint(path)["model"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{path}: no checkpoint of this model: {_in_a_line(error)}") from None
 
 
 def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:

@@ -71,6 +71,9 @@ class TrainConfig:
     checkpoint_steps: int | None
     checkpoint_minutes: float | None
     checkpoint_hist: int
+    log_tensorboard: bool
+    eval: Path | None
+    dry_run: bool
     log_layers: int | None
     skip_corrupt: bool
     small_checkpoints: bool
@@ -182,6 +185,10 @@ def _parser() -> argparse.ArgumentParser:
         help="go on in --run-dir, under the same options or more --epochs; with 'auto' begin there if there is no run yet "
         "(default: begin anew)",
     )
+    look = parser.add_argument_group("instead of training, and beside it")
+    look.add_argument("--eval", type=Path, metavar="CHECKPOINT", help="test the model in a checkpoint, and train nothing")
+    look.add_argument("--dry-run", action="store_true", help="print what the run would be, and train nothing")
+    look.add_argument("--log-tensorboard", action="store_true", help="write the metrics to TensorBoard too, in tensorboard/")
     keep = parser.add_argument_group("checkpoints")
     keep.add_argument(
         "--checkpoint-steps",

@@ -57,11 +57,14 @@ def _sync_folder(path: Path) -> None:
 
 
 def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file with these columns. What a cut left incomplete is no row.
+    """The rows of a CSV file with these columns, or the first of them: the others are blank. What a cut left incomplete is no row.
 
     Raises:
         OSError: if the file cannot be read.
     """
     whole, _, _ = path.read_bytes().decode(errors="replace").rpartition("\n")
-    rows = csv.DictReader(whole.splitlines())
-    return [row for row in rows if list(row) == list(fields) and None not in row.values()]
+    reader = csv.DictReader(whole.splitlines())
+    known = list(reader.fieldnames or [])
+    if not known or known != list(fields)[: len(known)]:
+        return []
+    return [dict.fromkeys(fields, "") | row for row in reader if list(row) == known and None not in row.values()]

@@ -15,16 +15,17 @@ from typing import Any
 
 from autowu.training.config import TrainConfig, UsageError
 from autowu.training.files import read_rows, replacing
+from autowu.training.progress import StepRow
 
 __all__ = ["RunFolder"]
 
 _FREE_TO_CHANGE = {"resume", "run_dir", "workers", "device", "skip_corrupt", "small_checkpoints"}
-_FREE_TO_CHANGE |= {"checkpoint_steps", "checkpoint_minutes", "checkpoint_hist"}
+_FREE_TO_CHANGE |= {"checkpoint_steps", "checkpoint_minutes", "checkpoint_hist", "log_tensorboard", "eval", "dry_run"}
 _LOCK = ".lock"
 _OLDER = re.compile(r"checkpoint\.(\d+)\.pt")
 
-_STEP_FIELDS = ("step", "epoch", "lr", "loss")
-_EPOCH_FIELDS = ("epoch", "step", "phase", "lr", "train_loss", "test_loss", "test_accuracy", "seconds")
+_STEP_FIELDS = StepRow._fields
+_EPOCH_FIELDS = ("epoch", "step", "phase", "lr", "train_loss", "test_loss", "test_accuracy", "seconds", "images_per_s")
 _FIELDS = {"metrics.csv": _STEP_FIELDS, "epochs.csv": _EPOCH_FIELDS}
 
 
@@ -166,8 +167,8 @@ class RunFolder:
         except OSError as error:
             raise UsageError(f"{self.path / name}: cannot be read: {error.strerror or error}") from None
 
-    def add_steps(self, rows: Sequence[Sequence[float]]) -> None:
-        """Append rows of `step, epoch, lr, loss` to metrics.csv."""
+    def add_steps(self, rows: Sequence[StepRow]) -> None:
+        """Append rows to metrics.csv."""
         with (self.path / "metrics.csv").open("a", newline="") as file:
             csv.writer(file).writerows(rows)
 

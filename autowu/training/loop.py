@@ -44,11 +44,13 @@ class Loop:
         while progress.epochs < self.config.epochs:
             started = time.perf_counter()
             steps = self.train_epoch(progress)
+            images = steps.taken * self.config.batch_size * self.process.world_size
+            images_per_s = images / (time.perf_counter() - started)
             average_batch_norm(self.parts.model, self.process)
             test = evaluate(self.parts, self.loaders.test, self.process)
-            rows = steps.rows()  # the one read of the epoch's losses
+            rows = steps.rows(self.parts.events)  # the one read of the epoch's losses
             seconds = time.perf_counter() - started
-            row = epoch_row(rows, steps.phase, test, seconds)
+            row = epoch_row(rows, steps.phase, test, seconds, images_per_s)
             progress = progress.after_epoch(row, seconds)
             self.recorder.epoch(rows, row)
             self.checkpoints.save(progress)
@@ -72,12 +74,12 @@ class Loop:
             set_random_state(begun.random, self.process.device)
         self.checkpoints.save_branches(progress, steps)
         for images, labels in batches:
-            lr, phase = parts.lr, parts.phase
+            lr, phase, probability = parts.lr, parts.phase, parts.probability
             loss = train_step(parts, images, labels)
             self.recorder.step(steps.step, parts.optimizer)  # before the scheduler changes the LR, or goes back
             parts.step_scheduler(loss)
-            steps.add(lr, phase, loss)
-            self.console.step(epoch, lr, phase)
+            steps.add(lr, phase, loss, probability)
+            self.console.step(epoch, lr, phase, probability)
             self.checkpoints.save_branches(progress, steps)
             if not steps.is_complete:
                 elapsed = progress.elapsed + time.perf_counter() - started

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from autowu.training.board import check_board
 from autowu.training.build import build
 from autowu.training.config import RunError, TrainConfig, UsageError, parse_args
 from autowu.training.cooldowns import train_cooldowns
 from autowu.training.data import find_data
 from autowu.training.folder import RunFolder
+from autowu.training.plan import without_training
 from autowu.training.process import Process, join
 from autowu.training.run import train_run
 from autowu.training.signals import Stopped
@@ -61,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: TrainConfig, process: Process) -> dict[str, Any]:
     """Train as `config` says and write the run folder; the summary, on every process.
 
-    With several values of `cooldown_fraction` the summary is that of the smallest.
+    With several values of `cooldown_fraction` the summary is that of the smallest. With ``--eval`` the result is that of the test,
+    and with ``--dry-run`` it is empty; nothing is written.
 
     Raises:
         UsageError: if something in `config` cannot be, before anything was trained.
@@ -73,9 +76,14 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
     if config.sync_bn and process.device.type != "cuda":
         raise UsageError("--sync-bn: works on GPUs only")
     config = replace(config, run_dir=process.gather(config.run_dir)[0])  # each may have named one after its own clock
+    check_board(config)
     data = find_data(config, process)
+    if config.eval is not None:
+        return without_training(config, process, data)
     folder = RunFolder(config, process.world_size)
     process.on_main(folder.check)
+    if config.dry_run:
+        return without_training(config, process, data)
     try:
         if isinstance(config.cooldown_fraction, list):
             return train_cooldowns(config, process, data, folder, started)
