@@ -47,13 +47,13 @@ class Board:
                     self._add(f"train/{name}", value, of_step.step)
             self._add("train/phase", PHASES.index(of_step.phase), of_step.step)
             if of_step.event:
-                self._writer.add_text("events", of_step.event, of_step.step)  # type: ignore[no-untyped-call]
+                self._writer.add_text("events", of_step.event, of_step.step)
         for name in ("test_loss", "test_accuracy", "train_loss", "images_per_s"):
             self._add(f"epoch/{name}", row[name], row["step"])
-        self._writer.flush()  # type: ignore[no-untyped-call]
+        self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
     def _add(self, name: str, value: float, step: int) -> None:
-        self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+        self._writer.add_scalar(name, value, step)

@@ -86,8 +86,8 @@ class EpochSteps:
         self.lrs = [] if begun is None else list(begun.lrs)
         self.phases = [] if begun is None else list(begun.phases)
         self.probabilities = [] if begun is None else list(begun.probabilities)
-        for column in (self.phases, self.probabilities):  # earlier versions did not save them
-            column += [None if column is self.probabilities else ""] * (len(self.lrs) - len(column))
+        self.phases += [""] * (len(self.lrs) - len(self.phases))  # earlier versions did not save them
+        self.probabilities += [None] * (len(self.lrs) - len(self.probabilities))
         self._process = process
         self._first_step = epoch * steps_per_epoch
         self._steps_per_epoch = steps_per_epoch
