@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +89,7 @@ def join(device: str | None) -> Iterator[Process]:
     try:
         place = _device(device)
         if world_size > 1:
+            store = _of_this_start(store, rank, world_size)
             dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
         yield Process(rank, world_size, place)
         if world_size > 1:
@@ -133,6 +136,28 @@ def _breaks_group(error: Exception) -> bool:
 
 def _in_short(error: Exception) -> str:
     return textwrap.shorten(str(error), 160)
+
+
+def _of_this_start(store: Any, rank: int, world_size: int) -> Any:
+    """The part of `store` that is of this start of the processes alone. They agree on its name, which is never used again.
+
+    torchrun's store outlives its processes. Those that it starts anew would find the addresses of those that are gone.
+    """
+    if rank == 0:
+        name, until = secrets.token_hex(8), time.monotonic() + store.timeout.total_seconds()
+        while (came := store.add(f"autowu/came/{name}", 0)) < world_size - 1:
+            if time.monotonic() > until:
+                raise RunError(f"{came + 1} of {world_size} processes have come together in {store.timeout.total_seconds():.0f} s")
+            for other in range(1, world_size):
+                if store.check([f"autowu/asks/{other}"]):  # what is asked may be of an earlier start, and then nobody hears
+                    store.set(f"autowu/answer/{store.get(f'autowu/asks/{other}').decode()}", name)
+            time.sleep(0.01)
+    else:
+        own = secrets.token_hex(8)
+        store.set(f"autowu/asks/{rank}", own)
+        name = store.get(f"autowu/answer/{own}").decode()
+        store.add(f"autowu/came/{name}", 1)
+    return dist.PrefixStore(f"autowu/{name}", store)  # type: ignore[attr-defined]
 
 
 def _is_first(store: Any, error: str) -> bool:
