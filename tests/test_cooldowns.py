@@ -257,7 +257,7 @@ def test_a_signal_in_trunk_or_branch_costs_no_step(tmp_path, steps):
     steps.by_signal = True
     resume = []
     for steps.stop_at in (0.1, 36), (0.5, 3), (0.5, 12):  # the branch before its first epoch is done, and after
-        assert main([*command, str(tmp_path / "cut"), *resume]) == 143
+        assert main([*command, str(tmp_path / "cut"), *resume]) == 0
         resume = ["--resume"]
     steps.stop_at = None
     assert main([*command, str(tmp_path / "cut"), "--resume"]) == 0
