@@ -8,7 +8,8 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -85,11 +86,23 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
     if config.dry_run:
         return without_training(config, process, data)
     try:
-        if isinstance(config.cooldown_fraction, list):
-            return train_cooldowns(config, process, data, folder, started)
-        parts, loaders = build(config, process, data)
-        process.on_main(folder.claim)
-        return train_run(config, process, parts, loaders, folder, started)
+        with _told_as_run_errors(config):
+            if isinstance(config.cooldown_fraction, list):
+                summary = train_cooldowns(config, process, data, folder, started)
+            else:
+                parts, loaders = build(config, process, data)
+                process.on_main(folder.claim)
+                summary = train_run(config, process, parts, loaders, folder, started)
+    finally:
+        folder.release()
+    return summary
+
+
+@contextmanager
+def _told_as_run_errors(config: TrainConfig) -> Iterator[None]:
+    """Raise a RunError in the place of what a full disk, or a loader process that dies, raises."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -101,5 +114,3 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
         raise RunError(
             f"a loader process has died; go on with --resume, for want of memory with fewer --workers ({reason})"
         ) from None
-    finally:
-        folder.release()
