@@ -116,7 +116,7 @@ def test_two_processes_train_as_one(two, whole):
         ("digits", signal.SIGKILL, -signal.SIGKILL, 1),  # in the warm-up
         ("folder", signal.SIGKILL, -signal.SIGKILL, 1),
         ("digits", signal.SIGINT, 130, 2),
-        ("folder", signal.SIGTERM, 143, 1),
+        ("folder", signal.SIGUSR1, 0, 1),
     ],
 )
 def test_a_killed_run_goes_on_exactly(tmp_path, whole, data, number, code, epoch):

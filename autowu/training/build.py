@@ -79,6 +79,24 @@ class Parts:
         """AutoWU's phase; empty for another scheduler."""
         return "" if self.autowu is None else self.autowu.phase
 
+    @property
+    def probability(self) -> float | None:
+        """Of the minimum being past, as AutoWU's last test had it; on the main process."""
+        if self.autowu is None:
+            return None
+        if self.autowu.switch is not None:
+            return self.autowu.switch.probability
+        return None if self.autowu.decision is None else self.autowu.decision.probability
+
+    @property
+    def events(self) -> dict[int, str]:
+        """Kinds of what AutoWU met, by the number of steps that were taken by then; those from before the first count to it."""
+        found: dict[int, str] = {}
+        for event in [] if self.autowu is None else self.autowu.events:
+            step = max(1, event.step)
+            found[step] = f"{found[step]} {event.kind}" if step in found else event.kind
+        return found
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp)
 

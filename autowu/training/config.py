@@ -103,9 +103,15 @@ class TrainConfig:
     device: str | None
     seed: int
     run_dir: Path
-    log_layers: int | None
-    resume: bool
+    resume: bool | str
+    checkpoint_steps: int | None
+    checkpoint_minutes: float | None
+    checkpoint_hist: int
     small_checkpoints: bool
+    log_tensorboard: bool
+    log_layers: int | None
+    eval: Path | None
+    dry_run: bool
 
     @property
     def step_size(self) -> int:
@@ -191,6 +197,8 @@ def _split_batch(args: dict[str, Any], processes: int) -> None:
 
 
 def _check(config: TrainConfig) -> None:
+    if config.resume not in (False, True, "auto"):
+        raise UsageError(f"--resume {config.resume}: must be 'auto', or stand alone; --run-dir names the folder")
     if config.sched in ("cosine", "poly"):
         for name in _OF_AUTOWU:
             if getattr(config, name) is not None:

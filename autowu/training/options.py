@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     _batch(parser.add_argument_group("length and batch"))
     _precision(parser.add_argument_group("precision and device"))
     _run(parser.add_argument_group("run"))
+    _checkpoints(parser.add_argument_group("checkpoints"))
     # torch.distributed.launch passes it; the environment has it too.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -274,7 +275,30 @@ def _run(group: _Group) -> None:
         metavar="N",
         help="every N steps, log norms and trust ratio of every layer to TensorBoard and to layers.parquet (default: never)",
     )
-    _flag(group, "resume", "go on in --run-dir, under the same options or more --epochs")
+    _flag(group, "log-tensorboard", "write the metrics to TensorBoard too, in tensorboard/")
+    group.add_argument("--eval", type=Path, metavar="CHECKPOINT", help="test the model in a checkpoint, and train nothing")
+    _flag(group, "dry-run", "print what the run would be, and train nothing")
+
+
+def _checkpoints(group: _Group) -> None:
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="auto",
+        help="go on in --run-dir, under the same options or more --epochs; with 'auto' begin there if there is no run yet "
+        "(default: begin anew)",
+    )
+    group.add_argument(
+        "--checkpoint-steps",
+        "--recovery-interval",
+        type=int,
+        metavar="N",
+        help="save one every N steps too (default: after every epoch)",
+    )
+    group.add_argument("--checkpoint-minutes", type=float, metavar="M", help="save one too where the last is M minutes old")
+    group.add_argument("--checkpoint-hist", type=int, metavar="K", default=2, help="keep the last K, beside the best epoch's")
     _flag(
         group,
         "small-checkpoints",
