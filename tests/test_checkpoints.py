@@ -345,3 +345,60 @@ def test_resume_auto_begins_where_there_is_no_run_and_goes_on_where_there_is_one
     (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(UsageError, match="not empty"):
         RunFolder(replace(config, run_dir=tmp_path / "other"), 1).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), None),
+        (("--mixup", "0.2"), "--mixup is 0.2, but the run was started with 0.0"),
+        (("--grad-accum", "2"), "--grad-accum is 2"),
+    ],
+    ids=["defaults", "mixup", "grad-accum"],
+)
+def test_a_run_from_before_an_option_was_there_had_its_default(tmp_path, options, said):
+    folder = RunFolder(configured(tmp_path / "run"), 1)
+    folder.claim()
+    newer = {"mixup", "grad_accum", "amp_dtype", "checkpoint_steps", "eval", "opt_kwargs", "train_split"}
+    folder.write_json("config.json", {name: value for name, value in folder.config.items() if name not in newer})
+    folder.release()
+    later = RunFolder(configured(tmp_path / "run", "--resume", *options), 1)
+    if said is None:
+        later.check()
+    else:
+        with pytest.raises(UsageError, match=said):
+            later.check()
+
+
+def test_only_a_run_that_follows_its_losses_is_extended(tmp_path):
+    for sched, extended in (("autowu", True), ("paper", True), ("cosine", False), ("poly", False)):
+        folder = RunFolder(configured(tmp_path / sched, "--sched", sched), 1)
+        folder.claim()
+        folder.write_json("config.json", folder.config | {"epochs": 2})
+        folder.release()
+        later = RunFolder(configured(tmp_path / sched, "--sched", sched, "--resume"), 1)
+        if extended:
+            later.check()
+        else:
+            with pytest.raises(UsageError, match="--epochs is 3, but the run was started with 2"):
+                later.check()
+
+
+def test_arguments_of_the_optimizer_are_those_of_before_when_a_run_goes_on(tmp_path):
+    options = ("--opt", "adamw", "--opt-kwargs", "betas=(0.9,0.99)", "fused={1,2}")
+    folder = RunFolder(configured(tmp_path / "run", *options), 1)
+    folder.claim()
+    folder.start(0)
+    folder.release()
+    RunFolder(configured(tmp_path / "run", *options, "--resume"), 1).check()
+    with pytest.raises(UsageError, match=r"--opt-kwargs is \{'betas': "):
+        RunFolder(configured(tmp_path / "run", "--opt", "adamw", "--opt-kwargs", "betas=(0.9,0.95)", "--resume"), 1).check()
+
+
+def test_another_number_of_processes_is_said_before_the_batch_that_follows_from_it(tmp_path):
+    folder = RunFolder(configured(tmp_path / "run"), 1)
+    folder.claim()
+    folder.start(0)
+    folder.release()
+    with pytest.raises(UsageError, match="number of processes is 2, but the run was started with 1"):
+        RunFolder(configured(tmp_path / "run", "--batch-size", "3", "--resume"), 2).check()

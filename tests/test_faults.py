@@ -72,14 +72,14 @@ def test_a_job_goes_on_by_itself_when_one_of_its_processes_is_killed(tmp_path, t
 
 LOADER = """
 import os, signal, sys
-from autowu.training import data
+from autowu.training import folders
 from autowu.training.main import main
-def load(path, load=data._load):
+def load(path, load=folders._load):
     if torch.utils.data.get_worker_info() is not None and "1.png" in path:
         os.kill(os.getpid(), signal.SIGKILL)
     return load(path)
 import torch
-data._load = load
+folders._load = load
 sys.exit(main(sys.argv[1:]))
 """
 

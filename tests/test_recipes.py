@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 from dataclasses import asdict
 
 import numpy as np
@@ -98,6 +99,17 @@ def test_a_data_root_is_the_published_recipe(options, recipe, model):
     config = parse_args(["--data-root", "/data", "--amp", "--batch-size", "256", *options])
     assert (config.recipe, config.model, config.batch_size, config.amp) == (recipe, model, 256, True)
     assert (config.dataset, str(config.data_dir)) == ("folder", "/data")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/train.md", "docs/several-machines.md"])
+def test_every_command_of_the_docs_is_one(page):
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
+    commands = re.findall(r"^.*\btrain\.py\b([^&\n]*)", blocks, re.MULTILINE)
+    assert commands
+    for command in commands:
+        for rank in ([], ["--local-rank=0"], ["--local_rank=0"]):  # as torch.distributed.launch of today, and of before, passes it
+            parse_args([*rank, *shlex.split(command)])
 
 
 def test_the_published_optimizer_has_its_numbers():

@@ -1,13 +1,14 @@
 """What train.py shows of a run, while it trains and in the place of training."""
 
 import csv
+import re
 import time
 
 import pytest
 import torch
 from test_training import ALONE, EPOCH, StepRow, configured, looped, made, small_model
 
-from autowu.training.checkpoints import load_model
+from autowu.training.checkpoints import load_model, read_checkpoint, write_checkpoint
 from autowu.training.config import UsageError
 from autowu.training.console import Console
 from autowu.training.data import find_data
@@ -107,6 +108,35 @@ def test_a_model_is_tested_without_training(tmp_path, capsys):
     assert f"{path}: no checkpoint of this model: " in capsys.readouterr().err
     assert main([*SMALL, "--eval", str(tmp_path / "nowhere.pt")]) == 2
     assert "nowhere.pt: damaged, or no checkpoint" in capsys.readouterr().err
+
+
+def test_what_is_tested_is_the_average_of_the_weights_where_a_run_kept_one(tmp_path, capsys):
+    options = [*SMALL, "--batch-size", "600", "--epochs", "1", "--sched", "cosine", "--run-dir", str(tmp_path / "run")]
+    assert main([*options, "--model-ema", "--model-ema-decay", "0.5"]) == 0
+    trained = capsys.readouterr().out
+    best = tmp_path / "run" / "best.pt"
+    state = read_checkpoint(best)
+    assert any(not torch.equal(state["model"][name], state["ema"][name]) for name in state["model"])
+    for given in ([], ["--model-ema"]):
+        assert main([*SMALL, "--eval", str(best), *given]) == 0
+        assert capsys.readouterr().out.removeprefix(f"{best}: ").strip() in trained
+    write_checkpoint({"model": state["model"]}, best)
+    assert main([*SMALL, "--eval", str(best), "--model-ema"]) == 0
+
+
+def test_a_dry_run_is_of_accumulated_steps_in_half_precision_too(capsys):
+    batch = ["--global-batch-size", "128", "--batch-size", "32", "--amp", "--amp-dtype", "float16", "--clip-grad", "1"]
+
+    def size(*options):
+        assert main([*SMALL, "--dry-run", *batch, *options]) == 0
+        out = capsys.readouterr().out
+        assert "30 epochs of 10 steps of 128 images on 1 x cpu" in out
+        assert "300 steps; 1280 of 1347 images an epoch" in out
+        return float(re.search(r"checkpoints of about ([\d.]+) MB", out)[1])
+
+    one = size("--small-checkpoints")
+    assert size("--small-checkpoints", "--model-ema") == pytest.approx(1.5 * one, rel=0.02)  # weights, momenta and an average
+    assert size("--small-checkpoints", "--freeze", "backbone") == pytest.approx(0.5 * one, rel=0.02)
 
 
 def test_a_pickle_that_would_run_code_is_refused_by_eval_too(tmp_path):

@@ -132,7 +132,8 @@ class RunFolder:
             before = {**asdict(parse_args([])), **json.loads(path.read_text())}
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"--resume: {path} cannot be read: {error}") from None
-        for name in self.config.keys() - _FREE_TO_CHANGE:
+        names = ("world_size", *self.config)  # first, as the size of a batch may follow from it
+        for name in (name for name in names if name not in _FREE_TO_CHANGE):
             if name == "epochs" and self._can_be_extended and before[name] < self.config[name]:
                 continue
             if before.get(name) != self.config[name]:
