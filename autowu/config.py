@@ -35,7 +35,9 @@ from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, decades
 
 __all__ = [
     "ARGUMENTS",
+    "BUDGETS",
     "PUBLISHED",
+    "UNMEASURED",
     "Config",
     "check_together",
     "checked",
@@ -44,9 +46,22 @@ __all__ = [
     "described",
     "extended",
     "forked",
+    "lengthened",
 ]
 
 TESTS_PER_WARMUP: Final = 60
+MAX_WARMUP_FRACTION: Final = 0.32
+"""Of a short run, what the longest warm-up may take."""
+WARMUP_STEPS: Final = 9.4
+"""On the square root of a run's steps, the longest warm-up of a long run: more losses than that show no more."""
+OPEN_WARMUP: Final = 600
+"""Steps of a full warm-up in a run without a fixed end: as in one of 1,875 steps, about the longest that the default was measured
+on. A shorter one decides on fewer than a hundred losses a decade of LR; a longer one costs more than an unknown length may be
+worth."""
+UNMEASURED: Final = 2**20
+"""Origin of a warm-up that waits for the length of the run to be estimated; until then the LR is `min_lr`."""
+BUDGETS: Final = ("total_samples", "total_tokens", "total_seconds")
+"""Lengths of a run that are not known in steps."""
 MAX_LAG: Final = 0.5
 """Decades of LR: what a fitted curve can tell apart, and so the most that the loss of a warm-up counts as lagging behind its LR."""
 
@@ -56,36 +71,66 @@ class Config:
     """The arguments of a run, checked and resolved; steps are optimizer steps. Built by :func:`configure`.
 
     Attributes:
-        total_steps: T.
-        steps_per_epoch: None for a run that was given `total_steps` only.
+        total_steps: T; None as long as the end is open.
+        total_samples, total_tokens, total_seconds: the budget of a run whose end moves as it is used; at most one is not None.
+        steps_per_epoch: None for a run that was given no epochs.
         warmup_steps: length W of the axis on which the LR would grow from `min_lr` to `max_lr`.
-        warmup_limit: step at which a warm-up ends without a switch: W, or the start of the cooldown where that comes first.
-        cooldown_fraction, cooldown_start: share of T for the cooldown and its first step, used where it is not immediate.
+        warmup_limit: step of the axis at which a warm-up ends without a switch: W, or an earlier start of the cooldown.
+        warmup_origin: step of the run at which the axis begins: 0, but for a warm-up that is begun anew.
+        cooldown_fraction, cooldown_start: share of T for the cooldown and its first step, None as long as that is open; used
+            where it is not immediate.
+        replanned_at, replanned_progress: a step of the cooldown from which on it is to last until another T, and the share of it
+            that lay behind by then; None and 0 for one that goes on as it began.
         test_interval: steps between tests.
-        peak_factor: the peak LR over that at the minimum, the lag included.
+        peak_factor: the peak LR over that at the far edge of the valley (at the minimum where `min_rise` is 0), the lag included.
     """
 
-    total_steps: int
+    total_steps: int | None
+    total_samples: int | None
+    total_tokens: int | None
+    total_seconds: float | None
     steps_per_epoch: int | None
     min_lr: float
     max_lr: float
     warmup_steps: int
     warmup_limit: int
+    warmup_origin: int
     warmup_type: str
     warmup_unit: str
     immediate_cooldown: bool
     cooldown_type: str
     cooldown_fraction: float
-    cooldown_start: int
+    cooldown_start: int | None
+    replanned_at: int | None
+    replanned_progress: float
     decay_phase_stat: str | None
     decay_phase_factor: float
     test_interval: int
     patience: int
     confidence: float
     min_contrast: float
+    min_rise: float
     peak_factor: float
     rollback: bool
     watch: bool
+
+    @property
+    def end(self) -> float:
+        """T; infinite as long as the end is open."""
+        return math.inf if self.total_steps is None else self.total_steps
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """Name and size of the budget, if there is one."""
+        for name in BUDGETS:  # in half the time of next()
+            if (value := getattr(self, name)) is not None:
+                return name, value
+        return None
+
+    @property
+    def cooldown_from(self) -> float:
+        """First step of a cooldown that is not immediate; infinite as long as it is open."""
+        return math.inf if self.cooldown_start is None else self.cooldown_start
 
 
 def _optimizer(name: str, value: Any) -> Optimizer:
@@ -126,12 +171,16 @@ ARGUMENTS: Final[Mapping[str, Check]] = {
     "steps_per_epoch": optional(count),
     "total_epochs": optional(count),
     "total_steps": optional(count),
+    "total_samples": optional(count),
+    "total_tokens": optional(count),
+    "total_seconds": optional(positive),
     "immediate_cooldown": flag,
     "cooldown_type": one_of(*COOLDOWN_TYPES),
     "cooldown_fraction": fraction,
     "min_lr": optional(positive),
     "max_lr": optional(positive),
-    "max_warmup_fraction": share,
+    "max_warmup_fraction": optional(share),
+    "max_warmup_steps": optional(count),
     "warmup_type": one_of(*WARMUP_TYPES),
     "warmup_unit": one_of("step", "epoch"),
     "decay_phase_stat": one_of(None, "loss"),
@@ -140,6 +189,7 @@ ARGUMENTS: Final[Mapping[str, Check]] = {
     "patience": count,
     "confidence": between("between 0.5 and 1", lambda value: 0.5 < value < 1),
     "min_contrast": between("at least 0 and finite", lambda value: 0 <= value < math.inf),
+    "min_rise": between("at least 0 and finite", lambda value: 0 <= value < math.inf),
     "peak_factor": optional(share),
     "gp": _engine,
     "device": optional(device),
@@ -162,6 +212,7 @@ PUBLISHED: Final[Mapping[str, Any]] = {
     "test_interval": "epoch",
     "patience": 3,
     "min_contrast": 0.0,
+    "min_rise": 0.0,
     "peak_factor": 1.0,
     "immediate_cooldown": True,
     "cooldown_type": "cosine",
@@ -188,7 +239,7 @@ def configure(arguments: Mapping[str, Any]) -> Config:
         TypeError, ValueError: for arguments that do not go together, naming them, their values and what they may be.
     """
     optimizer, steps_per_epoch = arguments["optimizer"], arguments["steps_per_epoch"]
-    total = _total_steps(**{name: arguments[name] for name in ("steps_per_epoch", "total_epochs", "total_steps")})
+    total = _length(arguments)
     _check_epochs(arguments)
     _check_decay(arguments)
     min_lr, max_lr = (
@@ -210,7 +261,10 @@ def configure(arguments: Mapping[str, Any]) -> Config:
         "max_lr": max_lr,
         "warmup_steps": warmup_steps,
         "warmup_limit": limit,
+        "warmup_origin": UNMEASURED if _is_unmeasured(arguments) else 0,
         "cooldown_start": start,
+        "replanned_at": None,
+        "replanned_progress": 0.0,
         "test_interval": interval or max(1, round(limit / TESTS_PER_WARMUP)),
         "peak_factor": factor,
     }
@@ -226,19 +280,44 @@ def check_together(config: Mapping[str, Any]) -> None:
     """
     _check_epochs(config)
     _check_decay(config)
-    total, steps, limit, start = (config[name] for name in ("total_steps", "warmup_steps", "warmup_limit", "cooldown_start"))
+    given = [f"{name}={config[name]!r}" for name in ("steps_per_epoch", *BUDGETS) if config[name] is not None]
+    if len(given) > 1 or (given and config["immediate_cooldown"] and config["steps_per_epoch"] is None):
+        raise ValueError(f"{', '.join(given)}: must be one length, and with a budget immediate_cooldown=False")
+    steps, limit, origin = (config[name] for name in ("warmup_steps", "warmup_limit", "warmup_origin"))
     if not config["min_lr"] < config["max_lr"]:
         raise ValueError(f"min_lr={config['min_lr']!r}: must be below max_lr={config['max_lr']!r}")
-    if steps > total:
-        raise ValueError(f"warmup_steps={steps!r}: must be at most total_steps={total!r}")
-    if start >= total:
-        raise ValueError(f"cooldown_start={start!r}: must be below total_steps={total!r}")
-    latest = min(steps, total - 1) if config["immediate_cooldown"] else min(steps, start)
+    total, start, again = (config[name] for name in ("total_steps", "cooldown_start", "replanned_at"))
+    if (total is None) != (start is None):
+        raise ValueError(f"total_steps={total!r}, cooldown_start={start!r}: must both be known, or neither")
+    latest = steps
+    if total is not None:
+        if limit == steps > total:
+            raise ValueError(f"warmup_steps={steps!r}: must be at most total_steps={total!r}")
+        if start >= total:
+            raise ValueError(f"cooldown_start={start!r}: must be below total_steps={total!r}")
+        latest = min(steps, (total - 1 if config["immediate_cooldown"] else start) - origin)
+    if again is not None and (total is None or not start <= again < total):
+        raise ValueError(f"replanned_at={again!r}: must be a step of the cooldown, from {start!r} on and below {total!r}")
     if limit > latest:
         raise ValueError(f"warmup_limit={limit!r}: must be at most {latest}, by the steps of warm-up and cooldown")
 
 
-def _total_steps(steps_per_epoch: int | None, total_epochs: int | None, total_steps: int | None) -> int:
+def _length(arguments: Mapping[str, Any]) -> int | None:
+    """T; None where it is not known in steps."""
+    epochs = ("steps_per_epoch", "total_epochs", "total_steps")
+    given = [f"{name}={arguments[name]!r}" for name in (*epochs, *BUDGETS) if arguments[name] is not None]
+    if len(given) > 1 and any(arguments[name] is not None for name in BUDGETS):
+        raise ValueError(f"{', '.join(given)}: give one length, or none for a run whose end is open")
+    return _total_steps(**{name: arguments[name] for name in epochs})
+
+
+def _is_unmeasured(arguments: Mapping[str, Any]) -> bool:
+    """Whether the warm-up can be planned only once it is known what a step uses of a budget."""
+    return arguments["max_warmup_steps"] is None and any(arguments[name] is not None for name in BUDGETS)
+
+
+def _total_steps(steps_per_epoch: int | None, total_epochs: int | None, total_steps: int | None) -> int | None:
+    """T; None where no length is given at all."""
     if total_steps is not None:
         if steps_per_epoch is not None or total_epochs is not None:
             raise ValueError(
@@ -246,6 +325,8 @@ def _total_steps(steps_per_epoch: int | None, total_epochs: int | None, total_st
                 f"total_epochs={total_epochs!r}, not both"
             )
         return total_steps
+    if steps_per_epoch is None and total_epochs is None:
+        return None
     if steps_per_epoch is None or total_epochs is None:
         raise TypeError(f"steps_per_epoch={steps_per_epoch!r}, total_epochs={total_epochs!r}: give both, or total_steps")
     return steps_per_epoch * total_epochs
@@ -257,9 +338,9 @@ def _check_epochs(arguments: Mapping[str, Any]) -> None:
         return
     for name in ("warmup_unit", "test_interval"):
         if arguments[name] == "epoch":
-            raise ValueError(f"{name}='epoch': needs steps_per_epoch, but total_steps was given")
+            raise ValueError(f"{name}='epoch': needs steps_per_epoch and total_epochs")
     if _decays(arguments):
-        raise ValueError(f"{_decay_words(arguments)}: act once an epoch and need steps_per_epoch, but total_steps was given")
+        raise ValueError(f"{_decay_words(arguments)}: act once an epoch and need steps_per_epoch and total_epochs")
 
 
 def _check_decay(arguments: Mapping[str, Any]) -> None:
@@ -281,15 +362,24 @@ def _decay_words(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={arguments[name]!r}" for name in ("decay_phase_stat", "decay_phase_factor"))
 
 
-def _warmup(total: int, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+def _warmup(total: int | None, arguments: Mapping[str, Any]) -> tuple[int, int, int | None]:
     """Length of the warm-up's axis, the step at which it ends at the latest, and the first step of the cooldown."""
-    largest = arguments["max_warmup_fraction"]
-    steps = int(largest * total) or round(largest * total)  # the shortest of runs has one step of warm-up
+    largest, steps = arguments["max_warmup_fraction"], arguments["max_warmup_steps"]
+    if total is None:
+        if arguments["immediate_cooldown"]:
+            need = "needs the step of the end; give total_steps, or steps_per_epoch and total_epochs"
+            raise ValueError(f"immediate_cooldown=True: decays from the switch to the end, and {need}")
+        return steps or OPEN_WARMUP, steps or OPEN_WARMUP, None
+    if largest is None:
+        largest = min(MAX_WARMUP_FRACTION, WARMUP_STEPS / math.sqrt(total))
+    asked = f"max_warmup_fraction={largest!r}" if steps is None else f"max_warmup_steps={steps!r}"
+    if steps is None:
+        steps = int(largest * total) or round(largest * total)  # the shortest of runs has one step of warm-up
     start = _cooldown_start(total, arguments["cooldown_fraction"])
     limit = steps if arguments["immediate_cooldown"] else min(steps, start)
     if not 1 <= limit < total:
         raise ValueError(
-            f"max_warmup_fraction={largest!r}: leaves {limit} steps of warm-up in a run of {total} steps; "
+            f"{asked}: leaves {limit} steps of warm-up in a run of {total} steps; "
             f"both the warm-up and the rest of the run need at least 1 step"
         )
     return steps, limit, start
@@ -303,9 +393,15 @@ def cooldown_start(config: Config, cooldown_fraction: float) -> int:
     """Step at which a cooldown over the last `cooldown_fraction` of the run begins.
 
     Raises:
-        TypeError, ValueError: unless the fraction is a number above 0 and below 1.
+        TypeError, ValueError: unless the fraction is a number above 0 and below 1, and the run has a length.
     """
-    return _cooldown_start(config.total_steps, fraction("cooldown_fraction", cooldown_fraction))
+    share_of_run = fraction("cooldown_fraction", cooldown_fraction)
+    if config.budget is not None:
+        known = "with a budget the step is not known; that fraction begins where scheduler.progress reaches the rest"
+        raise ValueError(f"cooldown_fraction={cooldown_fraction!r}: {known}")
+    if config.total_steps is None:
+        raise ValueError(f"cooldown_fraction={cooldown_fraction!r}: the end of this run is open, and no step of it is known")
+    return _cooldown_start(config.total_steps, share_of_run)
 
 
 def described(config: Config) -> dict[str, Any]:
@@ -317,8 +413,10 @@ def described(config: Config) -> dict[str, Any]:
 def extended(config: Config, other: Config) -> Config:
     """`config` with the length of `other`, if that is the longer: in epochs, or in steps where neither has epochs.
 
-    The warm-up stays as it is; the cooldown moves to the new end.
+    The warm-up stays as it is; the cooldown moves to the new end. A run with a budget, or whose end is open, stays as it is.
     """
+    if config.budget is not None or config.total_steps is None or other.total_steps is None:
+        return config
     if config.steps_per_epoch is not None and other.steps_per_epoch is not None:
         total = config.steps_per_epoch * (other.total_steps // other.steps_per_epoch)
     elif config.steps_per_epoch is None and other.steps_per_epoch is None:
@@ -327,22 +425,37 @@ def extended(config: Config, other: Config) -> Config:
         return config
     if total <= config.total_steps:
         return config
-    return replace(config, total_steps=total, cooldown_start=_cooldown_start(total, config.cooldown_fraction))
+    return lengthened(config, total)
 
 
-def forked(config: Config, step: int, cooldown_fraction: float) -> Config:
+def lengthened(config: Config, total: int, earliest: int = 0) -> Config:
+    """`config` with T = `total`, and the cooldown over its last `cooldown_fraction`, not before step `earliest`."""
+    start = max(_cooldown_start(total, config.cooldown_fraction), earliest)
+    return replace(config, total_steps=total, cooldown_start=start, replanned_at=None, replanned_progress=0.0)
+
+
+def forked(config: Config, step: int, cooldown_fraction: float, progress: float | None = 0.0) -> Config:
     """The configuration of a run with another `cooldown_fraction`, if it could stand at `step` as a run of `config` does.
+
+    Of a run with a budget `progress` says how much of it is used.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what it may be.
     """
+    if config.budget is not None:
+        share_left = 1 - max(fraction("cooldown_fraction", cooldown_fraction), config.cooldown_fraction)
+        if progress is None or progress > share_left:
+            used = f"{share_left:.4g} of the budget at most, used are {progress or 0:.4g}"
+            raise ValueError(f"cooldown_fraction={cooldown_fraction!r}: must be forked off by {used}")
+        return replace(config, cooldown_fraction=float(cooldown_fraction))
     start = cooldown_start(config, cooldown_fraction)
     if config.immediate_cooldown:
         raise ValueError(
             f"cooldown_fraction={cooldown_fraction!r}: without effect in a run with immediate_cooldown=True; "
             "a run to fork needs immediate_cooldown=False"
         )
-    if min(config.warmup_steps, start) != config.warmup_limit:
+    assert config.cooldown_start is not None
+    if min(config.warmup_steps, start - config.warmup_origin) != config.warmup_limit:
         raise ValueError(
             f"cooldown_fraction={cooldown_fraction!r}: the warm-up would end by step {min(config.warmup_steps, start)}, not by "
             f"step {config.warmup_limit} as in this run; both cooldowns must begin at step {config.warmup_steps} or later"

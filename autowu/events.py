@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from autowu.config import Config
 from autowu.phases import MAX_SETBACKS, Event, State, Switch, base_lr, first_switch, peak_lr, phase_at
 from autowu.ranks import Ranks
 
-__all__ = ["EventLog", "divergence_message", "doubt_message", "loss_changed_message", "resume_message", "switch_message"]
+__all__ = ["EventLog", "back_at", "divergence_message", "doubt_message", "loss_changed_message", "resume_message", "switch_message"]
 
 _logger = logging.getLogger("autowu")
 
@@ -31,9 +33,13 @@ class EventLog:
     def warn_of_a_short_run(self, config: Config) -> None:
         """Say where the warm-up has too few losses for a verdict before its second half; no event, since nothing befell the run."""
         if 2 * (needed := first_switch(config, alone=self._ranks.alone)) > config.warmup_limit and self._ranks.is_first:
+            few = f"a warm-up of {config.warmup_limit} steps is too short to find an LR by"
+            if config.total_steps is None:
+                _logger.warning("AutoWU: %s; pass max_warmup_steps=%d or more", few, 2 * needed)
+                return
             least = math.ceil(2 * needed * config.total_steps / config.warmup_limit)
-            few = f"a warm-up of {config.warmup_limit} steps is too short to find an LR by; train for {least} steps or more"
-            _logger.warning("AutoWU: %s, in place of %d, or use another schedule", few, config.total_steps)
+            cure = f"train for {least} steps or more, in place of {config.total_steps}, or use another schedule"
+            _logger.warning("AutoWU: %s; %s", few, cure)
 
     def warn_once(self, kind: str, step: int, message: str) -> None:
         """A trouble of all ranks alike: the first warns of it, once a run and kind."""
@@ -55,19 +61,24 @@ class EventLog:
             _logger.error("AutoWU, step %d: %s", step, message)
 
     def tell(self, kind: str, step: int, message: str) -> None:
-        """What is as it should be, on all ranks alike: the first says it."""
+        """What is as it should be, on all ranks alike: the first says it, also to those who have set up no logging."""
         self.events.append(Event(kind, step, message))
         if self._ranks.is_first:
-            _logger.info(message)
+            _inform(message)
 
     def say(self, message: str) -> None:
         """What befell nobody, for those who want to know: no event."""
         if self._ranks.is_first:
             _logger.info(message)
 
-    def resumed(self, config: Config, state: State, step: int, planned: Config) -> None:
-        """Warn where a run goes on that is over, or that is not as long as the object was `planned` with that takes it up."""
-        if message := resume_message(config, state, step, planned):
+    def resumed(self, config: Config, state: State, step: int, planned: Config, saved: Mapping[str, Any]) -> None:
+        """Warn where a run goes on that is over, not as long as `planned`, or not in the steps that it was `saved` with."""
+        message = resume_message(config, state, step, planned)
+        if message is None and (before := saved["config"])["steps_per_epoch"] != config.steps_per_epoch:
+            had = f"an epoch has {config.steps_per_epoch} steps here and had {before['steps_per_epoch']} in the state"
+            place = f"it goes on from step {step} of {config.total_steps}, and was at step {saved['last_epoch']}"
+            message = f"{had}: the run keeps its place in epochs, {place} of {before['total_steps']}; the LRs are as they were"
+        if message:
             self.warn("resume", step, message)
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -78,13 +89,28 @@ class EventLog:
         self.events = [Event(**event) for event in state]
 
 
+def _inform(message: str) -> None:
+    """Log at level INFO. Where no logging was set up, say it on stderr, as logging itself says a warning there.
+
+    That is left out where the logger was given a level above INFO, is filtered or disabled, or ``logging.lastResort`` is None.
+    """
+    last = logging.lastResort
+    if last is None or _logger.hasHandlers():
+        _logger.info(message)
+    elif _logger.level <= logging.INFO and not _logger.disabled and _logger.manager.disable < logging.INFO:
+        record = _logger.makeRecord(_logger.name, logging.INFO, __file__, 0, message, (), None)
+        if _logger.filter(record):
+            last.emit(record)
+
+
 def switch_message(config: Config, switch: Switch, ended_by: str, restored: int | None) -> str:
     """What is said of a switch. `ended_by`: why the warm-up ended where no test did; `restored`: step of the copy put back."""
     found = "no curve was fitted; LR from the optimizer's own"
     if switch.minimum is not None:
         why = f" (probability {switch.probability:.3f})" if switch.by_test else ended_by
         found = f"the loss was lowest at step {switch.minimum:.0f}{why}"
-    where = f"AutoWU switched at step {switch.step} of {config.total_steps}: LR {switch.lr:.4g}"
+    of = "" if config.total_steps is None else f" of {config.total_steps}"
+    where = f"AutoWU switched at step {switch.step}{of}: LR {switch.lr:.4g}"
     return f"{where}, {found}{_back_at(restored)}"
 
 
@@ -102,17 +128,26 @@ def doubt_message(config: Config, switch: Switch) -> str | None:
 def divergence_message(state: State, restored: int | None) -> str:
     """What is said of a divergence, after which the run has `state`. `restored`: step of the copy that was put back."""
     lowered = f"training has diverged ({state.setbacks} of {MAX_SETBACKS}); the peak LR is now {peak_lr(state):.4g}"
-    alone = "" if state.watched else "; from here on the run is left alone"
+    alone = "" if state.setbacks < MAX_SETBACKS else "; from here on the run is left alone"
     return f"{lowered}{_back_at(restored)}{alone}"
 
 
 def resume_message(config: Config, state: State, step: int, planned: Config) -> str | None:
     """What is said of a run that goes on from `step`, if it is over or not as long as `planned` by the object that takes it up."""
     total = config.total_steps
+    if config.budget is not None and step < config.end:
+        return None
+    if total is None:
+        if planned.total_steps is None:
+            return None
+        cure = f"scheduler.extend(total_steps={planned.total_steps}) gives it one"
+        return f"the run of this state has no fixed end, that of the arguments given now ends at step {planned.total_steps}; {cure}"
     if step >= total:
         lr = base_lr(config, state, total)
-        cure = "more total_epochs, or total_steps, than the state's extend it"
+        cure = "more total_epochs, or total_steps, than the state's extend it, as scheduler.extend does"
         return f"the run of this state is over, its {total} steps are taken; the LR stays at {lr:.4g}; {cure}"
+    if planned.total_steps is None:  # a run whose end was open, and came
+        return None
     end, own, other = planned.total_steps, config.steps_per_epoch, planned.steps_per_epoch
     if own and other and own != other:
         end = max(step, step + round(planned.total_steps - step * other / own))
@@ -132,11 +167,22 @@ def _lr_at(config: Config, state: State, step: int) -> str:
     return "" if state.switch is None else f" ({base_lr(config, state, step):.4g}, in {phase_at(config, state, step)})"
 
 
-def loss_changed_message(state: State, now: float, at_copy: float) -> str:
-    """What is said where going back has not brought the loss back. The run has `state` after that."""
-    found = f"the loss is {now:.4g} on the weights of the copy, too, and was {at_copy:.4g} when it was made"
+def loss_changed_message(state: State, now: float, before: float, risen: float | None = None) -> str:
+    """What is said where going back has not brought the loss back, which is at `now`, or, having `risen`, no lower LR has.
+
+    The run has `state` after that.
+    """
+    found = f"the loss is {now:.4g} on the weights of the copy, too, and was {before:.4g} when it was made"
+    if risen is not None:
+        found = f"the loss rose from {before:.4g} by {risen:.4g}, and what it did then is not what weights do at a lower LR"
     return f"{found}: the loss has changed, training has not diverged; the peak LR is {peak_lr(state):.4g} again"
 
 
 def _back_at(restored: int | None) -> str:
     return "" if restored is None else f", model and optimizer are back at step {restored}"
+
+
+def back_at(event: Event) -> int | None:
+    """Step of the copy that was put back, by the words of an event; None for none."""
+    found = re.search(_back_at(0).replace("0", r"(\d+)"), event.message)
+    return None if found is None else int(found[1])

@@ -21,8 +21,8 @@ LR_RANGES: Final[dict[str, tuple[float, float]]] = {
 """`min_lr` and `max_lr` of a warm-up where none are given. They bracket the LRs in use with some decades to spare on both sides, so
 that the loss is flat at the one end and rises at the other; "lars" is for the usual `trust_coef` of 0.001."""
 
-_PEAK_FACTORS: Final = {"lars": 0.5, "lamb": 1 / 6}
-_PEAK_FACTOR: Final = 0.8
+_PEAK_FACTORS: Final = {"lamb": 1 / 6}
+_PEAK_FACTOR: Final = 0.4
 _LAYERWISE: Final = ("lars", "lamb")
 
 
@@ -51,9 +51,9 @@ def lr_range(optimizer: Optimizer) -> tuple[float, float]:
 
 
 def peak_factor(optimizer: Optimizer) -> float:
-    """The peak LR for an optimizer as a share of the LR at the minimum of the loss: 1/6 for LAMB, 0.5 for LARS, 0.8 for all others.
+    """The peak LR for an optimizer, as a share of the LR at the far edge of the loss's valley: 1/6 for LAMB, 0.4 for all others.
 
-    The loss of a warm-up is lowest a little short of where training comes apart; the best peak lies below. Measured.
+    The loss of a warm-up is low until a little short of where training comes apart; the best peak lies below. Measured.
     """
     return _PEAK_FACTORS.get(family(optimizer), _PEAK_FACTOR)
 

@@ -45,15 +45,25 @@ class GroupLRs:
         self._set = [lr * ratio for ratio in self._ratios]
         return self._set.copy()
 
-    def as_set(self, optimizer: Optimizer) -> bool:
-        """Whether the groups are those that are known, each with the very number that it was given; never where one is a tensor."""
+    def renew(self, optimizer: Optimizer, lr: float) -> list[float | Tensor] | None:
+        """What :meth:`write` does, where the groups are those that are known, each with the very number that it was given.
+
+        Returns:
+            None where they are not, or where one is a tensor; then nothing is set. Most steps of a run come through here.
+        """
         groups, numbers = optimizer.param_groups, self._set
+        written: list[float | Tensor] = []
         if len(groups) != len(numbers):
-            return False
-        for group, number in zip(groups, numbers, strict=True):  # noqa: SIM110  in half the time of all()
+            return None
+        for group, number, ratio in zip(groups, numbers, self._ratios):  # noqa: B905  which would take twice as long
             if group["lr"] is not number:
-                return False
-        return True
+                for before, own in zip(groups, numbers[: len(written)], strict=False):
+                    before["lr"] = own
+                return None
+            group["lr"] = own = lr * ratio
+            written.append(own)
+        self._lr, self._set = lr, written
+        return written.copy()
 
     def adopt(self, optimizer: Optimizer) -> str | None:
         """Take over the LRs that were edited since they were set last, as ratios; what is to be said of it, None where none was.

@@ -37,6 +37,8 @@ class LossHistory:
         self.max_points = max_points
         self.steps = 0
         """Number of losses appended, the missing ones included."""
+        self.on_host = True
+        """Whether reading the losses waits for no device."""
         self._width = 1
         self._folded = 0
         self._stage_in(torch.empty(max(stage, _STAGE), dtype=torch.float64))
@@ -47,17 +49,13 @@ class LossHistory:
 
     def _stage_in(self, room: Tensor) -> None:
         self._staged, self._room = room, len(room)
-        # NumPy assigns a number several times faster than torch does.
-        self._array = room.numpy() if room.is_cpu else None
+        # A view of memory assigns a number many times faster than torch does.
+        self._array: Any = room.numpy().data if room.is_cpu else None
+        self.on_host = room.is_cpu
 
     @property
     def device(self) -> torch.device:
         return self._staged.device
-
-    @property
-    def on_host(self) -> bool:
-        """Whether reading the losses waits for no device."""
-        return self._array is not None
 
     def append(self, loss: float | Tensor) -> None:
         """Append the loss of one optimizer step: a float or a tensor of one element; :data:`MISSING` where there was none."""
@@ -65,7 +63,7 @@ class LossHistory:
         if slot == self._room:
             self.fold()
             slot = 0
-        if self._array is not None and not isinstance(loss, Tensor):
+        if self._array is not None and type(loss) is float:
             self._array[slot] = loss
         else:
             self._append_tensor(slot, loss)

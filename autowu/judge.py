@@ -54,6 +54,13 @@ class Judge:
         self._repeated = torch.tensor(0)  # losses that were left out because they repeat the one before
         self._ranks, self._log = ranks, log
 
+    def begin(self, config: Config, scale: float) -> None:
+        """Forget the curve: another begins, on an axis with as many steps less as `scale` is above 1."""
+        gp, ranks, log = self.gp, self._ranks, self._log
+        if isinstance(gp, ClosedFormGP | GPyTorchGP):  # as long in steps, and in decades of LR
+            gp.lengthscale = max(gp.lengthscale * scale, MIN_LENGTHSCALE)
+        vars(self).update(vars(Judge(config, gp, self.device, ranks, log)))
+
     def test(
         self, config: Config, state: State, step: int, *, sound: torch.Tensor | None, flag: bool
     ) -> tuple[Verdict | None, Heard]:
@@ -101,7 +108,7 @@ class Judge:
             posterior, decision = self._decide(config, state)
         except Exception as error:  # a test must not end a run, whatever an engine raises
             if self._waits_for_losses():
-                if 10 * step >= config.warmup_limit and not float(self.history.total()[1]):
+                if 10 * self.history.steps >= config.warmup_limit and not float(self.history.total()[1]):
                     cure = "pass it to scheduler.step(loss), or to scheduler.observe(loss) for each micro-batch"
                     self._log.once("loss", step, f"no loss came with the first {step} steps; {cure}")
                 return None
@@ -119,6 +126,7 @@ class Judge:
         return verdict(config, step, decision)
 
     def _decide(self, config: Config, state: State) -> tuple[CurvePosterior, SwitchDecision]:
+        span = decades(config.min_lr, config.max_lr, config.warmup_type)
         curve = self.history.curve(config.warmup_steps)
         device = self.device or curve.sums.device
         posterior = self.gp.posterior(curve.to("cpu" if device.type == "mps" else device))  # MPS has no float64
@@ -131,6 +139,8 @@ class Judge:
             confidence=config.confidence,
             patience=config.patience,
             min_contrast=config.min_contrast,
+            min_rise=config.min_rise,
+            reach=1 / span if span else math.inf,  # a decade of LR
             silent=silent,
         )
         if behind and not silent:  # no loss came: neither a vote nor the end of the votes in a row
@@ -167,7 +177,10 @@ class Judge:
         self._previous = torch.tensor(state["previous"], dtype=torch.float64)
         self._repeated, self._varied = torch.tensor(state["repeated"]), torch.tensor(state["varied"])
         decision, posterior = state["decision"], state["posterior"]
-        self.decision = None if decision is None else SwitchDecision(**(decision | {"minima": tuple(decision["minima"])}))
+        self.decision = None
+        if decision is not None:
+            places = {name: tuple(decision[name]) for name in ("minima", "edges")}
+            self.decision = SwitchDecision(**(decision | places))
         self.posterior = None
         if posterior is not None:
             arrays: dict[str, Any] = {k: np.asarray(v.cpu()) for k, v in posterior.items()}

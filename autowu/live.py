@@ -116,6 +116,22 @@ class LiveRun:
             differ = torch.stack([(norm != self._frozen[label]).cpu() for label, norm in zip(now, norms, strict=True)])
             self._moving = {label for label, moved in zip(now, differ.tolist(), strict=True) if moved}
 
+    def averages(self) -> set[Label]:
+        """The frozen parameters that were seen to change."""
+        return self._moving
+
+    def source_of(self, average: Label) -> Tensor | None:
+        """What a frozen parameter is an average of: of its shape, with the name that ends alike for longest; None if unclear."""
+        labelled = self.everything()
+        shape, best, found = labelled[average].shape, 0, []
+        for label, parameter in self._trained(labelled).items():
+            alike = _alike(str(label), str(average)) if parameter.shape == shape else 0
+            if alike > best:
+                best, found = alike, [parameter]
+            elif alike == best:
+                found.append(parameter)
+        return found[0] if best and len(found) == 1 else None
+
     def holders(self) -> Iterator[tuple[Key, Tensor | None, dict[str, Any]]]:
         """Where each dictionary in which the optimizer keeps what it knows stands, of which parameter it is, and itself."""
         return self._holders(self.everything())
@@ -177,6 +193,16 @@ class LiveRun:
     def _changing(self, labelled: dict[Label, Tensor]) -> dict[Label, Tensor]:
         trained = self._trained(labelled)
         return trained | {label: labelled[label] for label in self._moving if label in labelled} if self._moving else trained
+
+
+def _alike(name: str, other: str) -> int:
+    """How many parts of two names are the same, from their ends."""
+    number = 0
+    for one, two in zip(reversed(name.split(".")), reversed(other.split(".")), strict=False):
+        if one != two:
+            break
+        number += 1
+    return number
 
 
 def is_kept(name: str) -> bool:

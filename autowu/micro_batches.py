@@ -42,10 +42,12 @@ class MicroBatches:
             TypeError, ValueError: if `loss` is not one floating-point number.
         """
         if loss is not None:
-            loss = checks.loss(loss)
+            # As a rule it is a number, or a tensor of one on the host; all else is looked at closely.
+            if type(loss) is Tensor and loss.is_cpu and loss.numel() == 1 and type(number := loss.item()) is float:
+                loss = number
+            elif type(loss) is not float:
+                loss = _read(loss)
             if self._count == 0:
-                if isinstance(loss, Tensor) and loss.is_cpu:
-                    loss = loss.item()
                 return math.nan if type(loss) is float and loss == MISSING else loss  # not finite, but it did come
             self.observe(loss)
         if self._count == 0:
@@ -59,3 +61,9 @@ class MicroBatches:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._sum, self._count = state["sum"], state["count"]
+
+
+def _read(loss: float | Tensor) -> float | Tensor:
+    """A loss, checked; a number where it is on the host."""
+    loss = checks.loss(loss)
+    return loss.item() if isinstance(loss, Tensor) and loss.is_cpu else loss

@@ -49,15 +49,17 @@ class OptimizerCalls:
         """Whether `step` is one: the optimizer was called since the last time that this was asked."""
         calls = 0
         for hook in self._hooks:
-            if hook.number:
-                calls, hook.number = max(calls, hook.number), 0
+            if number := hook.number:
+                hook.number = 0
+                if number > calls:
+                    calls = number
         if calls >= _MANY or self._crowded:
             self._tell_of_many(calls, step)
         is_wrapped = hasattr(optimizer.step, "_wrapped_by_lr_sched")
         if calls or getattr(optimizer, "_opt_called", False) is True:
             optimizer._opt_called = _READ  # type: ignore[attr-defined]
             if not self._sees_calls:
-                self._sees_calls = any(hooked.state for hooked in self._hooked) or bool(_gradients(optimizer))
+                self._sees_calls = self._has_trained(optimizer)
             if not is_wrapped:
                 self._sees_past_wrapper = True
         elif self._means_something(optimizer, step, is_wrapped):
@@ -68,6 +70,17 @@ class OptimizerCalls:
             return False
         self.skipped = 0
         return True
+
+    def _has_trained(self, optimizer: Optimizer) -> bool:
+        """Whether there is a state or a gradient. Asked at each step until there is, so it looks no further than it must."""
+        for hooked in self._hooked:
+            if hooked.state:
+                return True
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    return True
+        return False
 
     def _tell_of_many(self, calls: int, step: int) -> None:
         """Warn where the optimizer is called many times for each call of the scheduler."""

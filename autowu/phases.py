@@ -1,7 +1,8 @@
 """What AutoWU does at which step: a frozen configuration, a frozen state, and pure functions of the two.
 
 A run of T optimizer steps passes through *warmup*, then, unless the cooldown is immediate, *stable*, then *cooldown*; from step
-T on it is *done*. The LR of any step, past or future, follows from the configuration and the state alone.
+T on it is *done*. Where the end is open it stays *stable*. The LR of any step, past or future, follows from the configuration
+and the state alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ __all__ = [
     "Verdict",
     "after_test",
     "base_lr",
+    "cooldown_begin",
+    "cooldown_progress",
     "end_plateau_epoch",
     "falls",
     "first_switch",
@@ -34,7 +37,7 @@ __all__ = [
     "set_back",
     "state_of",
     "switched",
-    "undo_set_back",
+    "undo_set_backs",
     "verdict",
     "warmup_lr_at",
     "watch_is_over",
@@ -63,7 +66,8 @@ class Event:
     Attributes:
         kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; "loss_changed", where
             the last of these was none; "lost", weights that no copy mends; or the kind of a trouble that was survived, told once:
-            "loss", "fit", "rank", "snapshot", "on_rollback", "optimizer", "peak", "calls", "skipped", "frozen", "lr", "resume".
+            "loss", "fit", "rank", "snapshot", "on_rollback", "optimizer", "peak", "calls", "skipped", "frozen", "lr", "resume"; or
+            "cooldown", "extended", "rewarm", which were asked for.
         step: optimizer steps taken by then.
         message: what the log said.
     """
@@ -100,7 +104,8 @@ class Verdict:
         switch: whether to switch.
         votes: tests in a row, this one included, that found the minimum past.
         probability: of the minimum being past, in [0, 1].
-        lr: the peak LR that follows: `peak_factor` times the LR at the minimum, the mean over the subsamples, at least `min_lr`.
+        lr: the peak LR that follows: `peak_factor` times the LR at the far edge of the minimum's valley, the mean over the
+            subsamples, at least `min_lr`.
         minimum: where the fitted curve is lowest, in steps, fractional.
     """
 
@@ -141,11 +146,11 @@ def state_of(saved: Mapping[str, Any]) -> State:
 
 def phase_at(config: Config, state: State, step: int) -> Phase:
     """Phase of optimizer step `step`."""
-    if step >= config.total_steps:
+    if step >= config.end:
         return "done"
     if state.switch is None or step < state.switch.step:
         return "warmup"
-    if config.immediate_cooldown or step >= config.cooldown_start:
+    if config.immediate_cooldown or step >= config.cooldown_from:
         return "cooldown"
     return "stable"
 
@@ -155,21 +160,35 @@ def base_lr(config: Config, state: State, step: int) -> float:
 
     The first step after a switch runs at the peak, the last step of the run above 0, and every step after it at that same LR.
     """
-    if step >= config.total_steps:
+    if config.total_steps is not None and step >= config.total_steps:
         step = config.total_steps - 1
     if state.switch is None or step < state.switch.step:
-        return warmup_lr_at(config, step)
-    start = state.switch.step
-    if not config.immediate_cooldown:
-        start = max(start, config.cooldown_start)
+        return warmup_lr_at(config, max(step - config.warmup_origin, 0))
+    start: float = state.switch.step
+    if not config.immediate_cooldown and (config.cooldown_start is None or config.cooldown_start > start):
+        start = config.cooldown_from
     lr = state.switch.lr * state.plateau_factor * SETBACK_FACTOR**state.setbacks
     if config.decay_phase_factor != 1.0 and config.decay_phase_stat is None:
         assert config.steps_per_epoch is not None
         lr *= config.decay_phase_factor ** ((min(step, start) - state.switch.step) // config.steps_per_epoch)
     if step < start:
         return lr
-    progress = (step - start) / (config.total_steps - start)
-    return lr * cooldown_factor(progress, config.cooldown_type)
+    return lr * cooldown_factor(cooldown_progress(config, start, step), config.cooldown_type)
+
+
+def cooldown_begin(config: Config, switch: Switch) -> float:
+    """First step of the cooldown of a run that has made its `switch`; infinite as long as it is open."""
+    return switch.step if config.immediate_cooldown else max(switch.step, config.cooldown_from)
+
+
+def cooldown_progress(config: Config, start: float, step: int) -> float:
+    """Share of the cooldown from `start` on that lies behind at `step`; one that was replanned goes on from where it stood."""
+    begin, done = start, 0.0
+    if config.replanned_at is not None:
+        begin, done = max(start, config.replanned_at), config.replanned_progress
+        if step < begin:  # about where it was
+            return done * (step - start) / (begin - start)
+    return done + (1 - done) * ((step - begin) / (config.end - begin))
 
 
 def warmup_lr_at(config: Config, position: float) -> float:
@@ -180,10 +199,11 @@ def warmup_lr_at(config: Config, position: float) -> float:
 
 
 def is_test_due(config: Config, state: State, step: int) -> bool:
-    """Whether a test is due once `step` losses have been seen: every `test_interval` steps of warm-up, and at its limit."""
-    if state.switch is not None or step > config.warmup_limit:
+    """Whether a test is due after `step` steps of the run: every `test_interval` steps of warm-up, and at its limit."""
+    position = step - config.warmup_origin
+    if state.switch is not None or not 1 <= position <= config.warmup_limit:
         return False
-    return step % config.test_interval == 0 or step == config.warmup_limit
+    return position % config.test_interval == 0 or position == config.warmup_limit
 
 
 def first_switch(config: Config, *, alone: bool) -> int:
@@ -194,9 +214,13 @@ def first_switch(config: Config, *, alone: bool) -> int:
 
 def verdict(config: Config, step: int, decision: SwitchDecision) -> Verdict:
     """What `decision`, on the losses of the first `step` steps, comes to."""
-    minima = [min(m * config.warmup_steps, float(step)) for m in decision.minima]
-    lr = config.peak_factor * sum(warmup_lr_at(config, m) for m in minima) / len(minima)
-    return Verdict(decision.switch, decision.votes, decision.probability, max(lr, config.min_lr), sum(minima) / len(minima))
+    origin = config.warmup_origin
+    minima, edges = (
+        [min(m * config.warmup_steps, float(step - origin)) for m in places] for places in (decision.minima, decision.edges)
+    )
+    lr = config.peak_factor * sum(warmup_lr_at(config, edge) for edge in edges) / len(edges)
+    minimum = origin + sum(minima) / len(minima)
+    return Verdict(decision.switch, decision.votes, decision.probability, max(lr, config.min_lr), minimum)
 
 
 def falls(verdict: Verdict | None) -> bool:
@@ -231,21 +255,20 @@ def peak_lr(state: State) -> float:
 
 
 def set_back(state: State) -> State:
-    """The state after a divergence: a lower peak, and after the last one that is borne no watch any longer."""
-    setbacks = state.setbacks + 1
-    return replace(state, setbacks=setbacks, watched=setbacks < MAX_SETBACKS)
+    """The state after a divergence: a lower peak."""
+    return replace(state, setbacks=state.setbacks + 1)
 
 
-def undo_set_back(state: State) -> State:
-    """The state of a run whose last set-back was none of its own: the loss had changed."""
-    return replace(state, setbacks=max(0, state.setbacks - 1))
+def undo_set_backs(state: State, times: int) -> State:
+    """The state of a run whose last set-backs were none of its own: the loss had changed."""
+    return replace(state, setbacks=max(0, state.setbacks - times))
 
 
 def watch_is_over(config: Config, state: State, step: int) -> bool:
     """Whether the cooldown has brought the LR of optimizer step `step` so far down that training will not diverge."""
     if state.switch is None or phase_at(config, state, step) not in ("cooldown", "done"):
         return False
-    top = base_lr(config, state, max(state.switch.step, 0 if config.immediate_cooldown else config.cooldown_start))
+    top = base_lr(config, state, int(cooldown_begin(config, state.switch)))
     return base_lr(config, state, step) < WATCHED_DOWN_TO * top
 
 

@@ -1,58 +1,373 @@
-"""Pictures of a run: the loss, what the Gaussian process made of it, the LR that came of it; trust ratios. Needs matplotlib."""
+"""Pictures of a run: the losses, what the tests made of them, the LR that came of it; trust ratios. Needs matplotlib."""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from autowu.gp import FloatArray
-from autowu.scheduler import AutoWU
+from autowu.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_cooldowns", "draw_layers", "draw_run"]
+__all__ = ["Drawn", "draw_cooldowns", "draw_layers", "draw_report", "draw_run", "draw_runs", "draw_state"]
 
 _MOST_NAMES = 40
 _LONGEST_NAME = 40
 
+# Okabe and Ito's colours, which differ for the colour-blind and, with the shapes of line and marker, in grey.
+_BLUE, _ORANGE, _GREEN, _RED, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+_COLORS = (_BLUE, _RED, _GREEN, _PURPLE, _ORANGE, "#56B4E9", "#000000")
 
-def draw_run(losses: Sequence[float], lrs: Sequence[float], scheduler: AutoWU | None = None) -> Figure:
-    """Draw the losses and the LRs of a run's optimizer steps, with the GP's curve and the switch of `scheduler`.
+_WARMUP_SHARE: Final = 0.45
+"""Of the width, at least, for the warm-up: all is decided there."""
+_BAND: Final = 1.96
+"""Standard deviations on either side that hold 95 %."""
+_HUGE: Final = 1e100
+"""No loss is drawn above it, so that arithmetic on it stays finite."""
+_POINTS: Final = 500
+"""At which an LR is drawn."""
+
+
+class Drawn:
+    """What has the parts of an AutoWU shows itself."""
+
+    def plot(self, axes: Any = None) -> Figure:
+        """Draw what this run has seen and decided so far: losses, probability of each test, LR.
+
+        May be called at any time. Of a long run the losses are means over successive ones. What is kept for the figure is some 100
+        KB and part of the state. The call waits for the losses that are on a device; a step never does. In a process group any rank
+        may draw. All have the tests; the first alone has the fitted curve. The losses up to the last test are means over the ranks,
+        later ones are the rank's own.
+
+        Args:
+            axes: three matplotlib Axes to draw into, for losses, probability and LR; None for a figure of its own.
+
+        Returns:
+            The figure, not shown and not registered with pyplot.
+
+        Raises:
+            ImportError: without matplotlib, the extra ``autowu[plot]``.
+            TypeError, ValueError: if `axes` are not three Axes.
+
+        Example:
+            >>> import torch
+            >>> from autowu import AutoWU
+            >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+            >>> scheduler = AutoWU(optimizer, total_steps=100)
+            >>> for step in range(50):
+            ...     optimizer.step()
+            ...     scheduler.step(1 + abs(step / 20 - 1))
+            >>> figure = scheduler.plot()
+            >>> [axes.get_ylabel() for axes in figure.axes]
+            ['training loss', 'P(minimum past)', 'LR']
+        """
+        return draw_report(self._report(), axes)
+
+    def _report(self) -> Report:
+        run: Any = self
+        rooms = {name: room.state_dict() for name, room in run._named_rooms().items() if name in ("judge", "record")}
+        events = [vars(event) for event in run.events]
+        position = {"config": asdict(run.config), "state": asdict(run._state), "last_epoch": run.last_epoch}
+        return Report.of_parts({**position, **rooms, "events": events, "stage": run._stage.state_dict()})
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table of what was decided, and with matplotlib a small figure."""
+        report = self._report()
+        cells = (f"<tr><th>{html.escape(what)}</th><td>{html.escape(words)}</td></tr>" for what, words in report.decided())
+        table = f"<table>{''.join(cells)}</table>"
+        try:
+            figure = draw_report(report)
+        except ImportError:
+            return table
+        figure.set_size_inches(5, 5)
+        png = io.BytesIO()
+        figure.savefig(png, dpi=100, format="png")
+        source = base64.b64encode(png.getvalue()).decode()
+        return f'{table}<img width="500" alt="losses, tests and LR of the run" src="data:image/png;base64,{source}"/>'
+
+
+def draw_state(state: Mapping[str, Any], axes: Any = None) -> Figure:
+    """Draw the run of a saved state, as :meth:`AutoWU.plot` draws that of a scheduler.
+
+    Args:
+        state: what ``scheduler.state_dict()`` gave, in any version that is read; a run of version 5 or before kept no tests, and
+            after the switch no losses.
+        axes: as there.
+
+    Raises:
+        ImportError: without matplotlib, the extra ``autowu[plot]``.
+        TypeError, ValueError: if it is no state of an AutoWU, incomplete or damaged; if `axes` are not three Axes.
+
+    Example:
+        >>> import torch
+        >>> from autowu import AutoWU
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        >>> figure = draw_state(AutoWU(optimizer, total_steps=100).state_dict())
+        >>> len(figure.axes)
+        3
+    """
+    return draw_report(Report.of(state), axes)
+
+
+def draw_run(losses: Sequence[float], lrs: Sequence[float], scheduler: Drawn | None = None) -> Figure:
+    """Draw a run of which every loss and LR was kept, under whatever schedule; of an AutoWU as :meth:`AutoWU.plot` does.
 
     Args:
         losses: loss of every optimizer step from step 0.
         lrs: LR of the same steps.
-        scheduler: the AutoWU of the run, for its fitted curve and its switch; None draws losses and LRs alone.
+        scheduler: the AutoWU of the run; None draws losses and LRs alone.
 
     Returns:
-        A figure of two panels, not shown and not registered with pyplot.
+        A figure, not shown and not registered with pyplot.
 
     Example:
         >>> figure = draw_run([2.0, 1.5, 1.2], [0.1, 0.2, 0.1])
         >>> [axes.get_ylabel() for axes in figure.axes]
-        ['training loss', 'learning rate']
+        ['training loss', 'LR']
     """
-    from matplotlib.figure import Figure
+    if scheduler is None:
+        return draw_runs({"": (losses, lrs)})
+    kept: dict[str, Any] = {"loss_steps": np.arange(len(losses)), "losses": np.asarray(losses, dtype=np.float64)}
+    return draw_report(replace(scheduler._report(), **kept), lrs=lrs)
 
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+
+def draw_runs(runs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Draw the losses and the LRs of several runs, one over the other.
+
+    Args:
+        runs: by name, the loss and the LR of every optimizer step from step 0; no LRs where they are not known.
+
+    Returns:
+        A figure of two panels, not shown and not registered with pyplot.
+    """
+    figure = _figure(figsize=(6.4, 5))
     loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    steps = np.arange(len(losses))
-    loss_axes.plot(steps, losses, ".", color="0.6", markersize=3, label="loss of a step")
+    _scale_losses(loss_axes, np.concatenate([np.asarray(losses, dtype=np.float64) for losses, _ in runs.values()]))
+    for number, (name, (losses, lrs)) in enumerate(runs.items()):
+        color, values = _COLORS[number % len(_COLORS)], np.asarray(losses, dtype=np.float64)
+        _draw_losses(loss_axes, np.arange(float(len(values))), values, color=color, label=name or "running mean")
+        style = ("-", "--", "-.", ":")[number % 4]
+        lr_axes.plot(np.arange(len(lrs)), lrs, color=color, linestyle=style)
     loss_axes.set_ylabel("training loss")
-    lr_axes.plot(steps, lrs, color="C0")
-    lr_axes.set(xlabel="optimizer step", ylabel="learning rate", yscale="log")
-    if scheduler is not None:
-        _draw_decision(loss_axes, lr_axes, scheduler)
-    _limit_losses(loss_axes, np.asarray(losses, dtype=np.float64))
-    for axes in (loss_axes, lr_axes):
-        axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="best", fontsize=8, framealpha=0.9)
+    lr_axes.set(xlabel="optimizer step", ylabel="LR", yscale="log")
+    _finish(loss_axes, lr_axes)
     return figure
+
+
+def draw_report(report: Report, axes: Any = None, lrs: Sequence[float] | None = None) -> Figure:
+    """Draw a report; `axes` as for :meth:`AutoWU.plot`, `lrs` the LR of every step from step 0 where it was not AutoWU's own."""
+    if axes is None:
+        figure = _figure(figsize=(6.4, 6.6))
+        panels = list(figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.5, 2)))
+    else:
+        panels = _checked(axes)
+        within: Any = panels[0].figure  # or part of one, which names the whole
+        figure = within.figure
+    loss_axes, test_axes, lr_axes = panels
+    _draw_phases(report, panels)
+    _scale_losses(loss_axes, report.losses)
+    _draw_losses(loss_axes, report.loss_steps, report.losses, since=0 if report.band is None else report.phases["warm-up"][1])
+    _draw_band(loss_axes, report)
+    _draw_tests(test_axes, report)
+    _draw_lr(lr_axes, report, lrs)
+    _draw_switch(panels, report, lrs)
+    _draw_events(panels, report)
+    loss_axes.set_ylabel("training loss")
+    _finish(*panels)
+    return figure
+
+
+def _figure(**how: Any) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a figure needs matplotlib: pip install autowu[plot]") from error
+    return Figure(layout="constrained", **how)
+
+
+def _checked(axes: Any) -> list[Axes]:
+    from matplotlib.axes import Axes
+
+    panels = list(np.ravel(axes))
+    if not all(isinstance(panel, Axes) for panel in panels):
+        raise TypeError(f"axes={axes!r}: must be three matplotlib Axes or None")
+    if len(panels) != 3:
+        raise ValueError(f"axes, {len(panels)} of them: must be three, for losses, probability and LR")
+    return panels
+
+
+def _draw_phases(report: Report, panels: Sequence[Axes]) -> None:
+    """Shade and name the phases, and lay out the steps: the warm-up, where all is decided, wider than its share."""
+    phases = report.phases
+    begin, end = phases["warm-up"][1], max(1, *(end for _, end in phases.values()))
+    for shade, (name, (first, last)) in enumerate(phases.items()):
+        for panel in panels:
+            panel.axvspan(first, last, color="0.5", alpha=0.07 * shade, linewidth=0, zorder=0)
+        middle = (first + last) / 2
+        panels[0].text(middle, 1.02, name, transform=panels[0].get_xaxis_transform(), ha="center", va="bottom", fontsize=9)
+    wide = 0 < begin < _WARMUP_SHARE * end
+    for panel in panels:
+        if wide:
+            _widen(panel, begin, end)
+        panel.set_xlim(0, end)
+    panels[-1].set_xlabel("optimizer step" + (" (the warm-up is drawn wider)" if wide else ""))
+
+
+def _widen(panel: Axes, begin: int, end: int) -> None:
+    """Give the steps before `begin` their share of the width."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+    ends, places = np.array([0.0, begin, end]), np.array([0.0, _WARMUP_SHARE, 1.0])
+
+    def line(x: Any, of: FloatArray, to: FloatArray) -> FloatArray:
+        slopes = np.diff(to) / np.diff(of)
+        x = np.asarray(x, dtype=np.float64)
+        return np.asarray(np.where(x < of[1], to[1] + (x - of[1]) * slopes[0], to[1] + (x - of[1]) * slopes[1]))
+
+    panel.set_xscale("function", functions=(lambda x: line(x, ends, places), lambda y: line(y, places, ends)))
+    ticks = [t for t in MaxNLocator(3, integer=True).tick_values(0, begin) if 0 <= t < begin]
+    least = begin + 0.1 * (end - begin)  # so that two numbers do not touch
+    ticks += [t for t in MaxNLocator(4, integer=True).tick_values(begin, end) if least < t <= end]
+    panel.xaxis.set_major_locator(FixedLocator(ticks))
+    panel.xaxis.set_minor_locator(NullLocator())
+
+
+def _draw_losses(
+    axes: Axes, steps: FloatArray, losses: FloatArray, *, color: str = "0.2", label: str = "running mean", since: int = 0
+) -> None:
+    """Draw losses as dots, and from step `since` on, where they are many, their running mean."""
+    seen, losses = np.isfinite(losses), np.clip(losses, -_HUGE, _HUGE)
+    axes.plot(steps[seen], losses[seen], ".", color=color, alpha=0.4, markersize=4, markeredgewidth=0)
+    seen &= steps >= since
+    window = max(1, seen.sum() // 50)
+    mean = np.full(window, 1 / window)
+    if seen.any() and (window > 1 or since == 0):
+        smooth = [np.convolve(values[seen], mean, mode="valid") for values in (steps, losses)]
+        axes.plot(*smooth, color=color, linewidth=1, label=label)
+
+
+def _draw_band(axes: Axes, report: Report) -> None:
+    if (band := report.band) is None:
+        return
+    low, high = band.mean - _BAND * band.std, band.mean + _BAND * band.std
+    if len(report.losses) and report.losses.min() > 0:  # on a log axis
+        low = np.maximum(low, report.losses.min() / 10)
+    axes.fill_between(band.steps, low, high, color=_BLUE, alpha=0.3, linewidth=0, label="95 % band")
+    axes.plot(band.steps, band.mean, color=_BLUE, linewidth=1.8, label="Gaussian process")
+
+
+def _draw_tests(axes: Axes, report: Report) -> None:
+    confidence = report.config.confidence
+    axes.axhline(confidence, color="0.2", linestyle="--", linewidth=1, label=f"confidence {confidence:g}")
+    steps, values = [test.step for test in report.tests], [test.probability for test in report.tests]
+    axes.plot(steps, values, color="0.5", linewidth=0.8)
+    for voted, marker, color, label in ((False, "o", "0.45", "test"), (True, "^", _RED, "test that votes")):
+        some = [test for test in report.tests if (test.votes > 0) == voted]
+        if some:
+            x, y = [test.step for test in some], [test.probability for test in some]
+            axes.plot(x, y, marker, color=color, markersize=5 if voted else 3, linestyle="", label=label)
+    axes.set(ylabel="P(minimum past)", ylim=(-0.05, 1.08))
+
+
+def _draw_lr(axes: Axes, report: Report, lrs: Sequence[float] | None) -> None:
+    last = max(1, report.step)
+    if report.state.switch is not None and report.config.total_steps is not None:
+        last = report.config.total_steps
+    marks = [0, report.step, *(mark for _, end in report.phases.values() for mark in (end - 1, end))]
+    marks += [mark for course in report.courses for mark in (course.until - 1, course.until)]
+    steps = np.unique([step for step in (*np.linspace(0, last - 1, _POINTS).round(), *marks) if 0 <= step < last]).astype(int)
+    taken, coming = steps[steps <= report.step], steps[steps >= report.step]
+    if lrs is None:
+        axes.plot(taken, [report.lr(int(step)) for step in taken], color="black", linewidth=1.5)
+    else:
+        axes.plot(np.arange(len(lrs)), lrs, color="black", linewidth=1.5)
+    if len(coming) > 1:
+        axes.plot(coming, [report.lr(int(step)) for step in coming], color="black", linestyle=":", linewidth=1.2, label="to come")
+    axes.set(ylabel="LR", yscale="log")
+
+
+def _draw_switch(panels: Sequence[Axes], report: Report, lrs: Sequence[float] | None) -> None:
+    if (switch := report.state.switch) is None:
+        return
+    peak, at_minimum = f"switch, to LR {switch.lr:.3g}", report.lr_at_minimum
+    if switch.minimum is not None and lrs is not None and len(lrs):
+        at_minimum = float(np.interp(switch.minimum, np.arange(len(lrs)), lrs))
+    for panel in panels:
+        if switch.minimum is not None:
+            lowest = f"minimum, at LR {at_minimum:.3g}" if panel is panels[-1] else None
+            panel.axvline(switch.minimum, color=_GREEN, linestyle="--", linewidth=1.3, label=lowest)
+        panel.axvline(switch.step, color=_RED, linewidth=1.3, label=peak if panel is panels[-1] else None)
+
+
+def _draw_events(panels: Sequence[Axes], report: Report) -> None:
+    """Set-backs in all panels, an arrow to each copy that was put back, and a cross for whatever else befell the run."""
+    loss_axes, _, lr_axes = panels
+    setbacks = [event.step for event in report.events if event.kind == "divergence"]
+    for number, step in enumerate(setbacks):
+        for panel in panels:
+            label = "setback, half the peak" if panel is lr_axes and number == 0 else None
+            panel.axvline(step, color=_PURPLE, linestyle="-.", linewidth=1.3, label=label)
+    for number, (step, to) in enumerate(report.returns):
+        near = report.losses[np.argsort(np.abs(report.loss_steps - to), kind="stable")[:5]]
+        if len(near):
+            level = float(np.median(near))
+            arrow = {"arrowstyle": "->", "color": _ORANGE, "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0}
+            loss_axes.annotate("", (to, level), (step, level), arrowprops=arrow, zorder=5)
+            loss_axes.plot(to, level, "o", color=_ORANGE, markersize=4, label="back to a copy" if number == 0 else None, zorder=5)
+    others = [event for event in report.events if event.kind not in ("switch", "divergence")]
+    if others:
+        kinds = ", ".join(dict.fromkeys(event.kind for event in others))
+        where: dict[str, Any] = {"transform": lr_axes.get_xaxis_transform(), "clip_on": False}
+        steps = [event.step for event in others]
+        lr_axes.plot(steps, [0.06] * len(steps), "x", color="black", markersize=6, linestyle="", label=kinds, **where)
+
+
+def _scale_losses(axes: Axes, losses: FloatArray) -> None:
+    """A log axis where all are positive. A loss that explodes must not flatten the rest: that has two thirds of the height."""
+    values = losses[np.isfinite(losses)]
+    if len(values) == 0:
+        return
+    positive = bool(values.min() > 0)
+    if positive:
+        values = np.log(values)
+    low = float(values.min())
+    top = max(float(np.median(values[:10])), float(np.median(values)))
+    top = min(float(values.max()), top + (top - low) / 2)
+    margin = 0.05 * (top - low) or 0.5
+    limits = np.array([low - margin, top + margin])
+    if not positive:
+        axes.set_ylim(*limits)
+        return
+    axes.set_ylim(*np.exp(limits))  # first, for a scale would fit itself to a loss that has exploded
+    axes.set_yscale("log")
+    _label_decades(axes, limits)
+
+
+def _label_decades(axes: Axes, limits: FloatArray) -> None:
+    """Numbers as people write them, some on any range: a log axis has none of its own within a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    narrow = limits[1] - limits[0] < np.log(8)
+    decades = (limits[1] - limits[0]) / np.log(10)
+    axes.yaxis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=(1.0, 3.0) if decades < 2.5 else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _finish(*panels: Axes) -> None:
+    for panel in panels:
+        panel.grid(alpha=0.25)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(loc="best", fontsize=8, framealpha=0.85, borderpad=0.3, handlelength=1.6, labelspacing=0.3)
 
 
 def draw_cooldowns(
@@ -73,9 +388,7 @@ def draw_cooldowns(
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['training loss', 'learning rate', 'final test loss']
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    figure = _figure(figsize=(11, 5.5))
     grid = figure.add_gridspec(2, 2, width_ratios=(3, 2), height_ratios=(3, 2))
     loss_axes = figure.add_subplot(grid[0, 0])
     lr_axes = figure.add_subplot(grid[1, 0], sharex=loss_axes)
@@ -94,10 +407,7 @@ def draw_cooldowns(
         final_axes.plot(fraction, final_losses[fraction], "o", color=f"C{color}")
     final_axes.plot(fractions, [final_losses[f] for f in fractions], color="0.7", zorder=0)
     loss_axes.set_ylabel("training loss")
-    if np.nanmin(everything, initial=np.inf) > 0:  # where cooldowns differ the loss is a small part of what it was
-        loss_axes.set_yscale("log")
-    else:
-        _limit_losses(loss_axes, everything)
+    _scale_losses(loss_axes, everything)
     lr_axes.set(xlabel="optimizer step", ylabel="learning rate", yscale="log")
     final_axes.set(xlabel="cooldown_fraction", ylabel="final test loss")
     for axes in (loss_axes, lr_axes, final_axes):
@@ -125,8 +435,6 @@ def draw_layers(columns: Mapping[str, Sequence[Any] | np.ndarray[Any, Any]]) -> 
         >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
         ['conv', 'fc']
     """
-    from matplotlib.figure import Figure
-
     rows: dict[str, int] = {}
     row_of = [rows.setdefault(str(layer), len(rows)) for layer in columns["layer"]]
     steps, column_of = np.unique(np.asarray(columns["step"]), return_inverse=True)
@@ -134,7 +442,7 @@ def draw_layers(columns: Mapping[str, Sequence[Any] | np.ndarray[Any, Any]]) -> 
     logs = np.full((len(rows), len(steps)), np.nan)
     logs[row_of, column_of] = np.log10(ratios, out=np.full_like(ratios, np.nan), where=(ratios > 0) & np.isfinite(ratios))
 
-    figure = Figure(figsize=(10, min(9.0, 1.8 + 0.2 * len(rows))), layout="constrained")
+    figure = _figure(figsize=(10, min(9.0, 1.8 + 0.2 * len(rows))))
     axes = figure.subplots()
     axes.set_facecolor("0.8")
     finite = logs[np.isfinite(logs)]
@@ -156,31 +464,3 @@ def draw_layers(columns: Mapping[str, Sequence[Any] | np.ndarray[Any, Any]]) -> 
 def _shortened(name: str) -> str:
     name = name.removesuffix(".weight")
     return name if len(name) <= _LONGEST_NAME else "…" + name[-_LONGEST_NAME + 1 :]
-
-
-def _draw_decision(loss_axes: Axes, lr_axes: Axes, scheduler: AutoWU) -> None:
-    posterior, switch = scheduler.posterior, scheduler.switch
-    if posterior is not None:
-        x = posterior.grid * scheduler.config.warmup_steps
-        mean, std = posterior.mean.mean(0), np.sqrt(np.maximum(posterior.variance.mean(0), 0))
-        loss_axes.plot(x, mean, color="C1", label="Gaussian process at the last test")
-        loss_axes.fill_between(x, mean - 2 * std, mean + 2 * std, color="C1", alpha=0.25, linewidth=0, label="its mean ± 2 std")
-    if switch is None:
-        return
-    peak = f"LR {switch.lr:.3g}"
-    lowest = f"LR {switch.lr / scheduler.config.peak_factor:.3g}"
-    for axes, labels in ((loss_axes, ("fitted minimum", "switch")), (lr_axes, (f"fitted minimum, {lowest}", f"switch to {peak}"))):
-        if switch.minimum is not None:
-            axes.axvline(switch.minimum, color="C2", linestyle="--", linewidth=1, label=labels[0])
-        axes.axvline(switch.step, color="C3", linewidth=1, label=labels[1])
-
-
-def _limit_losses(axes: Axes, losses: FloatArray) -> None:
-    """Keep a loss that explodes from flattening the rest."""
-    finite = losses[np.isfinite(losses)]
-    if len(finite) == 0:
-        return
-    low, start = float(finite.min()), float(np.median(finite[:10]))
-    top = min(float(finite.max()), start + max(start - low, 1e-12))
-    margin = 0.05 * (top - low) or 1.0
-    axes.set_ylim(low - margin, top + margin)

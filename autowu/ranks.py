@@ -54,7 +54,7 @@ class Ranks:
     @property
     def alone(self) -> bool:
         """Whether there is one rank."""
-        return not _started() or dist.get_world_size(self.group) == 1
+        return not _AVAILABLE or dist.group.WORLD is None or dist.get_world_size(self.group) == 1
 
     @property
     def number(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -64,9 +64,9 @@ class Reader:
         self._low = math.inf  # the lowest of them, or the best mean
         self._quiet = -math.inf  # a loss at most this may wait
 
-    def follows_at_once(self, loss: float | Tensor, losses: LossHistory) -> bool:
+    def follows_at_once(self, loss: float | Tensor, losses: LossHistory) -> TypeGuard[float]:
         """Whether a loss that goes with `losses` need not travel: it is on the host of a single rank."""
-        return not isinstance(loss, Tensor) and losses.on_host and self._ranks.alone
+        return type(loss) is float and losses.on_host and self._ranks.alone
 
     def follow(self, step: int, loss: float, *, look: bool = False) -> int | None:
         """Follow a loss on the host. It may wait for others where nothing can come of it and nobody wants to `look` at the watch.

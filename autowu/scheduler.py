@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,27 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from autowu import checks
-from autowu.config import PUBLISHED, Config, checked, configure, cooldown_start, extended, forked
-from autowu.gp import CurvePosterior, LossCurveGP
+from autowu.config import PUBLISHED, Config, checked, configure, extended
+from autowu.gp import LossCurveGP
 from autowu.gpytorch_engine import PublishedGP
 from autowu.group_lrs import GroupLRs
-from autowu.history import LossHistory
+from autowu.horizon import Horizon
 from autowu.micro_batches import MicroBatches
+from autowu.open_ended import OpenEnded
 from autowu.optimizer_calls import OptimizerCalls
-from autowu.phases import Event, Phase, State, Switch, base_lr, phase_at, state_of
+from autowu.phases import State, base_lr, phase_at, state_of
+from autowu.plotting import Drawn
+from autowu.rescale import rescaled
+from autowu.shown import Shown
 from autowu.stages import Stage, rooms_of, stage_of
 from autowu.states import VERSION, readable, whole_or_not
-from autowu.switching import SwitchDecision
 
 __all__ = ["AutoWU"]
 
 
-class AutoWU(LRScheduler):
+class AutoWU(Shown, OpenEnded, Drawn):
     r"""Finds the peak LR and the length of the warm-up during the run (automated warm-up, Kim et al. 2021, arXiv 2107.05855).
 
     The LR grows exponentially while the loss falls. Once a Gaussian process on the losses says that their minimum is past, the LR
@@ -42,14 +45,18 @@ class AutoWU(LRScheduler):
         optimizer: any torch optimizer; the ratios between the LRs of its parameter groups (and timm's ``lr_scale``) are kept.
         steps_per_epoch: optimizer steps per epoch, 1 or more.
         total_epochs: epochs in the run, 1 or more; T is their product.
-        total_steps: T, in place of the two counts.
+        total_steps: T, in place of the two counts. With no length at all the LR is held until :meth:`start_cooldown`.
+        total_samples: budget of samples over all ranks, 1 or more; then pass those of each step to :meth:`step`.
+        total_tokens: likewise of tokens.
+        total_seconds: budget of wall-clock time from step to step, above 0, without that spent within :meth:`paused`.
         immediate_cooldown: True decays from the switch on; False holds the peak and decays over the last `cooldown_fraction` of T.
         cooldown_type: "cosine", "half_cosine", "linear" or "sqrt"; see :func:`autowu.schedules.cooldown_factor`.
         cooldown_fraction: share of T, in (0, 1), for a cooldown that is not immediate.
         min_lr: LR of step 0, above 0, and the lowest peak; None: by the optimizer's family, see
             :data:`autowu.families.LR_RANGES`.
         max_lr: LR that a full warm-up would reach, above `min_lr`; None: by the optimizer's family.
-        max_warmup_fraction: length W of a full warm-up as a share of T, in (0, 1].
+        max_warmup_fraction: length W of a full warm-up as a share of T, in (0, 1]. None: 0.32, or 9.4 / sqrt(T) if that is less.
+        max_warmup_steps: W itself, 1 or more; None: by the share, or 600 where the run has no length.
         warmup_type: "two_speed", "exp" or "linear"; see :func:`autowu.schedules.warmup_lr`.
         warmup_unit: "step", or "epoch" to hold the LR within an epoch.
         decay_phase_stat: "loss" lowers the LR in the stable phase when an epoch's mean loss has not improved for over 5 epochs.
@@ -58,7 +65,9 @@ class AutoWU(LRScheduler):
         patience: tests in a row that must find the minimum past, 1 or more.
         confidence: probability that each must exceed, in (0.5, 1).
         min_contrast: standard deviations that the fall to the minimum and the rise from it must make up together, 0 or more.
-        peak_factor: the peak LR as a share of the LR at the minimum, in (0, 1]; None: by family, less in short warm-ups.
+        min_rise: share of the fall that the rise must make up: a smaller one is a first dip, or noise on a plateau. 0: no matter
+            how much, and the peak follows from the minimum in place of its valley's far edge.
+        peak_factor: the peak LR as a share of the LR at that edge, in (0, 1]; None: by family, less in short warm-ups.
         gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`, an extra),
             or any :class:`~autowu.gp.LossCurveGP`.
         device: where the GP does its sums; None for the device of the losses.
@@ -98,12 +107,16 @@ class AutoWU(LRScheduler):
         total_epochs: int | None = None,
         *,
         total_steps: int | None = None,
+        total_samples: int | None = None,
+        total_tokens: int | None = None,
+        total_seconds: float | None = None,
         immediate_cooldown: bool = False,
         cooldown_type: str = "linear",
         cooldown_fraction: float = 0.6,
         min_lr: float | None = None,
         max_lr: float | None = None,
-        max_warmup_fraction: float = 0.32,
+        max_warmup_fraction: float | None = None,
+        max_warmup_steps: int | None = None,
         warmup_type: str = "two_speed",
         warmup_unit: str = "step",
         decay_phase_stat: str | None = None,
@@ -112,6 +125,7 @@ class AutoWU(LRScheduler):
         patience: int = 4,
         confidence: float = 0.95,
         min_contrast: float = 6.0,
+        min_rise: float = 0.2,
         peak_factor: float | None = None,
         gp: str | LossCurveGP = "closed-form",
         device: torch.device | str | int | None = None,
@@ -129,6 +143,7 @@ class AutoWU(LRScheduler):
         self._rooms = rooms_of(self.config, arguments)
         self._micro_batches = MicroBatches()
         self._calls = OptimizerCalls(optimizer, self._rooms.log)
+        self._horizon = Horizon(self.config, arguments, self._rooms.ranks, self._rooms.log)
         self._groups = GroupLRs(optimizer)
         if self._groups.resting:
             told = f"parameter groups {self._groups.resting} have an LR of 0, and keep it until it is set"
@@ -153,98 +168,6 @@ class AutoWU(LRScheduler):
         if "gp" not in overrides:
             overrides["gp"] = PublishedGP(seed=checks.integer("seed", overrides.get("seed", 0)))
         return cls(optimizer, steps_per_epoch, total_epochs, **(dict(PUBLISHED) | overrides))
-
-    @property
-    def phase(self) -> Phase:
-        """Phase of the coming optimizer step: "warmup", "stable", "cooldown" or "done"."""
-        return phase_at(self.config, self._state, self.last_epoch)
-
-    @property
-    def switch(self) -> Switch | None:
-        """The end of the warm-up: step, LR, probability, position of the minimum; None before it."""
-        return self._state.switch
-
-    @property
-    def events(self) -> list[Event]:
-        """What befell the run so far: switch, explosion, divergences, troubles."""
-        return self._rooms.log.events
-
-    @property
-    def history(self) -> LossHistory:
-        """The losses of the warm-up."""
-        return self._rooms.judge.history
-
-    @property
-    def decision(self) -> SwitchDecision | None:
-        """Outcome of the last test; None before it, and on all ranks but the first."""
-        return self._rooms.judge.decision
-
-    @property
-    def posterior(self) -> CurvePosterior | None:
-        """The curve as the last test saw it; None before it, and on all ranks but the first."""
-        return self._rooms.judge.posterior
-
-    @property
-    def gp(self) -> LossCurveGP:
-        """The engine."""
-        return self._rooms.judge.gp
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the GP does its sums; None for the device of the losses."""
-        return self._rooms.judge.device
-
-    @property
-    def process_group(self) -> ProcessGroup | None:
-        """The ranks that train together; None for the default group."""
-        return self._rooms.ranks.group
-
-    def lr_at(self, step: int) -> float:
-        """LR of optimizer step `step` by all that is known now, of the parameter group with the largest LR.
-
-        Past the present the warm-up is taken to go on to its limit, and the LR of a stable phase to stay.
-        """
-        return base_lr(self.config, self._state, step)
-
-    def cooldown_start(self, cooldown_fraction: float) -> int:
-        """Optimizer step, from 0, at which a cooldown over the last `cooldown_fraction`, in (0, 1), of the T steps begins.
-
-        Raises:
-            TypeError, ValueError: unless the fraction is a number in its range.
-        """
-        return cooldown_start(self.config, cooldown_fraction)
-
-    def fork_cooldown(self, cooldown_fraction: float) -> dict[str, Any]:
-        """The state, as of now, of a branch of this run with another `cooldown_fraction`, for :meth:`load_state_dict`.
-
-        It is what a full run with that fraction would have here, and shares no memory with this run; docs/cooldown.md shows how
-        several fractions share warm-up and stable phase. In a process group each rank forks its own state.
-
-        Args:
-            cooldown_fraction: share of T, in (0, 1).
-
-        Raises:
-            TypeError: if the fraction is no number.
-            ValueError: if it is out of its range, if this run has ``immediate_cooldown=True``, if the run is past the step where
-                that cooldown or its own begins (with ``decay_phase_stat="loss"`` one step less), or if the warm-up of a run with
-                that fraction would have another limit.
-
-        Example:
-            >>> def sgd():
-            ...     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-            >>> trunk = AutoWU(sgd(), total_steps=100, immediate_cooldown=False, cooldown_fraction=0.1)
-            >>> for step in range(100):
-            ...     if step == trunk.cooldown_start(0.4):
-            ...         state = trunk.fork_cooldown(0.4)  # and copies of model and optimizer
-            ...     trunk.optimizer.step()
-            ...     trunk.step(1.0)
-            >>> branch = AutoWU(sgd(), total_steps=100)
-            >>> branch.load_state_dict(state)
-            >>> branch.phase, branch.last_epoch, branch.config.cooldown_fraction
-            ('cooldown', 60, 0.4)
-        """
-        config = forked(self.config, self.last_epoch, cooldown_fraction)
-        return copy.deepcopy(self.state_dict()) | {"config": asdict(config)}
 
     def get_lr(self) -> list[float | Tensor]:
         """LR of the coming optimizer step for each parameter group, as torch's schedulers compute it inside `step`."""
@@ -277,17 +200,15 @@ class AutoWU(LRScheduler):
             >>> optimizer.step()
             >>> scheduler.step()
         """
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             _observe_untraced(self, loss)
         else:
             self._observe(loss)
 
     def _observe(self, loss: float | Tensor) -> None:
-        loss = checks.loss(loss)
-        if self._stage.wants_loss(self._state, self.last_epoch):
-            self._micro_batches.observe(loss)
+        self._micro_batches.observe(checks.loss(loss))
 
-    def step(self, loss: float | Tensor | None = None) -> None:
+    def step(self, loss: float | Tensor | None = None, *, samples: int | None = None, tokens: int | None = None) -> None:
         """Record the loss of the optimizer step just taken and set the LR of the next one.
 
         Does not wait for the device, but in a test for one read of a few kilobytes. A call for which the optimizer was not called,
@@ -297,22 +218,28 @@ class AutoWU(LRScheduler):
             loss: the training loss: a float, or a tensor of one element and any floating dtype, on any device, with or without its
                 graph. It is not kept alive, and survived where it is not finite. It is averaged with what was observed since the
                 last step, see :meth:`observe`; None where that is all. With neither the step counts as one with a missing loss.
+            samples: how many this rank has taken for the step, 0 or more; needed with `total_samples`, else ignored.
+            tokens: likewise; needed with `total_tokens`.
 
         Raises:
-            TypeError: if `loss` is not a floating-point number.
-            ValueError: if `loss` has several elements; at the first step of ranks that were given different arguments.
+            TypeError: if `loss` is not a floating-point number, or `samples` or `tokens` no integer where they are needed.
+            ValueError: if `loss` has several elements, or a count is below 0; at the first step of ranks that were given different
+                arguments.
         """
-        if torch.compiler.is_compiling():
-            _step_untraced(self, loss)
+        if is_dynamo_compiling():
+            _step_untraced(self, loss, samples, tokens)
         else:
-            self._step(loss)
+            self._step(loss, samples, tokens)
 
-    def _step(self, loss: float | Tensor | None) -> None:
+    def _step(self, loss: float | Tensor | None, samples: int | None, tokens: int | None) -> None:
         if not (ranks := self._rooms.ranks).compared and not ranks.alone:
             self._rooms.compare(self.config, self.last_epoch)
+        used = self._horizon.budget.of_step(self.config, samples, tokens)
         loss = self._micro_batches.loss_of_step(loss)
+        self._horizon.budget.own += used
         step, before = self.last_epoch + 1, self._state
         if self._calls.took_step(self.optimizer, step):
+            self._plan(self._horizon.after_step(self.config, before, step))
             self._state, self._stage = self._stage.after_step(step, loss, before)
             if self._step_count == 1:  # where torch may have to warn of the order of the two calls
                 LRScheduler.step(self)
@@ -332,9 +259,11 @@ class AutoWU(LRScheduler):
 
     def _write_lrs(self) -> None:
         """Set the LRs of the coming step: a restored run must not depend on the order in which its parts were restored."""
-        if not self._groups.as_set(self.optimizer):
+        lr = base_lr(self.config, self._state, self.last_epoch)
+        if (written := self._groups.renew(self.optimizer, lr)) is None:
             self._meet_groups()
-        self._last_lr = self._groups.write(self.optimizer, self.lr_at(self.last_epoch))
+            written = self._groups.write(self.optimizer, lr)
+        self._last_lr = written
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on, as plain types and tensors, loadable with ``torch.load(weights_only=True)``.
@@ -364,18 +293,21 @@ class AutoWU(LRScheduler):
             "groups": self._groups,
             "micro_batches": self._micro_batches,
             "calls": self._calls,
+            "horizon": self._horizon,
             "events": rooms.log,
             "reader": rooms.reader,
             "snapshot": rooms.rollback,
+            "record": rooms.record,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where the run that `state_dict` was taken of stood, whatever this object was built with, and set the LRs.
 
         Of this object's own arguments one matters: more `total_epochs` (or `total_steps`, where neither has epochs) than the
-        state's extend the run. The warm-up stays as it is and the cooldown moves to the new end: an immediate one is stretched
-        over all steps after the switch, another begins anew when the last `cooldown_fraction` of the longer run does. The LR may
-        therefore rise at the point of extension. A run that is over, or not as long as this object's arguments say, is warned of.
+        state's extend the run, unless its cooldown was asked for. The warm-up stays as it is and the cooldown moves to the new end:
+        an immediate one is stretched over all steps after the switch, another begins anew when the last `cooldown_fraction` of the
+        longer run does. The LR may therefore rise at the point of extension. Where both have `steps_per_epoch`, and not the same,
+        the run keeps its place in epochs. A run that is over, or not as long as this object's arguments say, is warned of.
 
         Raises:
             TypeError, ValueError: naming the entry by its path, if the state is incomplete or damaged; if it is of another
@@ -384,31 +316,25 @@ class AutoWU(LRScheduler):
         """
         state = readable(state_dict, type(self).__name__, len(self.optimizer.param_groups))
         with whole_or_not([self, *self._named_rooms().values()], self.gp):
-            self._take_over(state)
+            self._take_over(rescaled(state, self.config), saved=state)
         self._rooms.ranks.compared = False
 
-    def _take_over(self, state: Mapping[str, Any]) -> None:
+    def _take_over(self, state: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         for name, room in self._named_rooms().items():
             room.load_state_dict(state[name])
         config, self._state, self.last_epoch = Config(**state["config"]), state_of(state["state"]), state["last_epoch"]
         self._step_count = state["step_count"]
         self.base_lrs = [*state["base_lrs"], *self.base_lrs[len(state["base_lrs"]) :]]
-        planned, self.config = self.config, extended(config, self.config)
+        planned = config if self._horizon.moved else self.config
+        self.config = extended(config, planned)
+        self._rooms.record.steer(self.last_epoch, config, self._state, self.config, self._state)
         self._rooms.rollback.allow(self.config.rollback)
         self._stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         # An epoch of the stable phase that the cooldown cut short is none of a longer run's.
         whole = self.config == config or phase_at(config, self._state, self.last_epoch) == "stable"
         self._stage.load_state_dict(state["stage"] if whole else {**state["stage"], "epoch": None})
         self._write_lrs()
-        self._rooms.log.resumed(self.config, self._state, self.last_epoch, planned)
-
-    def __repr__(self) -> str:
-        config, switch = self.config, self.switch
-        found = f"lr_range=({config.min_lr:g}, {config.max_lr:g})"
-        if switch is not None:
-            found = f"switch=(step={switch.step}, lr={switch.lr:.4g})"
-        where = f"phase={self.phase!r}, step={self.last_epoch}/{config.total_steps}, lr={self.lr_at(self.last_epoch):.4g}"
-        return f"{type(self).__name__}({where}, {found}, cooldown_type={config.cooldown_type!r}, gp={self.gp!r})"
+        self._rooms.log.resumed(self.config, self._state, self.last_epoch, planned, saved)
 
 
 # A compiled training loop may hold the scheduler; what it does is not for the compiler.

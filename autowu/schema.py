@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from autowu import checks
+from autowu.budget import GIVEN, MEASURED
 from autowu.checks import Check, between, count, flag, optional, positive, share
-from autowu.config import ARGUMENTS, Config, check_together
+from autowu.config import ARGUMENTS, BUDGETS, Config, check_together
 from autowu.gp import MIN_LENGTHSCALE
 from autowu.phases import Event, State
+from autowu.record import MOST
 from autowu.watch import BLOCK, HUGE, LossWatch
 
 __all__ = ["check_state", "shown"]
@@ -175,8 +177,9 @@ _flag, _positive, _share = _plain(flag), _plain(positive), _plain(share)
 
 _CONFIG: Final = _record(
     {field.name: _plain(ARGUMENTS[field.name]) if field.name in ARGUMENTS else _anything for field in fields(Config)}
-    | dict.fromkeys(("total_steps", "warmup_steps", "warmup_limit", "test_interval"), _plain(count))
-    | {"cooldown_start": _whole(0), "min_lr": _lr, "max_lr": _lr, "peak_factor": _share}
+    | dict.fromkeys(("warmup_steps", "warmup_limit", "test_interval"), _plain(count))
+    | {"total_steps": optional(_whole(1)), "warmup_origin": _whole(0), "min_lr": _lr, "max_lr": _lr, "peak_factor": _share}
+    | {"cooldown_start": optional(_whole(0)), "replanned_at": optional(_whole(0)), "replanned_progress": _probability}
 )
 
 _SWITCH: Final = _record(
@@ -237,7 +240,9 @@ _ENGINES: Final = {
 }
 """States of the engines of this package; what those of others hold is theirs."""
 
-_DECISION: Final = _record({"switch": _flag, "votes": _whole(0), "probability": _probability, "minima": _list_of(_finite)})
+_DECISION: Final = _record(
+    {"switch": _flag, "votes": _whole(0), "probability": _probability} | dict.fromkeys(("minima", "edges"), _list_of(_finite))
+)
 
 _POSTERIOR: Final = _record(
     {
@@ -268,6 +273,28 @@ _WATCH: Final = _record(
 
 _COPY: Final = _record(
     {"step": _whole(0), "lr": _lr_or_0, "level": _loss, "tensors": _by_place(_tensor()), "rest": _by_place(_anything)}, more=True
+)
+
+_RECORD: Final = _record(
+    {
+        "tests": _list_of(_record({"step": _whole(0), "votes": _whole(0), "probability": _probability}), MOST),
+        "courses": _list_of(
+            _record(
+                {"until": _whole(0), "total_steps": optional(_whole(1)), "cooldown_start": optional(_whole(0)), "factor": _share}
+            ),
+            MOST,
+        ),
+    }
+)
+
+_BUDGET: Final = _record(
+    {
+        "used": _at_least_0,
+        "own": _at_least_0,
+        "over": _flag,
+        "given": optional(_record({name: _plain(ARGUMENTS[name]) for name in GIVEN})),
+        "recent": _list_of(_at_least_0, MEASURED),
+    }
 )
 
 _TABLE: Final = _record(
@@ -301,6 +328,16 @@ _TABLE: Final = _record(
                 "looked_at": _whole(0),
                 "unread": _list_of(_number, BLOCK),
                 "pending": optional(_list_of(_number, BLOCK + 1)),
+            }
+        ),
+        "record": _RECORD,
+        "horizon": _record(
+            {
+                "asked": _list_of(_whole(1)),
+                "pending": optional(_list_of(_at_least_0, 3)),
+                "opened": _flag,
+                "moved": _flag,
+                "budget": _BUDGET,
             }
         ),
         "snapshot": optional(_record({"newer": optional(_COPY), "older": optional(_COPY)}, more=True)),
@@ -338,15 +375,16 @@ def _config_agrees(path: str, config: Mapping[str, Any]) -> None:
 def _position_agrees(name: str, state: Mapping[str, Any]) -> None:
     """The step counts, the switch, and whatever happens once a step at most."""
     config, run, taken = state["config"], state["state"], state["last_epoch"]
+    latest = config["warmup_origin"] + config["warmup_limit"]
     if state["step_count"] != taken + 1:
         raise ValueError(f'{name}["step_count"]={state["step_count"]!r}: must be one more than last_epoch={taken!r}')
     path, switch = f'{name}["state"]', run["switch"]
     for key in ("votes", "bad_epochs", "setbacks"):
         _most(f'{path}["{key}"]', run[key], taken, "the steps taken")
     if switch is None:
-        _most(f'{name}["last_epoch"]', taken, config["warmup_limit"] - 1, "the last step of a warm-up")
+        _most(f'{name}["last_epoch"]', taken, latest - 1, "the last step of a warm-up")
     else:
-        _most(f'{path}["switch"]["step"]', switch["step"], min(taken, config["warmup_limit"]), "the steps of warm-up")
+        _most(f'{path}["switch"]["step"]', switch["step"], min(taken, latest), "the steps of warm-up")
     for index, event in enumerate(state["events"]):
         _most(f'{name}["events"][{index}]["step"]', event["step"], taken + 1, "the coming step")
 
@@ -388,6 +426,8 @@ def _history_agrees(path: str, history: Mapping[str, Any], state: Mapping[str, A
 
 
 def _rest_agrees(name: str, state: Mapping[str, Any]) -> None:
+    if any(state["config"][budget] is not None for budget in BUDGETS) and not state["horizon"]["opened"]:
+        raise ValueError(f'{name}["horizon"]["opened"]=False: must be True in a run with a budget')
     taken, groups = state["last_epoch"], len(state["base_lrs"])
     if not groups or len(state["groups"]["ratios"]) != groups:
         ratios = len(state["groups"]["ratios"])
@@ -396,6 +436,13 @@ def _rest_agrees(name: str, state: Mapping[str, Any]) -> None:
     if observed["count"] == 0 and observed["sum"] != 0:
         raise ValueError(f'{name}["micro_batches"]["sum"]={observed["sum"]!r}: must be 0 where none was observed')
     _most(f'{name}["reader"]["looked_at"]', state["reader"]["looked_at"], taken, "the steps taken")
+    for index, test in enumerate(state["record"]["tests"]):
+        _most(f'{name}["record"]["tests"][{index}]["step"]', test["step"], taken, "the steps taken")
+    for index, course in enumerate(state["record"]["courses"]):
+        path = f'{name}["record"]["courses"][{index}]'
+        _most(f'{path}["until"]', course["until"], taken, "the steps taken")
+        if course["total_steps"] is not None and course["cooldown_start"] is not None:
+            _most(f'{path}["cooldown_start"]', course["cooldown_start"], course["total_steps"] - 1, "a step of the run")
     if state["reader"]["pending"] == []:
         raise ValueError(f'{name}["reader"]["pending"]=[]: must end with the flag of the ranks, or be None')
     for which, copied in (state["snapshot"] or {}).items():

@@ -79,6 +79,7 @@ class Snapshot:
             raise RuntimeError("no snapshot was taken")
         if reason := self.misfit():
             raise RuntimeError(reason)
+        self.live.look_for_averages()
         found = self._found()
         fitting = {label: p for label, p in found.items() if p is not None and _fits(p, self._copies["parameter", label])}
         pairs = [(local(p), self._copies["parameter", label]) for label, p in fitting.items()]
@@ -88,7 +89,17 @@ class Snapshot:
         left += self._restore_buffers(pairs)
         self._restore_state(fitting, pairs)
         _copy(*([list(side) for side in zip(*pairs, strict=True)] or [[], []]))
-        return left
+        return [label for label in left if not self._begin_anew(label)]
+
+    def _begin_anew(self, label: str) -> bool:
+        """Have an average that is not finite, and unknown to the copy, begin again from what it averages; whether it does."""
+        average = self.live.everything().get(label)
+        if label not in self.live.averages() or average is None or bool(local(average).isfinite().all()):
+            return False
+        if (source := self.live.source_of(label)) is None:
+            return False
+        _copy([local(average)], [local(source)])
+        return True
 
     def _found(self) -> dict[Label, Tensor | None]:
         """The parameters of the copy as the run has them: the same ones, or those of the same label where it was loaded.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from autowu.history import MISSING, LossHistory
 from autowu.judge import Judge, engine
 from autowu.live import LiveRun
 from autowu.phases import (
+    MAX_SETBACKS,
     State,
     Switch,
     Verdict,
@@ -30,20 +31,25 @@ from autowu.phases import (
     plateau_epoch_due,
     set_back,
     switched,
-    undo_set_back,
+    undo_set_backs,
     warmup_lr_at,
     watch_is_over,
 )
 from autowu.ranks import Ranks
 from autowu.reader import Reader
+from autowu.record import Record
 from autowu.rollback import NoRollback, Restored, Rollback
 from autowu.switching import MIN_LOSSES
-from autowu.watch import BLOCK
+from autowu.watch import BLOCK, LossWatch
 
 __all__ = ["AfterSwitch", "Rooms", "Stage", "WarmUp", "rooms_of", "stage_of"]
 
 _COPIES: Final = 200
 """Of a run after the switch, at most, however short its warm-up and the interval between tests: more would slow it down."""
+_POINTS: Final = 1024
+"""Points that the losses since the switch are kept as."""
+_FOLDED_EVERY: Final = 512
+"""Steps, where the watch follows at once: what is staged must outlast a block, should it be read in blocks from now on."""
 _SKIPPED: Final = 20
 """Calls without an optimizer step after which the loss is looked at."""
 
@@ -57,6 +63,7 @@ class Rooms:
     judge: Judge
     reader: Reader
     rollback: NoRollback
+    record: Record = field(default_factory=Record)
 
     def compare(self, config: Config, step: int) -> None:
         """Learn whether all ranks were given the same arguments, after `step` steps; all come there, whatever they were given.
@@ -67,6 +74,13 @@ class Rooms:
         goes_back = isinstance(self.rollback, Rollback)
         own = {"last_epoch": step, "gp": type(self.judge.gp).__name__, "rollback": goes_back}
         self.ranks.compare(described(config) | own)
+
+    def begin_again(self, config: Config, before: Config) -> None:
+        """Forget the losses and the copies: a warm-up begins by `config`, after one by another."""
+        self.judge.begin(config, before.warmup_steps / config.warmup_steps)
+        self.reader.watch = LossWatch()
+        self.reader.begin(config.warmup_origin, None)
+        self.rollback.free()
 
 
 def rooms_of(config: Config, arguments: Mapping[str, Any]) -> Rooms:
@@ -92,10 +106,6 @@ class WarmUp:
     def __init__(self, config: Config, rooms: Rooms, fallback_lr: float) -> None:
         self.config, self.rooms, self.fallback_lr = config, rooms, fallback_lr
 
-    def wants_loss(self, state: State, step: int) -> bool:
-        """Whether the loss of the coming step is of use."""
-        return True
-
     def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
         """Take the loss of the `step`-th optimizer step."""
         rooms, due = self.rooms, is_test_due(self.config, state, step)
@@ -108,7 +118,7 @@ class WarmUp:
         """Have the watch follow the loss; None where it has not followed any."""
         reader, history, rollback = self.rooms.reader, self.rooms.judge.history, self.rooms.rollback
         if reader.follows_at_once(loss, history):
-            return reader.follow(step, float(loss), look=due)
+            return reader.follow(step, loss, look=due)
         since = reader.read_block(step, history, flag=rollback.failed, due=due)
         if reader.flagged:
             rollback.give_up()
@@ -126,8 +136,9 @@ class WarmUp:
 
     def _test(self, step: int, state: State) -> tuple[State, Stage]:
         """The test that is due."""
-        at_limit = step == self.config.warmup_limit
-        if step < MIN_LOSSES and not at_limit:
+        position = step - self.config.warmup_origin
+        at_limit = position == self.config.warmup_limit
+        if position < MIN_LOSSES and not at_limit:
             self._copy_before_the_first_fit(step)
             return state, self
         found, all_sound = self._verdict(step, state)
@@ -150,6 +161,8 @@ class WarmUp:
         found, heard = self.rooms.judge.test(self.config, state, step, sound=sound, flag=rollback.failed)
         if heard.flagged:
             rollback.give_up()
+        if found is not None:
+            self.rooms.record.test(step, found)
         return found, heard.sound
 
     def _copy_before_the_first_fit(self, step: int) -> None:
@@ -161,7 +174,7 @@ class WarmUp:
 
     def _copy(self, step: int) -> None:
         level = self.rooms.reader.watch.level
-        self.rooms.rollback.take(step, warmup_lr_at(self.config, step), level, self.config.peak_factor)
+        self.rooms.rollback.take(step, warmup_lr_at(self.config, step - self.config.warmup_origin), level, self.config.peak_factor)
 
     def _explode(self, step: int, state: State) -> tuple[State, Stage]:
         """A loss that explodes ends the warm-up at once."""
@@ -218,24 +231,27 @@ class AfterSwitch:
 
     def __init__(self, config: Config, rooms: Rooms) -> None:
         self.config, self.rooms = config, rooms
-        self._copies_every = max(config.test_interval, config.total_steps // _COPIES)
-        self._losses = LossHistory(max_points=2)  # those since the last look, where the watch does not follow at once
+        self._losses = LossHistory(_POINTS)  # those since the switch; staged are those since the last look, at least
         self._epoch: LossHistory | None = None  # those of the epoch, for the plateau rule
 
-    def wants_loss(self, state: State, step: int) -> bool:
-        """Whether the loss of the coming step is of use."""
-        return state.watched or self._is_ruled(state, step)
+    def _copies_every(self, step: int) -> int:
+        """Steps between two copies; of a run whose end is open as of one that ended here."""
+        return max(self.config.test_interval, (self.config.total_steps or step) // _COPIES)
 
     def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
         """Take the loss of the `step`-th optimizer step."""
-        if self._is_ruled(state, step - 1):
+        before, ruled = state, self.config.decay_phase_stat is not None
+        self._losses.append(loss)
+        if ruled and self._is_ruled(state, step - 1):
             if self._epoch is None:
                 self._epoch = LossHistory()
             self._epoch.append(loss)
         if state.watched:
             state = self._watch(step, loss, state)
-        if plateau_epoch_due(self.config, state, step):
+        if ruled and plateau_epoch_due(self.config, state, step):
             state = self._end_epoch(state)
+        if state is not before:
+            self.rooms.record.steer(step, self.config, before, self.config, state)
         return state, self
 
     def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
@@ -253,7 +269,7 @@ class AfterSwitch:
         return self.config.decay_phase_stat is not None and phase_at(self.config, state, step) == "stable"
 
     def _watch(self, step: int, loss: float | Tensor, state: State) -> State:
-        reader, rollback, interval = self.rooms.reader, self.rooms.rollback, self._copies_every
+        reader, rollback, interval = self.rooms.reader, self.rooms.rollback, self._copies_every(step)
         since = self._read(step, loss)
         if since is None:
             return state
@@ -262,12 +278,15 @@ class AfterSwitch:
             reader.catch_up()
             self._heed_flag()
         if reader.watch.changed:
-            state = self._undo_set_back(step, state)
+            state = self._undo_set_backs(step, state)
+        if state.setbacks >= MAX_SETBACKS:  # no more are borne; it only remains to be seen whether the last was one
+            seen = not reader.watch.on_trial or watch_is_over(self.config, state, step)
+            return self.end_watch(state) if seen else state
         if reader.watch.diverged:
             return self._set_back(step, state)
         if since // BLOCK < step // BLOCK and watch_is_over(self.config, state, step):
             return self.end_watch(state)
-        if copy_is_due and reader.watch.near_best:
+        if copy_is_due and reader.watch.near_best and not reader.watch.doubt:
             rollback.renew(step, reader.watch.level)
         return state
 
@@ -275,9 +294,10 @@ class AfterSwitch:
         """Have the watch follow the loss; the step of the look before, None where it has not followed any."""
         reader, rollback = self.rooms.reader, self.rooms.rollback
         if reader.follows_at_once(loss, self._losses):
-            look = step % BLOCK == 0 or (rollback.able and step % self._copies_every == 0)
-            return reader.follow(step, float(loss), look=look)
-        self._losses.append(loss)
+            if step % _FOLDED_EVERY == 0:
+                self._losses.fold()
+            look = step % BLOCK == 0 or (rollback.able and step % self._copies_every(step) == 0)
+            return reader.follow(step, loss, look=look)
         since = reader.read_block(step, self._losses, flag=rollback.failed)
         if since is not None:
             self._losses.fold()  # they have been read
@@ -297,13 +317,16 @@ class AfterSwitch:
         self.rooms.reader.go_back(None if restored is None else restored.level)
         message = divergence_message(state, None if restored is None else restored.step)
         self.rooms.log.warn("divergence", step, message)
-        return state if state.watched else self.end_watch(state)
+        over = state.setbacks >= MAX_SETBACKS and not self.rooms.reader.watch.on_trial
+        return self.end_watch(state) if over else state
 
-    def _undo_set_back(self, step: int, state: State) -> State:
-        """The loss is high on the weights of the copy, too: it has changed, and the peak was not too high."""
-        watch, state = self.rooms.reader.watch, undo_set_back(state)
+    def _undo_set_backs(self, step: int, state: State) -> State:
+        """The loss is high on the weights of the copy, or at a lower LR, too: it has changed, and the peak was not too high."""
+        watch = self.rooms.reader.watch
+        state = undo_set_backs(state, watch.halved)
         watch.changed = False
-        self.rooms.log.warn("loss_changed", step, loss_changed_message(state, watch.level, watch.returned))
+        risen = watch.rise if self.rooms.rollback.held is None else None
+        self.rooms.log.warn("loss_changed", step, loss_changed_message(state, watch.level, watch.returned, risen))
         return state
 
     def _end_epoch(self, state: State) -> State:
@@ -316,7 +339,12 @@ class AfterSwitch:
         return {"losses": self._losses.state_dict(), "epoch": epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._losses = LossHistory.from_state_dict(state["losses"])
+        self._losses, saved = LossHistory(_POINTS), LossHistory.from_state_dict(state["losses"])
+        if saved.max_points == _POINTS:
+            self._losses = saved
+        else:  # of version 5, which kept no more than what the watch was still to read
+            for loss in saved.staged.tolist():
+                self._losses.append(loss)
         self._epoch = None if state["epoch"] is None else LossHistory.from_state_dict(state["epoch"])
 
 

@@ -8,15 +8,28 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from autowu.config import Config
+from autowu.config import BUDGETS, Config
 from autowu.history import LossHistory
-from autowu.phases import warmup_lr_at
+from autowu.phases import SETBACK_FACTOR, warmup_lr_at
+from autowu.record import MOST
 from autowu.schema import check_state, shown
 from autowu.watch import BLOCK, LossWatch
 
 __all__ = ["VERSION", "readable", "whole_or_not"]
 
-VERSION: Final = 5
+VERSION: Final = 6
+OLDEST: Final = 4
+"""Version that is still read."""
+
+_FIXED: Final[dict[str, Any]] = {
+    "min_rise": 0.0,
+    "warmup_origin": 0,
+    "replanned_at": None,
+    "replanned_progress": 0.0,
+    **dict.fromkeys(BUDGETS),
+}
+"""What the configurations of version 6 have besides, of a run whose end is fixed, and where the minimum alone counts."""
+_NO_BUDGET: Final[dict[str, Any]] = {"used": 0.0, "own": 0.0, "over": False, "given": None, "recent": []}
 
 
 def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
@@ -31,16 +44,16 @@ def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
     if not isinstance(found := state.get("class"), str) or found != name:
         raise ValueError(f"class={shown(found)}: the state is not of {name}")
     version, path = state.get("version"), "state_dict"
-    if type(version) is int and version == 4:
-        path = "state_dict, of version 4, as version 5"
+    if type(version) is not int or not OLDEST <= version <= VERSION:
+        raise ValueError(f"version={shown(version)}: this autowu reads versions {OLDEST} to {VERSION}")
+    if version < VERSION:
+        path = f"state_dict, of version {version}, as version {VERSION}"
         try:
-            state = _from_4(state)
+            state = _from_5(_from_4(state) if version == OLDEST else state)
         except KeyError as error:
             raise ValueError(f"state_dict without {shown(error.args[0])}: the state is incomplete") from None
         except Exception as error:
             raise _damaged(error) from None
-    elif type(version) is not int or version != VERSION:
-        raise ValueError(f"version={shown(version)}: this autowu reads versions 4 and {VERSION}")
     check_state(path, state)
     if (saved := len(state["base_lrs"])) > groups:
         cure = "add the groups that were added during the run before the state is loaded"
@@ -76,6 +89,61 @@ def whole_or_not(rooms: Iterable[Any], engine: Any) -> Iterator[None]:
         raise _damaged(error) from error
 
 
+def _from_5(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Version 6 has more of nearly everything."""
+    state = {**state, "version": 6}
+    for entry, more in _OF_6.items():
+        state[entry] = more(state)
+    return state
+
+
+def _config_of_6(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Every run had its end, and one warm-up. No rise was asked for, and a warm-up goes on by the rule that it began with."""
+    config: Mapping[str, Any] = state["config"] | _FIXED
+    return config
+
+
+def _judge_of_6(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The LR was that at the minimum."""
+    judge: Mapping[str, Any] = state["judge"]
+    return {**judge, "decision": judge["decision"] and {**judge["decision"], "edges": judge["decision"]["minima"]}}
+
+
+def _reader_of_6(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Nothing was known of losses that are passed again, nor of trials without a copy."""
+    reader: Mapping[str, Any] = state["reader"]
+    return {**reader, "watch": LossWatch().state_dict() | {"longest": 1, "halved": 1} | reader["watch"]}
+
+
+def _record_of_6(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Neither tests nor the courses of the LR were kept: of the tests the last is known, of the courses the setbacks."""
+    config, switch, courses, setbacks = state["config"], state["state"]["switch"], [], 0
+    for event in state["events"]:
+        if event["kind"] in ("divergence", "loss_changed"):
+            plan = {"total_steps": config["total_steps"], "cooldown_start": config["cooldown_start"]}
+            courses.append({"until": event["step"], **plan, "factor": SETBACK_FACTOR**setbacks})
+            setbacks = max(0, setbacks + (1 if event["kind"] == "divergence" else -1))
+    tests = []
+    if switch is not None and switch["probability"] is not None:
+        tests = [{"step": switch["step"], "votes": state["state"]["votes"], "probability": switch["probability"]}]
+    return {"tests": tests, "courses": courses[-MOST:]}
+
+
+def _horizon_of_6(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The end was that of the configuration."""
+    return {"asked": [], "pending": None, "opened": False, "moved": False, "budget": _NO_BUDGET}
+
+
+_OF_6: Final = {
+    "config": _config_of_6,
+    "judge": _judge_of_6,
+    "reader": _reader_of_6,
+    "record": _record_of_6,
+    "horizon": _horizon_of_6,
+}
+"""Entries of a state that version 6 keeps more of, or anew, and how each follows from a state of version 5."""
+
+
 def _from_4(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Version 4, of autowu 0.1.0, had all rooms' values side by side."""
     kept = ("class", "config", "state", "last_epoch", "step_count", "base_lrs", "events")
@@ -100,13 +168,13 @@ def _from_4(state: Mapping[str, Any]) -> Mapping[str, Any]:
             "posterior": state["posterior"],
         },
         "reader": {
-            "watch": LossWatch().state_dict() | watch["state"],
+            "watch": watch["state"],
             "looked_at": watch["looked_at"],
             "unread": [],
             "pending": _block_from_4(state),
         },
         "stage": {} if state["state"]["switch"] is None else after_switch,
-        "snapshot": _copies_from_4(Config(**config), state["snapshot"]),
+        "snapshot": _copies_from_4(Config(**config, **_FIXED), state["snapshot"]),
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from autowu.gp import CurvePosterior, FloatArray
 
-__all__ = ["SwitchDecision", "decide", "probability_past_minimum", "valley_contrast"]
+__all__ = ["SwitchDecision", "decide", "far_edge", "probability_past_minimum", "rise_share", "valley_contrast"]
 
 MIN_LOSSES = 10
 """With fewer finite losses a test has no vote: one can draw any curve through a handful of points."""
@@ -26,12 +26,14 @@ class SwitchDecision:
         votes: number of such votes in a row, this one included.
         probability: probability that the minimum is past: the median over the subsamples, in [0, 1].
         minima: position of the minimum of the posterior mean, for each subsample, as a fraction of the planned warm-up.
+        edges: of the far edge of the valley that the minimum lies in, likewise: the peak LR follows from it.
     """
 
     switch: bool
     votes: int
     probability: float
     minima: tuple[float, ...]
+    edges: tuple[float, ...]
 
 
 def probability_past_minimum(posterior: CurvePosterior) -> FloatArray:
@@ -88,6 +90,26 @@ def _valleys(posterior: CurvePosterior) -> tuple[list[CurvePosterior], float]:
     return [valley or fit for valley, fit in zip(valleys, fits, strict=True)], contrast
 
 
+def rise_share(fit: CurvePosterior) -> float:
+    """How far one fit, S = 1, has risen from its minimum, as a share of its largest fall to it; infinite where it never fell."""
+    mean = fit.mean[0]
+    lowest = mean.argmin()
+    fall, rise = mean[: lowest + 1].max() - mean[lowest], mean[-1] - mean[lowest]
+    return float(rise / fall) if fall > 0 else math.inf
+
+
+def far_edge(fit: CurvePosterior, reach: float = math.inf) -> float:
+    """The last position at which one fit, S = 1, is no higher than its minimum by a standard deviation, `reach` past it at most.
+
+    In a flat valley the lowest point is anywhere, by noise; where the curve leaves the valley is known. The standard deviation is
+    the one that the two points would have if they were independent, as in :func:`valley_contrast`.
+    """
+    mean, variance = fit.mean[0], fit.variance[0]
+    lowest = mean.argmin()
+    edge = fit.grid[np.flatnonzero(mean - mean[lowest] <= np.sqrt(variance + variance[lowest]))[-1]]
+    return float(min(edge, fit.grid[lowest] + reach))
+
+
 def _single_fits(posterior: CurvePosterior) -> list[CurvePosterior]:
     """Each of the S fits as one of its own."""
     curves = ("mean", "variance", "difference_variance")
@@ -107,6 +129,8 @@ def decide(
     confidence: float,
     patience: int,
     min_contrast: float = 0.0,
+    min_rise: float = 0.0,
+    reach: float = math.inf,
     silent: bool = False,
 ) -> SwitchDecision:
     """Count the vote of one test.
@@ -118,6 +142,9 @@ def decide(
         patience: votes in a row that make a switch, at least 1.
         min_contrast: a subsample finds the minimum past only where :func:`valley_contrast` exceeds this as well, 0 or more. Unless
             0, the curve must have fallen; where it rises first, its minimum is looked for after that.
+        min_rise: share of its largest fall by which the curve must have risen from its minimum, 0 or more: less is a first dip, or
+            noise on a plateau. Unless 0, what counts of a valley is its far edge.
+        reach: how far past the minimum that edge is looked for, as a fraction of the planned warm-up.
         silent: whether losses came since the test before and none was finite: a run that has blown up is past its best.
 
     The test votes "past" where most subsamples do: where the medians exceed `confidence` and `min_contrast`.
@@ -127,16 +154,18 @@ def decide(
         >>> mean, variance = np.array([[2.0, 1.0, 3.0]]), np.array([[0.1, 0.1, 0.0]])
         >>> rising = CurvePosterior(np.linspace(0, 1, 3), 1.0, mean, np.ones((1, 3)), variance, num_losses=50)
         >>> decision = decide(rising, votes=2, confidence=0.95, patience=3)
-        >>> decision.switch, decision.minima
-        (True, (0.5,))
+        >>> decision.switch, decision.minima, decision.edges
+        (True, (0.5,), (0.5,))
     """
     enough = posterior.num_losses >= MIN_LOSSES
     fits, contrast = _valleys(posterior) if min_contrast and enough else (_single_fits(posterior), 0.0)
     probability = float(np.median([probability_past_minimum(fit)[0] for fit in fits]))
     past = probability > confidence and (min_contrast == 0 or contrast > min_contrast)
+    past = past and (min_rise == 0 or float(np.median([rise_share(fit) for fit in fits])) > min_rise)
     if silent:
         probability, past = 1.0, True
     past = past and enough
     votes = votes + 1 if past else 0
     minima = tuple(float(fit.grid[fit.mean[0].argmin()]) for fit in fits)
-    return SwitchDecision(votes >= patience, votes, probability, minima)
+    edges = tuple(far_edge(fit, reach) for fit in fits) if min_rise else minima
+    return SwitchDecision(votes >= patience, votes, probability, minima, edges)

@@ -29,6 +29,12 @@ _SETTLING: Final = 20
 """Losses after which the mean of a run that was not put back has caught up with it."""
 _TRIAL: Final = 3
 """Losses after going back that tell whether the loss is what it was."""
+_DOUBT: Final = 40
+"""Losses after a halving without going back in which a run that had diverged finds back, or comes apart for good."""
+_AT_ONCE: Final = 0.6
+"""Share of a rise by which a loss falls at once that has changed back."""
+_AGAIN: Final = 5
+"""Equal losses in a row that are one, at least. A run with more, and more than twice as many as ever before, is stuck."""
 _TOLERANCE: Final = 1.5
 """Times a change of the loss that a later rise must amount to, to be more than another such change."""
 BLOCK: Final = 10
@@ -56,13 +62,19 @@ class LossWatch:
         mean: exponential mean of the losses, decay 0.9, from `start`.
         best: lowest `mean` so far.
         level: exponential mean with decay 0.7: noisier, but it does not lag behind a steep fall.
-        changed: whether going back has not brought the loss back: the loss has changed, not the weights. Since then all is measured
-            anew. Whoever heeds it takes it down.
+        changed: whether neither going back nor a lower LR has brought the loss back: the loss has changed, not the weights. Since
+            then all is measured anew. Whoever heeds it takes it down.
+        halved: alarms that were none if it has.
+        returned: what the loss was before it rose.
+
+    Equal losses in a row are one loss: a metric that is logged now and then is passed again in between. Those that are 0, or all
+    losses so far, are what they are.
     """
 
     __slots__ = (
-        *("above", "best", "changed", "count", "high", "kept", "last", "level", "lowest", "mean", "noise"),
-        *("returned", "rise", "settling", "silent", "slack", "start", "trial"),
+        *("above", "again", "before", "best", "changed", "count", "doubt", "fell", "halved", "high", "kept", "last", "level"),
+        *("longest", "lowest", "mean", "noise", "pace", "previous", "returned", "rise", "settling", "silent", "slack", "start"),
+        *("trial",),
     )
 
     def __init__(self) -> None:
@@ -74,7 +86,15 @@ class LossWatch:
         self.above = 0  # losses in a row far above the start
         self.high = 0  # losses in a row that would each be a divergence
         self.settling = 0  # losses until `best` is one again
+        self.previous = inf  # the last loss that came; inf for one that was not finite
+        self.again = 0  # times in a row that it has come
+        self.longest = 0  # such times of any loss before it
         self.trial = 0  # losses to come that tell whether going back has brought the loss back
+        self.doubt = 0  # losses to come that tell whether a lower LR has
+        self.halved = 0
+        self.pace = 0.0  # by how much the loss had fallen with each loss until it rose
+        self.before = 0.0  # the loss before the last one, while in doubt
+        self.fell = False  # whether the loss has fallen at once, as weights do not find back
         self.returned = 0.0  # what the loss was at the copy
         self.rise = 0.0  # by how much it had risen from there
         self.lowest = math.inf  # of the losses since
@@ -89,22 +109,56 @@ class LossWatch:
     def follow(self, losses: Iterable[float]) -> None:
         """Take the losses of some steps, one after the other."""
         rest = iter(losses)
-        while (self.trial or self.count < _START) and (loss := next(rest, None)) is not None:
-            if self.trial:
+        while (self.trial or self.doubt or self.count < _START) and (loss := next(rest, None)) is not None:
+            if self.trial or self.doubt:
                 self._try(loss)
             else:
                 self._begin(loss)
         self._go_on(rest)
 
     def _try(self, loss: float) -> None:
-        """Take one of the first losses after going back."""
+        """Take one of the losses after an alarm that tell what it was worth."""
+        before, last = self.count, self.last
         self._go_on((loss,))
-        if not -HUGE < loss < HUGE:
+        if self.silent >= IN_A_ROW:
+            self.trial = self.doubt = 0  # which no change of the loss explains
+        elif self.count == before:
             return
-        self.trial -= 1
-        self.lowest = min(self.lowest, loss)
-        if self.trial == 0 and self.lowest - self.returned > max(self.rise, LOST * self.progress) / 2:
-            self._measure_anew()
+        elif self.trial:
+            self.trial -= 1
+            self.lowest = min(self.lowest, loss)
+            if self.trial == 0 and self.lowest - self.returned > max(self.rise, LOST * self.progress) / 2:
+                self._measure_anew()
+        else:
+            height = max(self.rise, last - self.returned)
+            if last - loss > _AT_ONCE * height and abs(last - self.before) < (1 - _AT_ONCE) / 1.3 * height:
+                self.fell, self.rise = True, max(self.rise, (last + self.before) / 2 - self.returned)
+            self.before = last
+            self._doubt()
+
+    def _doubt(self) -> None:
+        """After a halving without going back: a run that had diverged finds back; a loss that has changed goes on as it is.
+
+        So does one of sources that alternate: it may find back, but at once.
+        """
+        self.doubt -= 1
+        if self.doubt >= _DOUBT // 2:  # the mean may be on its way yet
+            self.lowest = self.mean
+        self.rise = max(self.rise, self.mean - self.returned)
+        fallen = min(self.pace * (_DOUBT - self.doubt), self.rise / 4)  # as it would have in any case
+        if self.mean - self.returned < self.rise / 2 - fallen:
+            self.doubt = 0
+            if self.fell:
+                self.lowest = self.returned + self.rise
+                self._measure_anew()
+        elif self.doubt == 0:
+            risen, noise = self.mean - self.lowest, self._error(NEAR_SURE)
+            self.lowest = self.mean
+            least = -max(NEAR * self.rise, noise) - self.pace * _DOUBT / 2
+            if least <= risen <= max(NEAR * self.rise / 4, noise):  # it has settled
+                self._measure_anew()
+            else:
+                self.doubt = _DOUBT // 2
 
     def _measure_anew(self) -> None:
         """The loss is another one: its start and its noise are those of the losses to come."""
@@ -118,7 +172,11 @@ class LossWatch:
     def _begin(self, loss: float) -> None:
         """Take one of the losses that say where the run starts."""
         if not -HUGE < loss < HUGE:
-            self.silent += loss != -math.inf
+            if loss != -inf:
+                self.silent += 1
+                self._ends_run(inf, 0)
+            return
+        if self._comes_again(loss):
             return
         self.silent = 0
         self.count += 1
@@ -133,23 +191,40 @@ class LossWatch:
             self.best = self.mean
             self.start += self.kept
 
+    def _comes_again(self, loss: float) -> bool:
+        """Whether a finite loss is the one before, passed again."""
+        if loss != self.previous or loss == 0:
+            self._ends_run(loss, 1)
+            return False
+        self.again += 1
+        return self.longest > 0 and self.again <= max(_AGAIN, 2 * self.longest)
+
+    def _ends_run(self, previous: float, again: int) -> None:
+        """A run of equal losses is over."""
+        self.longest = max(self.longest, self.again)
+        self.previous, self.again = previous, again
+
     def _go_on(self, losses: Iterable[float]) -> None:
         """Take later losses; every step of a run comes through here, so all is at hand in local variables."""
         start, best, mean, level, noise = self.start, self.best, self.mean, self.level, self.noise
         above, high, silent, settling, last, count = self.above, self.high, self.silent, self.settling, self.last, self.count
-        slack = self.slack
+        slack, doubt, previous, again = self.slack, self.doubt, self.previous, self.again
         for loss in losses:
             if not -HUGE < loss < HUGE:
-                silent += loss != -inf
+                if loss != -inf:
+                    self._ends_run(inf, 0)
+                    silent, previous, again = silent + 1, inf, 0
                 continue
-            silent = 0
-            count += 1
+            if loss == previous or again != 1:
+                self.previous = previous
+                repeated, again = self._comes_again(loss), self.again
+                if repeated:
+                    continue
+            previous, silent, count = loss, 0, count + 1
             error = sqrt(noise)
             progress = start - best if start > best else 0.0
             sure = _SURE_OF_MEAN * error
-            allowed = LOST * progress
-            if sure > allowed:
-                allowed = sure
+            allowed = sure if sure > LOST * progress else LOST * progress
             if slack > allowed:
                 allowed = slack
             high = high + 1 if loss > best + allowed else 0
@@ -157,7 +232,7 @@ class LossWatch:
             above = above + 1 if far else 0
             level += _QUICK * (loss - level)
             capped = best + IN_A_ROW * allowed  # so that one loss, however large, is no divergence
-            mean += _SLOW * ((loss if loss < capped else capped) - mean)
+            mean += _SLOW * ((loss if loss < capped or settling or doubt else capped) - mean)
             near = NEAR * progress
             if mean - best <= (sure if sure > near else near) and not far:  # what comes apart is no noise
                 noise += _NOISE * ((loss - last) ** 2 / 2 - noise)
@@ -167,7 +242,7 @@ class LossWatch:
                 best = mean
             elif mean < best:
                 best = mean
-        self.best, self.mean, self.level, self.noise = best, mean, level, noise
+        self.best, self.mean, self.level, self.noise, self.previous = best, mean, level, noise, previous
         self.above, self.high, self.silent, self.settling, self.last, self.count = above, high, silent, settling, last, count
 
     def quiet(self, low: float) -> float:
@@ -175,7 +250,7 @@ class LossWatch:
 
         That holds for any of a block that has not been taken yet, none of which is below `low`.
         """
-        if self.count < _START or self.settling or self.trial:
+        if self.count < _START or self.settling or self.on_trial:
             return -math.inf
         error = _FADED * math.sqrt(self.noise)
         far = self.start + 2 * self.progress + SURE * error
@@ -214,16 +289,21 @@ class LossWatch:
         """So many standard errors of the exponential mean."""
         return times * _STANDARD_ERROR * math.sqrt(self.noise)
 
+    @property
+    def on_trial(self) -> bool:
+        """Whether it is still to be seen what the last alarm was worth."""
+        return self.trial > 0 or self.doubt > 0
+
     def go_back(self, level: float | None = None, *, settling: int = _SETTLING, trial: bool = False) -> None:
         """The run was put back to where `level` was the one given; None where it goes on from here, for better or worse.
 
-        In that case the next `settling` losses say where it stands. With `trial` the run was put back because its loss had risen:
-        where the first losses have not come back at least half of the way, it is the loss that has changed.
+        In that case the next `settling` losses say where it stands. With `trial` that was because its loss had risen: where the
+        losses to come do not come back half of the way, it is the loss that has changed.
         """
-        self.trial = 0
-        if trial and level is not None and self.silent < IN_A_ROW:
-            self.trial, self.returned, self.lowest = _TRIAL, level, math.inf
-            self.rise = max(self.mean, self.level) - level
+        again = self.doubt > 0  # the same rise goes on
+        self.trial = self.doubt = 0
+        if trial and self.silent < IN_A_ROW:
+            self._begin_trial(level, again)
         self.silent = self.above = self.high = 0
         if level is None:
             self.settling = settling
@@ -231,6 +311,18 @@ class LossWatch:
             self.mean = self.level = self.last = level
         # What the run reached on the way that it did not go is no measure of what it reaches now.
         self.best = self.mean if self.count >= _START else math.inf
+
+    def _begin_trial(self, level: float | None, again: bool) -> None:
+        if level is not None:
+            self.trial, self.halved, self.returned = _TRIAL, 1, level
+        elif again:
+            self.doubt, self.halved = _DOUBT, self.halved + 1
+        else:
+            self.doubt, self.halved, self.returned = _DOUBT, 1, self.best
+            self.pace = self.progress / self.count
+            self.before, self.fell = self.last, False
+        self.lowest, self.rise = math.inf, max(self.mean, self.level) - self.returned
+        self.mean = max(self.mean, self.level)  # which lags behind
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}

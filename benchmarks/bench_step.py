@@ -3,7 +3,8 @@
     python benchmarks/bench_step.py [--device cuda] [--repeats 15] [--out benchmarks/results/bench_step.json]
 
 - *Step*: ``scheduler.step(loss)`` (``step()`` for CosineAnnealingLR) with the loss as a tensor on the device, the optimizer called
-  before, and no test of AutoWU due; mean of 1,000 calls, for one parameter group and for eight.
+  before, and no test of AutoWU due; mean of 1,000 calls, for one parameter group and for eight. The floor is what
+  ``LRScheduler.step`` itself costs, with LRs that stay as they are.
 - *Loop*: a small convolutional network trained for a whole run, AutoWU's tests included; the milliseconds within AutoWU's steps
   above those within CosineAnnealingLR's, and what they leave of the loop's throughput.
 - On a GPU the steps also run under ``torch.cuda.set_sync_debug_mode("error")``: one that waits for the device ends the script.
@@ -41,6 +42,13 @@ def optimizer_of(groups: int, device: str) -> torch.optim.SGD:
     return torch.optim.SGD([{"params": [torch.zeros(1, device=device, requires_grad=True)]} for _ in range(groups)], lr=0.1)
 
 
+class Floor(LRScheduler):
+    """Does nothing but what torch's own `step` does."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
 def in_warmup(optimizer: torch.optim.Optimizer) -> AutoWU:
     return AutoWU(optimizer, total_steps=TOTAL, test_interval=TOTAL)
 
@@ -57,6 +65,7 @@ def in_cooldown(optimizer: torch.optim.Optimizer) -> AutoWU:
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], LRScheduler]] = {
     "cosine": lambda optimizer: CosineAnnealingLR(optimizer, TOTAL),
+    "floor": Floor,
     "plateau": ReduceLROnPlateau,
     "autowu_warmup": in_warmup,
     "autowu_cooldown": in_cooldown,
@@ -68,7 +77,7 @@ def step_seconds(name: str, groups: int, device: str) -> float:
     optimizer = optimizer_of(groups, device)
     scheduler = SCHEDULERS[name](optimizer)
     loss = torch.ones((), device=device)
-    call: Callable[[], object] = scheduler.step if name == "cosine" else lambda: scheduler.step(loss)  # type: ignore[arg-type]
+    call: Callable[[], object] = scheduler.step if name in ("cosine", "floor") else lambda: scheduler.step(loss)  # type: ignore[arg-type]
     optimizer.step()
     call()
     strict = device == "cuda" and name.startswith("autowu")

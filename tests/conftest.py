@@ -14,7 +14,16 @@ settings.register_profile("autowu", deadline=None, derandomize=True)
 settings.load_profile("autowu")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that are marked slow, too")
+
+
+def pytest_report_header(config):
+    return "slow tests: run" if config.getoption("--slow") else "slow tests: left out (--slow runs them)"
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: a variant of what a quick test holds as well; run with --slow")
     config.option.loadscopereorder = False  # xdist's own order, by the number of tests, has the longest files last
     # Raised by torch when linear_operator, on which gpytorch stands, or torch's own compiler is imported.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning")
@@ -23,8 +32,12 @@ def pytest_configure(config):
 LONG = ("train", "benchmarks", "distributed", "accelerate", "lightning", "transformers", "optim_device", "optim_sharded", "pytorch")
 
 
-def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that both processes are busy to the end."""
+def pytest_collection_modifyitems(config, items):
+    """Slow tests are left out unless asked for. The longest files come first, so that both processes are busy to the end."""
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 

@@ -37,12 +37,14 @@ OPTIMIZERS = {
     "uncorrected lamb": ("lamb", lambda groups, **kw: LAMB(groups, lr=0.01, eps=1e-3, bias_correction=False, **kw)),
     "lamb, tensor lr": ("lamb", lambda groups, **kw: LAMB(groups, lr=at(0.01), eps=1e-3, **kw)),
 }
+EVERY_KERNEL = ("nesterov", "around adamw", "lamb, tensor lr")
+QUICK = {(name, dtype) for name in EVERY_KERNEL for dtype in (torch.float32, torch.bfloat16)}
 # Interpreted, where each run is slow, the halves are for one of every kernel.
 CASES = [
-    pytest.param(name, dtype, id=f"{dtype}-{name}")
+    pytest.param(name, dtype, id=f"{dtype}-{name}", marks=() if (name, dtype) in QUICK else pytest.mark.slow)
     for dtype in (torch.float32, *HALF)
     for name in OPTIMIZERS
-    if dtype not in HALF or DEVICE.type == "cuda" or name in ("nesterov", "around adamw", "lamb, tensor lr")
+    if dtype not in HALF or DEVICE.type == "cuda" or name in EVERY_KERNEL
 ]
 
 

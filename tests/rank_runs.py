@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from autowu import AutoWU, ClosedFormGP
+from autowu import AutoWU, ClosedFormGP, budget
 
 FIXED = {"max_warmup_fraction": 0.5, "peak_factor": 1.0, "warmup_type": "exp", "patience": 3, "immediate_cooldown": True}
 STEPS = 600
@@ -173,6 +174,49 @@ def resumed(rank, size, own):
     return result(again, before + after, expected=expected)
 
 
+def asked_on_one_rank(rank, size):
+    """The end is open until rank 1 is asked for it; all go on from a state of their own, saved before the others have heard."""
+    scheduler = scheduler_of(total_steps=None, immediate_cooldown=False, max_warmup_steps=300)
+    losses = curve(rank).tolist()
+    lrs, _ = run(scheduler, losses[:400])
+    if rank == 1:
+        scheduler.start_cooldown(50)
+    last, _ = run(scheduler, losses[400:401])
+    again = scheduler_of(total_steps=None, immediate_cooldown=False)
+    again.load_state_dict(scheduler.state_dict())
+    after, collectives = run(again, losses[401:])
+    return result(again, lrs + last + after, collectives=collectives, events=told(again))
+
+
+def budget_of_tokens(rank, size):
+    """Of 500 steps, each rank with a count of its own that varies."""
+    scheduler = scheduler_of(total_steps=None, immediate_cooldown=False, total_tokens=500 * 30 * size)
+    lrs = []
+    for step, loss in enumerate(curve(rank).tolist()):
+        lrs.append(scheduler.optimizer.param_groups[0]["lr"])
+        scheduler.optimizer.step()
+        scheduler.step(loss, tokens=30 + (step % 3 - 1) * (5 + 3 * rank))
+    used = scheduler._horizon.budget.used
+    return result(scheduler, lrs, used=used, steps=scheduler.config.total_steps, warmup=scheduler.config.warmup_steps)
+
+
+def budget_of_seconds(rank, size):
+    """By clocks that differ; in mid-run a step begins to take thrice as long."""
+    clock = [1000.0 * rank]
+    budget.monotonic = lambda: clock[0]
+    scheduler = scheduler_of(total_steps=None, immediate_cooldown=False, total_seconds=400.0, max_warmup_fraction=0.3)
+    lrs, ended = [], None
+    for step, loss in enumerate(curve(rank).tolist()):
+        lrs.append(scheduler.optimizer.param_groups[0]["lr"])
+        clock[0] += (0.7 if step < 300 else 2.1) * (1 + 0.1 * rank)
+        scheduler.optimizer.step()
+        scheduler.step(loss)
+        if scheduler.should_stop and ended is None:
+            ended = clock[0] - 1000.0 * rank - 0.7 * (1 + 0.1 * rank)
+    budget.monotonic = time.monotonic
+    return result(scheduler, lrs, seconds=ended, steps=scheduler.config.total_steps)
+
+
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 48), nn.LayerNorm(48), nn.ReLU(), nn.Linear(48, 10))
@@ -270,6 +314,9 @@ CASES = {
     "plateau": plateau,
     "resumed_from_own": lambda rank, size: resumed(rank, size, own=True),
     "resumed_from_first": lambda rank, size: resumed(rank, size, own=False),
+    "asked_on_one_rank": asked_on_one_rank,
+    "budget_of_tokens": budget_of_tokens,
+    "budget_of_seconds": budget_of_seconds,
     "ddp": ddp,
     "fsdp2": fsdp2,
 }

@@ -307,6 +307,7 @@ def test_the_example_learns():
     assert_learned(launch(command, "--epochs", 6))
 
 
+@pytest.mark.slow  # what two processes do is held above, and that the example learns
 def test_the_example_learns_in_two_processes():
     command = "examples/accelerate_digits.py --accumulate 2"
     assert f"\ntorchrun --nproc-per-node 2 {command}\n" in PAGE

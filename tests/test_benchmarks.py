@@ -1,10 +1,29 @@
-"""The measure itself runs: a case of the quick suite, with real models in real processes."""
+"""The measure itself runs: cases of its suites, with real models, in real processes or in this one."""
 
+import importlib
 import json
+import logging
+import math
 import subprocess
 import sys
 
+import pytest
+import torch
 from processes import ROOT
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A module of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    level, threads = logging.getLogger("autowu").level, torch.get_num_threads()
+    yield importlib.import_module
+    logging.getLogger("autowu").setLevel(level)
+    torch.set_num_threads(threads)
+
+
+def grid_row(lr, loss, seed=0, case="a b 1 100"):
+    return {"case": case, "method": "grid", "lr": lr, "seed": seed, "finite": math.isfinite(loss), "test_loss": loss}
 
 
 def test_regret_measures_a_case_and_runs_nothing_twice(tmp_path):
@@ -27,9 +46,10 @@ def test_regret_measures_a_case_and_runs_nothing_twice(tmp_path):
     assert [line.split(" | ")[0] for line in table.splitlines()[2:5]] == ["| autowu", "| paper", "| sweep"]
 
 
-def test_optimizers_are_measured_beside_their_limits(tmp_path):
+@pytest.mark.parametrize(("rounds", "processes"), [(1, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_optimizers_are_measured_beside_their_limits(tmp_path, rounds, processes):
     out = tmp_path / "optim.json"
-    options = ["--models", "test_resnet", "--rounds", "3", "--processes", "2", "--no-compile", "--out", out]
+    options = ["--models", "test_resnet", "--rounds", f"{rounds}", "--processes", f"{processes}", "--no-compile", "--out", out]
     done = subprocess.run(
         [sys.executable, "benchmarks/bench_optim.py", *options], cwd=ROOT, check=True, capture_output=True, text=True
     )
@@ -38,6 +58,125 @@ def test_optimizers_are_measured_beside_their_limits(tmp_path):
     assert {"LARS", "TVLARS", "LAMB", "LARS, foreach", "timm Lars", "timm Lamb"} < set(ratios)
     assert ratios["torch SGD, fused"] == ratios["torch AdamW, fused"] == 1.0
     assert all(min(row["ratios"]) <= row["ratio"] <= max(row["ratios"]) and row["milliseconds"] > 0 for row in rows)
-    assert all(len(row["ratios"]) == 2 for row in rows)
+    assert all(len(row["ratios"]) == processes for row in rows)
     for line in (f"| LARS | fused SGD | {ratios['LARS']:.2f} |", "| *limit of LAMB* | fused AdamW | *1.43* |"):
         assert line in done.stdout.splitlines()
+
+
+def test_variants_are_compared_with_a_grid_that_is_run_once(benchmark, monkeypatch, tmp_path, capsys):
+    regret = benchmark("regret")
+    monkeypatch.setattr(regret, "RESULTS", tmp_path)
+
+    def command(*options):
+        line = ["regret.py", "--suite", "hard", "--jobs", "1", "--seeds", "0", "--cases", "wine adamw 16 40", *options]
+        monkeypatch.setattr(sys, "argv", line)
+        regret.main()
+        return {path.name: path.read_text() for path in (tmp_path / "hard").iterdir()}, capsys.readouterr().out
+
+    grid = regret.read(command() and tmp_path / "hard" / "grid.jsonl")
+    lrs = sorted(row["lr"] for row in grid)
+    best = min(grid, key=lambda row: row["test_loss"])
+    assert len(lrs) == len(set(lrs)) >= 5
+    assert lrs.index(best["lr"]) in range(2, len(lrs) - 2)
+    command("--freeze")
+    command("--tuned")
+    command("--variant", "half", "--autowu", '{"peak_factor": 0.5}')
+    files, printed = command("--variant", "0.1.0")
+    assert len(files["0.1.0.jsonl"].splitlines()) == 1
+    assert " ratio " in printed
+    assert all(command(*again)[0] == files for again in ([], ["--tuned"], ["--variant", "0.1.0"]))
+    with pytest.raises(SystemExit, match="other arguments"):
+        command("--variant", "half")
+    report = command("--report", "half", "0.1.0")[1]
+    (half,) = regret.read(tmp_path / "hard" / "half.jsonl")
+    assert half["autowu"] == {"peak_factor": 0.5}
+    ratio = half["test_loss"] / best["test_loss"]
+    rows = [line.split(" | ") for line in report.splitlines() if line.startswith("| half")]
+    assert float(rows[0][3]) == pytest.approx(ratio, abs=6e-4)
+    tuned = [row for row in regret.read(tmp_path / "hard" / "tuned.jsonl") if row["method"] == "tuned 1.0"]
+    assert tuned[0]["test_loss"] == best["test_loss"], "the same run as in the grid"
+
+
+@pytest.mark.parametrize("start", [1e-6, 1.0])
+def test_the_grid_grows_until_the_best_lr_has_two_on_both_sides(benchmark, start):
+    regret, known = benchmark("regret"), {}
+    while (lr := regret.next_lr(known, start)) is not None:
+        known[lr] = math.inf if lr > 0.05 else abs(math.log10(lr / 0.003))
+    assert sorted(known, key=known.get)[0] == 0.003162
+    assert {0.0003162, 0.001, 0.01, 0.03162} < set(known)
+    assert len(known) <= 5 + 10
+
+
+def test_the_numbers_beside_the_grid_are_those_of_a_hand_made_example(benchmark):
+    measures = benchmark("measures")
+    grid = [grid_row(0.1, 2.0), grid_row(1.0, 1.0), grid_row(10.0, math.inf), grid_row(0.1, 0.5, 1), grid_row(1.0, 0.8, 1)]
+    assert measures.best_of_grid(grid) == {("a b 1 100", 0): (1.0, 1.0, 1.0, 1.0), ("a b 1 100", 1): (0.5, 0.1, 0.1, 0.1)}
+    assert measures.tuned_lrs(grid) == {"a b 1 100": 1.0}  # the square root of 1.0 * 0.8 is below that of 2.0 * 0.5
+    tuned = [grid_row(1.0, loss) | {"method": f"tuned {length}"} for length, loss in ((0.5, 4.0), (1.0, 1.0), (1.2, 1.1))]
+    run = grid_row(None, 2.0) | {"method": "rule", "found_lr": 0.5, "cooldown_lr": 0.01, "switch_step": 20}
+    (found,) = measures.outcomes([run], measures.best_of_grid(grid), tuned)
+    assert (found.ratio, found.decades, found.steps) == (2.0, pytest.approx(-2), pytest.approx(0.75))
+    for loss, steps in ((5.0, 0.5), (0.9, 1.2), (math.inf, 0.5)):
+        row = run | {"test_loss": loss, "finite": math.isfinite(loss)}
+        assert measures.outcomes([row], measures.best_of_grid(grid), tuned)[0].steps == steps
+    cells = measures.table([found], "rule").splitlines()[2].split(" | ")
+    assert cells[3:] == ["2.000", "1.000", "2.00", "2.00", "1 (1)", "1 (1)", "0", "20%", "0.75 |"]
+    flat = measures.best_of_grid([*grid, grid_row(0.01, 1.09)])
+    assert flat["a b 1 100", 0] == (1.0, 1.0, 0.01, 1.0)
+    (near,) = measures.outcomes([run], flat, tuned)
+    assert (near.decades, near.beyond) == (pytest.approx(-2), 0.0)
+
+
+def test_a_profile_counts_whose_time_to_the_target_is_near_the_best(benchmark):
+    measures = benchmark("measures")
+
+    def looked_at(method, seed, first):
+        """A run whose loss is at the target from that look on."""
+        return grid_row(None, 1.0, seed) | {"method": method, "looks": [2.0] * first + [1.0] * (11 - first)}
+
+    rows = [looked_at("fast", 0, 0), looked_at("slow", 0, 10), looked_at("fast", 1, 0), looked_at("slow", 1, 11)]
+    lines = measures.profile(rows, {"a b 1 100": 1.0}).splitlines()
+    assert "| fast | 2 | 1.000 ± 0.000 | 2 |" in lines
+    assert "| slow | 2 | 0.333 ± 0.333 | 1 |" in lines  # twice the time counts for all factors of 2 to 4: two thirds; then a miss
+
+
+@pytest.mark.parametrize(("start", "low", "high"), [(1e-4, 1e-2, 1.0), (30.0, 0.0, 1.0)])
+def test_adalrs_raises_an_lr_that_is_too_low_and_leaves_one_at_which_the_loss_explodes(benchmark, start, low, high):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1)
+    x = torch.randn(64, 8)
+    y = x.sum(1, keepdim=True)
+    optimizer = torch.optim.SGD(model.parameters(), start)
+    search = benchmark("peers").AdaLRS(optimizer, model, 400)
+    for _ in range(400):
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        search.step(loss.detach())
+    assert low < search.lr < high
+    assert math.isfinite(loss.item())
+    assert optimizer.param_groups[0]["lr"] == 0.0
+
+
+def test_the_grid_of_the_hard_suite_is_kept_whole_and_its_page_says_what_was_measured(benchmark):
+    regret, measures = benchmark("regret"), benchmark("measures")
+    folder = ROOT / "benchmarks" / "results" / "hard"
+    grid = regret.read(folder / "grid.jsonl")
+    assert len({(row["case"], row["lr"], row["seed"]) for row in grid}) == len(grid)
+    assert {row["seed"] for row in grid} == {0, 1, 2}
+    assert {row["case"] for row in grid} <= set(regret.HARD)
+    best = measures.best_of_grid(grid)
+    for (case, seed), found in best.items():
+        lrs = {row["lr"] for row in grid if (row["case"], row["seed"]) == (case, seed)}
+        assert min(lrs) < 0.2 * found.lr < 5 * found.lr < max(lrs), f"{case}, seed {seed}: the grid ends at its best LR"
+    runs = measures.outcomes(regret.read(folder / "0.1.0.jsonl"), best)
+    table = measures.table([run for run in runs if all((run.case, seed) in best for seed in (0, 1, 2))], "0.1.0")
+    cells = next(line for line in table.splitlines() if line.startswith("| 0.1.0")).split(" | ")
+    number, count, mean, worst, half, decade, share = (cells[k].split(" (")[0] for k in (1, 2, 3, 5, 7, 8, 10))
+    said = f"{number} cases and three seeds 0.1.0 ends at {mean} times"
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    assert said in page
+    assert f"at worst {worst} times" in page
+    assert f"{half} of its {count} LRs are more than half a decade off, {decade} more than one" in page
+    assert f"The warm-up takes {share.replace('%', ' %')} of the run" in page

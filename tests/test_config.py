@@ -36,7 +36,7 @@ def test_every_default_passes_its_check():
 
 
 def test_every_field_of_a_configuration_comes_from_an_argument_or_is_resolved():
-    resolved = {"warmup_steps", "warmup_limit", "cooldown_start"}
+    resolved = {"warmup_steps", "warmup_limit", "warmup_origin", "cooldown_start", "replanned_at", "replanned_progress"}
     fields = {field for field in inspect.signature(Config).parameters if field not in resolved}
     assert fields <= set(ARGUMENTS)
 
@@ -79,12 +79,16 @@ WRONG = {
     "steps_per_epoch": [0, 2.5, True, "ten"],
     "total_epochs": [0, -1, None],
     "total_steps": [0, 1.0],
+    "total_samples": [0, -5, 2.5, True, "all"],
+    "total_tokens": [0, 1e9, "1e9"],
+    "total_seconds": [0, -1, math.nan, math.inf, "1 h", True],
     "immediate_cooldown": [1, "yes", None],
     "cooldown_type": ["quadratic", None],
     "cooldown_fraction": [0, 1, math.nan, "half"],
     "min_lr": [0, -1e-3, math.inf, "low", True, 10**400],
     "max_lr": [0.0, math.nan],
-    "max_warmup_fraction": [0, 1.5, None],
+    "max_warmup_fraction": [0, 1.5, "all"],
+    "max_warmup_steps": [0, 1.5, "all"],
     "warmup_type": ["sqrt"],
     "warmup_unit": ["batch"],
     "decay_phase_stat": ["accuracy"],
@@ -93,6 +97,7 @@ WRONG = {
     "patience": [0, 1.0],
     "confidence": [0.5, 1, 95],
     "min_contrast": [-1, math.inf],
+    "min_rise": [-0.1, math.nan, "none"],
     "peak_factor": [0, 1.1, "half"],
     "gp": ["exact", 3, None],
     "device": ["abacus"],
@@ -130,7 +135,7 @@ def test_numbers_of_numpy_are_numbers():
 def test_a_default_peak_is_lower_by_what_the_lr_grows_within_the_memory_of_momentum(momentum, total):
     config = config_of(optimizer=sgd(momentum), total_steps=total, warmup_type="exp")
     decades = math.log10(config.max_lr / config.min_lr) * momentum / (1 - momentum) / config.warmup_steps
-    assert config.peak_factor == pytest.approx(0.8 * 10 ** -min(decades, 0.5))
+    assert config.peak_factor == pytest.approx(0.4 * 10 ** -min(decades, 0.5))
     assert config_of(optimizer=sgd(momentum), total_steps=total, peak_factor=0.8).peak_factor == 0.8
 
 
@@ -141,3 +146,9 @@ def test_a_loss_is_one_floating_point_number():
     for wrong in (1, True, None, "low", torch.ones(2), torch.ones(1, dtype=torch.int64)):
         with pytest.raises((TypeError, ValueError), match="loss"):
             checks.loss(wrong)
+
+
+@pytest.mark.parametrize(("total", "steps"), [(100, 32), (860, 275), (1_000, 297), (10_000, 940), (100_000, 2972), (10**6, 9400)])
+def test_a_longer_run_has_a_longer_warm_up_of_a_smaller_share(total, steps):
+    assert config_of(total_steps=total).warmup_steps == steps
+    assert config_of(total_steps=total, max_warmup_fraction=0.32).warmup_steps == int(0.32 * total)

@@ -249,6 +249,7 @@ def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_p
     assert steps.trained == []
 
 
+@pytest.mark.slow  # a single run that is signalled is in test_train.py, branches that are interrupted above
 @pytest.mark.usefixtures("blank_figures")
 def test_a_signal_in_trunk_or_branch_costs_no_step(tmp_path, steps):
     command = [*OPTIONS, "--cooldown-fraction", "0.1", "0.5", "--run-dir"]

@@ -72,6 +72,37 @@ def test_a_test_makes_one_collective_the_switch_another_and_no_other_step_but_th
         assert {step + 1: count for step, count in enumerate(made) if count} == expected
 
 
+def test_a_cooldown_that_one_rank_was_asked_for_begins_on_all_one_step_later(ranks):
+    for rank in ranks:
+        run = rank["asked_on_one_rank"]
+        assert run["events"] == [["switch", run["switch"]["step"], False], ["cooldown", 402, False]]
+        assert run["lrs"][401] == run["lrs"][402] > run["lrs"][403]
+        assert run["lrs"][452] == run["lrs"][-1] == min(run["lrs"][402:]) == pytest.approx(run["switch"]["lr"] / 50)
+        # One a step until the run is over, and the first compares the ranks' arguments.
+        assert run["collectives"] == [2] + [1] * 49 + [0] * (STEPS - 451)
+
+
+def test_a_budget_is_that_of_all_ranks_together(ranks):
+    for rank in ranks:
+        run = rank["budget_of_tokens"]
+        assert run["steps"] == pytest.approx(500, abs=2)
+        assert run["used"] == pytest.approx(500 * 60, rel=0.01)
+        assert run["warmup"] == pytest.approx(250, abs=10)
+        assert_falls_to_the_last(run)
+    seconds = [rank["budget_of_seconds"]["seconds"] for rank in ranks]
+    assert sum(seconds) / 2 == pytest.approx(400, rel=0.01)
+    assert_falls_to_the_last(ranks[0]["budget_of_seconds"])
+
+
+def assert_falls_to_the_last(run):
+    lrs, switch = run["lrs"][: run["steps"]], run["switch"]
+    cooldown = [lr for lr in lrs[switch["step"] :] if lr < switch["lr"]]
+    assert len(cooldown) > 100
+    assert cooldown == sorted(cooldown, reverse=True)
+    assert lrs[-1] == min(cooldown) < 0.05 * switch["lr"]
+    assert set(run["lrs"][run["steps"] :]) == {lrs[-1]}
+
+
 def test_the_watch_makes_one_collective_a_block_until_the_cooldown_has_halved_the_lr(ranks):
     for rank in ranks:
         made, lrs = rank["watched"]["collectives"], rank["watched"]["lrs"]

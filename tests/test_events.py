@@ -1,10 +1,13 @@
 """What is noted, who is told, and in which words."""
 
 import logging
+import sys
+from contextlib import contextmanager
 
+import pytest
 from test_judge import config_of
 
-from autowu.events import EventLog, divergence_message, switch_message
+from autowu.events import EventLog, back_at, divergence_message, switch_message
 from autowu.phases import Event, State, Switch
 from autowu.ranks import Ranks
 
@@ -67,3 +70,78 @@ def test_the_words_of_a_divergence():
         "training has diverged (3 of 3); the peak LR is now 0.0125, model and optimizer are back at step 60; "
         "from here on the run is left alone"
     )
+
+
+@contextmanager
+def no_logging():
+    """As in a plain script: no handler in reach, those of pytest neither, and no level set."""
+    logger = logging.getLogger("autowu")
+    level = logger.level
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("handlers", []), ("filters", []), ("propagate", False)):
+            patch.setattr(logger, name, value)
+        logger.setLevel(logging.NOTSET)
+        yield logger
+    logging.disable(logging.NOTSET)
+    logger.setLevel(level)
+
+
+def told(ranks=None):
+    log = EventLog(ranks or Ranks())
+    log.say("what the copies take")
+    log.tell("switch", 4, "it switched")
+    log.warn("divergence", 5, "it diverged")
+
+
+def test_who_has_set_up_no_logging_hears_switch_and_setbacks_once_and_no_more(capsys):
+    with no_logging():
+        told()
+        told(SecondRank())
+    assert capsys.readouterr() == ("", "it switched\nAutoWU, step 5: it diverged\n")
+
+
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO, logging.WARNING])
+def test_who_has_set_up_logging_hears_what_was_asked_for_and_nothing_twice(level, capsys):
+    with no_logging() as logger:
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+        logger.setLevel(level)
+        told()
+    heard = capsys.readouterr()
+    assert heard.err == ""
+    assert heard.out.splitlines() == [
+        *(["what the copies take", "it switched"] * (level <= logging.INFO)),
+        "AutoWU, step 5: it diverged",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("off", "heard"),
+    [
+        (lambda logger: logger.setLevel(logging.WARNING), "AutoWU, step 5: it diverged\n"),
+        (lambda logger: logger.setLevel(logging.ERROR), ""),
+        (lambda logger: logger.addHandler(logging.NullHandler()), ""),
+        (lambda logger: logging.disable(logging.INFO), "AutoWU, step 5: it diverged\n"),
+        (lambda logger: logging.disable(), ""),
+        (lambda logger: logger.addFilter(lambda record: False), ""),
+    ],
+    ids=["level WARNING", "level ERROR", "NullHandler", "disable INFO", "disable", "filter"],
+)
+def test_it_is_turned_off_as_logging_turns_things_off(off, heard, capsys):
+    with no_logging() as logger:
+        off(logger)
+        told()
+    assert capsys.readouterr() == ("", heard)
+
+
+def test_without_a_last_resort_nothing_is_said_where_nobody_listens(capsys, monkeypatch):
+    monkeypatch.setattr(logging, "lastResort", None)
+    with no_logging():
+        EventLog(Ranks()).tell("switch", 4, "it switched")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_copy_that_was_put_back_is_read_from_the_words_of_an_event():
+    switch, state = Switch(40, 0.1, 0.987, 31.6, by_test=True), State(switch=Switch(40, 0.1, 0.987, 31.6, by_test=True), setbacks=1)
+    for to in (None, 0, 28, 30):
+        assert back_at(Event("switch", 40, switch_message(config_of(), switch, "", to))) == to
+        assert back_at(Event("divergence", 60, divergence_message(state, to))) == to

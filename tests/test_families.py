@@ -109,15 +109,15 @@ def test_every_range_is_one():
 @pytest.mark.parametrize(
     ("make", "factor", "lag"),
     [
-        (lambda: torch.optim.SGD(parameters(), lr=0.1), 0.8, 0.0),
-        (lambda: torch.optim.SGD(parameters(), lr=0.1, momentum=0.75, nesterov=True), 0.8, 3.0),
-        (lambda: torch.optim.Adam(parameters(), betas=(0.95, 0.999)), 0.8, 19.0),
-        (lambda: torch.optim.RMSprop(parameters(), momentum=0.5), 0.8, 1.0),
-        (lambda: LARS(torch.optim.AdamW(parameters())), 0.8, 9.0),
-        (lambda: LARS(torch.optim.SGD(parameters(), lr=0.1, momentum=0.9)), 0.5, 0.0),
+        (lambda: torch.optim.SGD(parameters(), lr=0.1), 0.4, 0.0),
+        (lambda: torch.optim.SGD(parameters(), lr=0.1, momentum=0.75, nesterov=True), 0.4, 3.0),
+        (lambda: torch.optim.Adam(parameters(), betas=(0.95, 0.999)), 0.4, 19.0),
+        (lambda: torch.optim.RMSprop(parameters(), momentum=0.5), 0.4, 1.0),
+        (lambda: LARS(torch.optim.AdamW(parameters())), 0.4, 9.0),
+        (lambda: LARS(torch.optim.SGD(parameters(), lr=0.1, momentum=0.9)), 0.4, 0.0),
         (lambda: timm_optimizer("lamb"), 1 / 6, 0.0),
-        (lambda: timm_optimizer("adafactor"), 0.8, 0.0),  # has betas that are None
-        (lambda: Drift(parameters()), 0.8, 0.0),
+        (lambda: timm_optimizer("adafactor"), 0.4, 0.0),  # has betas that are None
+        (lambda: Drift(parameters()), 0.4, 0.0),
     ],
 )
 def test_peak_factor_and_lag(make, factor, lag):
@@ -131,14 +131,14 @@ def test_the_peak_is_as_far_below_the_minimum_as_the_lr_grows_in_the_lag(warmup_
     scheduler = AutoWU(torch.optim.Adam(parameters()), total_steps=5000, warmup_type=warmup_type)  # lags by 9 steps
     end = scheduler.config.warmup_steps
     grown = scheduler.lr_at(end - 1) / scheduler.lr_at(end - 10)
-    assert scheduler.config.peak_factor == pytest.approx(0.8 / grown)
+    assert scheduler.config.peak_factor == pytest.approx(0.4 / grown)
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"total_steps": 60}, 0.8 * 10**-0.5),  # half a decade at most
-        ({"total_steps": 60, "warmup_type": "linear"}, 0.8),
+        ({"total_steps": 60}, 0.4 * 10**-0.5),  # half a decade at most
+        ({"total_steps": 60, "warmup_type": "linear"}, 0.4),
         ({"total_steps": 60, "peak_factor": 0.7}, 0.7),
     ],
     ids=str,

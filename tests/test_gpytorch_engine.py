@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 import subprocess
@@ -38,9 +39,13 @@ def saved_and_loaded(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("lengthscale", [0.05, 0.1, 0.2, 0.5])
-@pytest.mark.parametrize("n", [30, 100])
-@pytest.mark.parametrize("noise", [0.03, 0.3])
+CURVES = list(itertools.product([0.05, 0.1, 0.2, 0.5], [30, 100], [0.03, 0.3]))
+QUICK = [(0.05, 30, 0.03), (0.2, 100, 0.03), (0.5, 100, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("lengthscale", "n", "noise"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CURVES]
+)
 def test_the_fit_is_that_of_the_closed_form(lengthscale, n, noise):
     curve = curve_of(valley(n, noise), warmup_steps=120)
     ours = ClosedFormGP(lengthscale).posterior(curve)

@@ -39,6 +39,24 @@ def test_writing_fills_tensors_in_place_and_hands_out_copies():
     assert float(live) == 2.0
 
 
+def test_renewing_is_writing_where_nothing_was_touched_and_else_sets_nothing():
+    options = {"lr": 0.1}, {"lr": 0.07}, {"lr": 0.02}
+    (one, renewed), (other, written) = ((optimizer, GroupLRs(optimizer)) for optimizer in (groups(*options), groups(*options)))
+    assert renewed.renew(one, 0.5) is None  # nothing was set yet
+    for lrs, optimizer in ((renewed, one), (written, other)):
+        lrs.write(optimizer, 0.3)
+    assert renewed.renew(one, 0.5) == written.write(other, 0.5) == [group["lr"] for group in one.param_groups]
+    for touched in (0.001, torch.tensor(0.35)):
+        one.param_groups[1]["lr"] = touched
+        before = [group["lr"] for group in one.param_groups]
+        assert renewed.renew(one, 0.4) is None
+        assert all(group["lr"] is lr for group, lr in zip(one.param_groups, before, strict=True))
+    one.param_groups[1]["lr"] = 0.001
+    assert "group 1 was set from outside" in renewed.adopt(one)
+    one.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    assert renewed.renew(one, 0.4) is None
+
+
 def test_a_tensor_lr_that_groups_share_is_parted():
     optimizer = groups({}, {}, lr=torch.tensor(0.1))
     optimizer.param_groups[1]["lr"] = optimizer.param_groups[0]["lr"]

@@ -29,6 +29,7 @@ GIVEN = dict.fromkeys(ARGUMENTS) | {
     "patience": 2,
     "confidence": 0.95,
     "min_contrast": 6.0,
+    "min_rise": 0.2,
     "peak_factor": 1.0,
     "gp": "closed-form",
     "seed": 0,
@@ -61,11 +62,12 @@ def test_a_verdict_is_what_the_pure_parts_make_of_the_losses():
     losses = valley(120)
     config, judge = judge_of(losses)
     found, heard = judged(judge, config, State(votes=1), 120)
-    expected = decide(ClosedFormGP(0.1).posterior(judge.history.curve(200)), 1, confidence=0.95, patience=2, min_contrast=6.0)
+    rule = {"confidence": 0.95, "patience": 2, "min_contrast": 6.0, "min_rise": 0.2, "reach": 0.2}  # a fifth of five decades
+    expected = decide(ClosedFormGP(0.1).posterior(judge.history.curve(200)), 1, **rule)
     assert judge.decision == expected
     assert (found.switch, found.votes, found.probability) == (True, 2, expected.probability)
     assert found.minimum == pytest.approx(60, abs=3)
-    assert found.lr == pytest.approx(config.min_lr * (config.max_lr / config.min_lr) ** (found.minimum / 200))
+    assert found.lr == pytest.approx(config.min_lr * (config.max_lr / config.min_lr) ** expected.edges[0])
     assert (judge.last, heard.sound, heard.flagged) == (found, True, False)
 
 

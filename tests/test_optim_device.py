@@ -5,7 +5,8 @@ import torch
 from processes import launch
 
 pytest.importorskip("triton")
-FILES = ("tests/device_runs.py", "tests/test_optim_engines.py")
+RUNS = "tests/device_runs.py"
+FILES = (RUNS, "tests/test_optim_engines.py")
 # Of the rules' runs those with options that device_runs.py has not, or with most of a kernel.
 INTERPRETED = (
     "device_runs or (gpu and float32 and (max_norm or nesterov or dampening or bias_correction or max_trust_ratio or adamw))"
@@ -13,7 +14,12 @@ INTERPRETED = (
 
 
 def test_interpreted():
-    launch("-m", "pytest", "-n0", "-q", *FILES, "-k", INTERPRETED, TRITON_INTERPRET="1")
+    launch("-m", "pytest", "-n0", "-q", RUNS, TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+def test_interpreted_with_every_option_and_dtype():
+    launch("-m", "pytest", "-n0", "-q", "--slow", *FILES, "-k", INTERPRETED, TRITON_INTERPRET="1")
 
 
 def test_compiled_for_gpus_that_are_not_there():
@@ -22,4 +28,4 @@ def test_compiled_for_gpus_that_are_not_there():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu():
-    launch("-m", "pytest", "-n0", "-q", *FILES)
+    launch("-m", "pytest", "-n0", "-q", "--slow", *FILES)

@@ -27,7 +27,11 @@ def curves():
     return {tuple(curve[k] for k in keys): curve for curve in map(json.loads, lines)}
 
 
-@pytest.mark.parametrize("key", HANDFUL, ids=lambda key: "-".join(map(str, key)))
+@pytest.mark.parametrize(
+    "key",
+    [pytest.param(key, marks=pytest.mark.slow if number else []) for number, key in enumerate(HANDFUL)],
+    ids=lambda key: "-".join(map(str, key)),
+)
 def test_decides_as_the_published_code(curves, key):
     run = next(r for r in curves[key]["published_code"] if r["by_test"])
     assert paper_decisions.agrees(paper_decisions.replay(curves[key], run), run)

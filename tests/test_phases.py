@@ -53,11 +53,11 @@ def after_switch(step, lr=0.1):
 
 
 def past(minimum, probability=0.99):
-    return SwitchDecision(True, 3, probability, (minimum,))
+    return SwitchDecision(True, 3, probability, (minimum,), (minimum,))
 
 
 def not_past(minimum):
-    return SwitchDecision(False, 0, 0.5, (minimum,))
+    return SwitchDecision(False, 0, 0.5, (minimum,), (minimum,))
 
 
 @st.composite
@@ -165,11 +165,18 @@ def test_a_switch_goes_to_the_lr_of_the_minimum():
 
 
 def test_a_switch_takes_the_mean_over_the_subsamples():
-    decision = SwitchDecision(True, 3, 0.97, (0.1, 0.2, 0.3))
+    decision = SwitchDecision(True, 3, 0.97, (0.05, 0.2, 0.35), (0.1, 0.2, 0.3))
     found = verdict(config_of(), 50, decision)
     assert (found.switch, found.votes, found.probability) == (True, 3, 0.97)
     assert found.lr == pytest.approx((1e-5 * 1e5**0.1 + 1e-5 * 1e5**0.2 + 1e-5 * 1e5**0.3) / 3)
     assert found.minimum == pytest.approx(20)
+
+
+def test_the_lr_is_that_of_the_far_edge_of_a_valley_up_to_now():
+    found = verdict(config_of(), 50, SwitchDecision(True, 3, 0.97, (0.2,), (0.4,)))
+    assert (found.minimum, found.lr) == (pytest.approx(20), pytest.approx(1e-5 * 1e5**0.4))
+    found = verdict(config_of(), 50, SwitchDecision(True, 3, 0.97, (0.2,), (0.7,)))
+    assert found.lr == pytest.approx(1e-5 * 1e5**0.5)
 
 
 def test_a_warmup_without_a_switch_goes_on():

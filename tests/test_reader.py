@@ -173,3 +173,19 @@ def test_a_group_that_starts_in_the_middle_of_a_block_finds_all_ranks_alike():
                 blocks.append(step)
         assert reader.watch.count == 47
     assert blocks == [47, 57] * 2
+
+
+@pytest.mark.parametrize("times", [3, 10, 25])
+def test_losses_that_are_passed_again_are_one_in_blocks_and_of_several_ranks_too(times):
+    values = [loss for k in range(40) for loss in [9.0 if k in (20, 30) else 2 - 0.02 * k] * times]
+    at_once, in_blocks, plain, history = Reader(Ranks()), Reader(TwoRanks()), LossWatch(), LossHistory()
+    for step, loss in enumerate(values, 1):
+        at_once.follow(step, loss)
+        history.append(loss)
+        in_blocks.read_block(step, history, flag=False)
+        plain.push(loss)
+        assert not any(flag for watch in (at_once.watch, in_blocks.watch, plain) for flag in flags(watch))
+    at_once.catch_up()
+    in_blocks.catch_up()
+    assert_same(at_once.watch, plain)
+    assert in_blocks.watch.count == plain.count == 39 + times

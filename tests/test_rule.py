@@ -1,10 +1,16 @@
 """Curves on which the default rule must switch near the minimum, and curves on which it must not switch at all."""
 
+import json
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from autowu import AutoWU
+
+DIPS = [json.loads(line) for line in (Path(__file__).parent / "data" / "recorded_dips.jsonl").read_text().splitlines()]
 
 NOISES = {
     "none": lambda rng, n: np.zeros(n),
@@ -17,7 +23,7 @@ def decide(losses, **arguments):
     """What the default rule makes of the losses of a full warm-up: its switch, with the minimum as a share of the warm-up."""
     n = len(losses)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    run = {"total_steps": round(n / 0.32)} if "steps_per_epoch" not in arguments else {}
+    run = {"total_steps": round(n / 0.32), "max_warmup_fraction": 0.32} if "steps_per_epoch" not in arguments else {}
     scheduler = AutoWU(optimizer, **run, **arguments)
     assert scheduler.config.warmup_steps == n
     optimizer.step()
@@ -35,7 +41,7 @@ def valley(n, lowest=0.7, floor=0.5):
 
 
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("n", [40, 240, 2000, 100_000])
+@pytest.mark.parametrize("n", [40, 240, 2000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_a_valley_is_found(n, noise):
     losses = valley(n) + 0.03 * NOISES[noise](np.random.default_rng(n), n)
     switch, minimum = decide(losses)
@@ -73,7 +79,10 @@ def test_a_small_bump_on_the_way_down_is_passed_over(height, seed):
 
 
 @pytest.mark.parametrize("shape", ["flat", "falling", "late fall", "drift down"])
-@pytest.mark.parametrize(("n", "noise"), [(40, "normal"), (40, "heavy tails"), (240, "normal"), (2000, "heavy tails")])
+@pytest.mark.parametrize(
+    ("n", "noise"),
+    [(40, "normal"), (40, "heavy tails"), (240, "normal"), pytest.param(2000, "heavy tails", marks=pytest.mark.slow)],
+)
 def test_without_a_minimum_there_is_no_switch_by_test(n, shape, noise):
     x = np.arange(n) / n
     curve = {
@@ -84,3 +93,43 @@ def test_without_a_minimum_there_is_no_switch_by_test(n, shape, noise):
     }
     fired = [decide(curve[shape] + 0.1 * NOISES[noise](np.random.default_rng(seed), n))[0].by_test for seed in range(8)]
     assert sum(fired) <= 1
+
+
+@pytest.mark.parametrize("periods", [2, 3, 5, 10])
+@pytest.mark.parametrize("amplitude", [0.05, 0.15])
+def test_a_wave_on_the_way_down_is_passed_over(amplitude, periods):
+    x = np.arange(320) / 320
+    curve = 2.3 - 1.8 * np.minimum(x / 0.7, 1) + 40 * np.maximum(x - 0.7, 0) ** 2
+    noise = 0.05 * np.random.default_rng(periods).normal(size=320)
+    switch, minimum = decide(curve + amplitude * np.sin(2 * np.pi * periods * x) + noise)
+    assert switch.by_test
+    assert minimum == pytest.approx(0.72, abs=0.12)
+
+
+def lr_found(curve, **arguments):
+    """The peak LR on a recorded full warm-up of an even ramp, which ends where the loss was not finite."""
+    parameters, steps = [torch.nn.Parameter(torch.zeros(1))], curve["warmup_steps"]
+    optimizer = torch.optim.AdamW(parameters) if curve["optimizer"] == "adamw" else torch.optim.SGD(parameters, 0.1, momentum=0.9)
+    run = {"total_steps": 2 * steps, "max_warmup_fraction": 0.5, "warmup_type": "exp", "immediate_cooldown": True}
+    scheduler = AutoWU(optimizer, **run, test_interval=round(steps / 75), **arguments)
+    assert (scheduler.config.min_lr, scheduler.config.max_lr) == (curve["min_lr"], curve["max_lr"])
+    optimizer.step()
+    for loss in [*curve["losses"], *[None] * steps][:steps]:
+        if scheduler.switch is None:
+            scheduler.step(math.nan if loss is None else loss)
+    return scheduler.switch.lr
+
+
+def regret(curve, lr):
+    """The test loss of a tuned run at the nearest LR of the grid, over that at the best."""
+    losses = {float(lr): loss for lr, loss in curve["grid_test_loss"].items()}
+    return losses[min(losses, key=lambda known: abs(math.log(known / lr)))] / min(losses.values())
+
+
+@pytest.mark.parametrize("curve", DIPS, ids=lambda curve: f"{curve['case']} {curve['seed']}")
+def test_a_recorded_first_dip_or_plateau_is_no_minimum(curve):
+    assert regret(curve, lr_found(curve)) < 3
+
+
+def test_without_the_rise_a_first_dip_was_one():
+    assert all(lr_found(c, min_rise=0.0, peak_factor=0.8) < 0.003 for c in DIPS if c["case"].startswith("friedman"))

@@ -382,8 +382,17 @@ def test_a_bad_loss_says_what_to_pass_and_changes_nothing(loss, error, message):
 # ---------------------------------------------------------------- decisions
 
 
-@pytest.mark.parametrize("engine", ["closed-form", "gpytorch"])
-@pytest.mark.parametrize(("factor", "shift"), [(1e-6, 0.0), (1e6, 0.0), (1.0, 1e6), (1.0, -1e6), (1e-3, 7.0), (1e4, -1e6)])
+SCALES = [(1e4, -1e6), (1e-6, 0.0), (1e6, 0.0), (1.0, 1e6), (1.0, -1e6), (1e-3, 7.0)]
+
+
+@pytest.mark.parametrize(
+    ("engine", "factor", "shift"),
+    [
+        pytest.param(engine, *scale, marks=pytest.mark.slow if engine == "gpytorch" and scale != SCALES[0] else ())
+        for engine in ("closed-form", "gpytorch")
+        for scale in SCALES
+    ],
+)
 def test_decisions_do_not_depend_on_scale_and_shift(factor, shift, engine):
     interval = None if engine == "closed-form" else 15
     curve = v_curve(400, lowest=60)
@@ -394,14 +403,21 @@ def test_decisions_do_not_depend_on_scale_and_shift(factor, shift, engine):
     assert (scheduler.switch.step, scheduler.switch.lr) == (plain.switch.step, plain.switch.lr)
 
 
-@given(st.integers(0, 10**6), st.floats(1e-6, 1e6), st.floats(-1e6, 1e6))
-@settings(max_examples=25)
-def test_decisions_do_not_depend_on_any_scale_and_shift(seed, factor, shift):
+ANY_SCALE = given(st.integers(0, 10**6), st.floats(1e-6, 1e6), st.floats(-1e6, 1e6))
+
+
+def assert_decisions_are_alike(seed, factor, shift):
     curve = v_curve(200, lowest=50, seed=seed, noise=0.1)
     plain, scheduler, shifted = (AutoWU(sgd(), total_steps=200, rollback=False) for _ in range(3))
     expected = advance(plain, curve)
     assert advance(scheduler, factor * curve) == expected
     assert advance(shifted, curve + shift) == expected
+
+
+test_decisions_do_not_depend_on_some_scale_and_shift = settings(max_examples=6)(ANY_SCALE(assert_decisions_are_alike))
+test_decisions_do_not_depend_on_any_scale_and_shift = pytest.mark.slow(
+    settings(max_examples=25)(ANY_SCALE(assert_decisions_are_alike))
+)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -626,9 +642,10 @@ def switches_on_noise(seed, **arguments):
     return scheduler.switch is not None
 
 
-def test_noise_on_a_flat_start_is_no_minimum():
+@pytest.mark.parametrize("seeds", [15, pytest.param(60, marks=pytest.mark.slow)])
+def test_noise_on_a_flat_start_is_no_minimum(seeds):
     assert any(switches_on_noise(seed, min_contrast=0.0) for seed in range(60))
-    assert not any(switches_on_noise(seed) for seed in range(60))
+    assert not any(switches_on_noise(seed) for seed in range(seeds))
 
 
 # ---------------------------------------------------------------- saving and loading

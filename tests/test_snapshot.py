@@ -254,6 +254,35 @@ def test_a_parameter_that_was_frozen_since_goes_back_too():
     assert torch.equal(run.model[0].weight, before)
 
 
+@pytest.mark.parametrize("lost", [True, False])
+@pytest.mark.parametrize(
+    "named", [lambda run, average: nn.ModuleList([run.model, average]), lambda run, average: both(run, average)]
+)
+def test_an_average_that_begins_after_the_copy_begins_again_where_it_is_lost(lost, named):
+    run = Training(OPTIMIZERS["adamw"])
+    average = copy.deepcopy(run.model).requires_grad_(False)
+    snapshot = Snapshot(LiveRun(run.optimizer, named(run, average)))
+    run.steps(0, 3)
+    snapshot.take(3)
+    weights = [p.detach().clone() for p in run.model.parameters()]
+    run.steps(3, 5)
+    for mean, parameter in zip(average.parameters(), run.model.parameters(), strict=True):
+        mean.data.lerp_(parameter.data * (math.nan if lost else 1.0), 0.5)
+    before = [mean.clone() for mean in average.parameters()]
+    left = snapshot.restore()
+    expected = weights if lost else before
+    assert all(torch.equal(mean, now) for mean, now in zip(average.parameters(), expected, strict=True))
+    assert (left == []) == lost
+    assert bool(snapshot.live.sound())
+
+
+def both(run, average):
+    """Under names of which several end alike."""
+    holder = nn.Module()
+    holder.student, holder.teacher, holder.other = nn.Sequential(run.model), nn.Sequential(average), nn.Linear(3, 3)
+    return holder
+
+
 def test_an_average_of_the_weights_goes_back_from_a_saved_copy():
     def averaged():
         run = Training(OPTIMIZERS["adamw"])

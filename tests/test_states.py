@@ -1,6 +1,6 @@
-"""States that version 0.1.0 saved (version 4): the runs go on with the LRs, the weights and the events that it went on with.
+"""States of versions before, 4 being that of autowu 0.1.0: the runs go on with the LRs, weights and events that they went on with.
 
-``data/states_version_4.pt`` holds them, each with what 0.1.0 did from there on, fed the losses of :func:`losses`.
+``data/states_version_*.pt`` hold them, each with what that version did from there on, fed the losses of :func:`losses`.
 """
 
 import copy
@@ -13,9 +13,11 @@ from torch import nn
 
 from autowu import AutoWU
 from autowu.gpytorch_engine import PublishedGP
+from autowu.report import Report
 from autowu.states import VERSION, readable
 
-FILE = Path(__file__).parent / "data" / "states_version_4.pt"
+DATA = Path(__file__).parent / "data"
+SET_BACK = DATA / "states_version_5_set_back.pt"
 STEPS = 200
 OTHER = {"total_steps": STEPS, "min_lr": 1e-2, "max_lr": 0.5, "test_interval": 9}  # none of it matters
 MAKE = {
@@ -27,9 +29,16 @@ MAKE = {
 }
 
 
+SAVED = [(4, name) for name in MAKE] + [(5, name) for name in ("in the warm-up", "voting", "after the switch", "without a model")]
+
+
+def states_of(version):
+    return torch.load(DATA / f"states_version_{version}.pt", weights_only=True)
+
+
 @pytest.fixture
 def saved():
-    return torch.load(FILE, weights_only=True)
+    return states_of(4)
 
 
 def losses():
@@ -70,10 +79,10 @@ def leaves(value):
     return [str(number) for number in value.flatten().tolist()] if isinstance(value, torch.Tensor) else [str(value)]
 
 
-@pytest.mark.parametrize("name", MAKE)
-def test_a_run_goes_on_as_it_did(name, saved):
-    case = saved[name]
-    assert case["scheduler"]["version"] == 4
+@pytest.mark.parametrize(("version", "name"), SAVED)
+def test_a_run_goes_on_as_it_did(version, name):
+    case = states_of(version)[name]
+    assert case["scheduler"]["version"] == version
     before = copy.deepcopy(case["scheduler"])
     model, optimizer, scheduler = loaded(case, MAKE[name])
     assert go_on(model, optimizer, scheduler) == pytest.approx(case["lrs"], rel=1e-9)
@@ -84,11 +93,30 @@ def test_a_run_goes_on_as_it_did(name, saved):
     assert leaves(case["scheduler"]) == leaves(before)  # it is left as it was
 
 
-@pytest.mark.parametrize("name", MAKE)
-def test_it_is_saved_in_the_present_version_and_loads_again(name, saved):
-    model, optimizer, scheduler = loaded(saved[name], MAKE[name])
+@pytest.mark.parametrize("name", ["in the warm-up", "after the switch", "set back"])
+def test_a_run_of_version_5_goes_on_as_it_did(name):
+    case = torch.load(SET_BACK, weights_only=True)[name]
+    assert case["scheduler"]["version"] == 5
+    model, optimizer, scheduler = loaded(case, lambda model, optimizer: AutoWU(optimizer, model=model, **OTHER))
+    assert go_on(model, optimizer, scheduler) == pytest.approx(case["lrs"], rel=1e-9)
+    assert [(event.kind, event.step, event.message) for event in scheduler.events] == case["events"]
+    for key, weight in case["weights"].items():
+        torch.testing.assert_close(model.state_dict()[key], weight)
+
+
+def test_of_version_5_the_last_test_is_known_and_the_lr_before_a_setback():
+    state = torch.load(SET_BACK, weights_only=True)["set back"]["scheduler"]
+    report = Report.of(state)
+    assert [(test.step, test.votes, test.probability) for test in report.tests] == [(60, 4, 1.0)]
+    assert report.lr(60) == state["state"]["switch"]["lr"]
+    assert report.lr(88) / report.lr(87) == pytest.approx(0.5, rel=0.02)  # the cooldown has begun
+
+
+@pytest.mark.parametrize(("version", "name"), SAVED)
+def test_it_is_saved_in_the_present_version_and_loads_again(version, name):
+    model, optimizer, scheduler = loaded(states_of(version)[name], MAKE[name])
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-    assert state["scheduler"]["version"] == VERSION == 5
+    assert state["scheduler"]["version"] == VERSION == 6
     again = loaded(copy.deepcopy(state), MAKE[name])
     assert go_on(*again) == go_on(model, optimizer, scheduler)
 
@@ -100,6 +128,8 @@ def test_the_states_bring_what_they_are_there_for(saved):
     assert states["after the switch"]["snapshot"]["other"] is None
     assert states["without a model"]["epoch_losses"] is None or states["without a model"]["config"]["decay_phase_stat"] == "loss"
     assert states["paper"]["gp"]["state"]["carried"] is not None
+    voting = states_of(5)["voting"]["scheduler"]
+    assert (voting["state"]["votes"], voting["judge"]["decision"]["votes"]) == (3, 3)
 
 
 def test_the_published_fit_is_an_engine_of_its_own(saved):
@@ -135,7 +165,7 @@ def test_the_block_of_a_run_of_one_rank_or_several_is_read_for_what_it_is(block,
 def test_a_block_of_several_ranks_adds_its_losses_and_no_other_on_one(saved):
     case = saved["in the warm-up"]
     before = case["scheduler"]["watch"]["state"]["count"]
-    case["scheduler"]["watch"] |= {"looked_at": 30, "pending": [1.2] * 5 + [0.0]}
+    case["scheduler"]["watch"] |= {"looked_at": 30, "pending": [1.21, 1.22, 1.23, 1.24, 1.25, 0.0]}
     _, _, scheduler = loaded(case, MAKE["in the warm-up"])
     scheduler.optimizer.step()
     scheduler.step(1.2)
@@ -147,7 +177,7 @@ def test_a_block_of_several_ranks_adds_its_losses_and_no_other_on_one(saved):
 def test_a_version_that_is_not_read_is_refused(saved):
     case = saved["voting"]
     case["scheduler"]["version"] = 3
-    with pytest.raises(ValueError, match="version=3: this autowu reads versions 4 and 5"):
+    with pytest.raises(ValueError, match="version=3: this autowu reads versions 4 to 6"):
         loaded(case, MAKE["voting"])
 
 
@@ -156,3 +186,20 @@ def test_a_published_fit_with_a_kernel_of_its_own_is_refused(saved):
     case["scheduler"]["gp"]["state"]["custom_kernel"] = True
     with pytest.raises(ValueError, match="kernel"):
         loaded(case, MAKE["paper"])
+
+
+# ---------------------------------------------------------------- version 5
+
+
+def as_version_5(state):
+    """A state of the present version without what it has more."""
+    new = ("previous", "again", "longest", "doubt", "halved", "pace", "before", "fell")
+    watch = {name: value for name, value in state["reader"]["watch"].items() if name not in new}
+    return state | {"version": 5, "reader": state["reader"] | {"watch": watch}}
+
+
+def test_an_incomplete_state_of_version_5_is_refused():
+    state = as_version_5(AutoWU(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), total_steps=100).state_dict())
+    del state["reader"]["watch"]
+    with pytest.raises(ValueError, match="'watch': the state is incomplete"):
+        AutoWU(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), total_steps=100).load_state_dict(state)

@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import norm
 
 from autowu.gp import CurvePosterior
-from autowu.switching import MIN_LOSSES, decide, probability_past_minimum, valley_contrast
+from autowu.switching import MIN_LOSSES, decide, far_edge, probability_past_minimum, rise_share, valley_contrast
 
 
 def posterior_of(mean, difference_variance, num_losses=100):
@@ -171,3 +171,45 @@ def test_a_valley_has_a_fall_and_a_rise(mean, votes, minimum):
 
 def test_a_rise_alone_is_enough_for_the_published_rule():
     assert decide(curve_of([1, 2, 3]), 0, confidence=0.95, patience=3).votes == 1
+
+
+@pytest.mark.parametrize(
+    ("mean", "votes"),
+    [
+        ([10, 2, 1, 2.9], 1),
+        ([10, 2, 1, 2.7], 0),  # a dip of less than a fifth of the fall
+        ([10, 1, 1.5, 1, 1.4, 1.2, 1.5], 0),  # noise on a plateau
+        ([10, 1, 3, 0, 1.5, 2.5], 1),  # the fall is the largest before the minimum
+    ],
+)
+def test_a_dip_is_no_minimum(mean, votes):
+    assert decide(curve_of(mean, 0.05), 0, **RULE, min_rise=0.2).votes == votes
+    assert decide(curve_of(mean, 0.05), 0, **RULE).votes == 1
+
+
+@given(posteriors, st.floats(1e-3, 1e3), st.floats(-10, 10))
+@settings(deadline=None, max_examples=100)
+def test_rise_and_edge_are_those_of_a_slow_reference_and_blind_to_scale_and_shift(arrays, scale, shift):
+    mean, variance = arrays[0][:1].round(3), arrays[1][:1]
+    grid = np.linspace(0, 0.5, mean.shape[1])
+    fit = CurvePosterior(grid, 0.5, mean, variance, np.ones_like(mean), 100)
+    points = mean[0].tolist()
+    lowest = points.index(min(points))
+    fall, rise = max(points[: lowest + 1]) - points[lowest], points[-1] - points[lowest]
+    assert rise_share(fit) == (pytest.approx(rise / fall) if fall else np.inf)
+    spread = np.sqrt(variance[0] + variance[0, lowest])
+    margin = np.abs(mean[0] - points[lowest] - spread).min()
+    edge = max(x for x, value, room in zip(grid, points, spread, strict=True) if value - points[lowest] <= room)
+    assert far_edge(fit) == edge >= grid[lowest]
+    assert far_edge(fit, 0.1) == min(edge, grid[lowest] + 0.1)
+    if margin > 1e-6:
+        changed = CurvePosterior(grid, 0.5, scale * (mean + shift), scale**2 * variance, np.ones_like(mean), 100)
+        assert far_edge(changed) == edge
+
+
+def test_of_a_flat_valley_the_far_edge_counts_a_decade_past_its_minimum_at_most():
+    flat = curve_of([5, 1.05, 1, 1.05, 1.02, 1.1, 1.05, 1.08, 4], 0.1)
+    decision = decide(flat, 0, **RULE, min_rise=0.2)
+    assert (decision.votes, decision.minima, decision.edges) == (1, (0.25,), (0.875,))
+    assert decide(flat, 0, **RULE, min_rise=0.2, reach=0.3).edges == (0.55,)
+    assert decide(flat, 0, **RULE).edges == (0.25,)

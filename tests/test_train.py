@@ -114,7 +114,7 @@ def test_two_processes_train_as_one(two, whole):
     ("data", "number", "code", "epoch"),
     [
         ("digits", signal.SIGKILL, -signal.SIGKILL, 1),  # in the warm-up
-        ("folder", signal.SIGKILL, -signal.SIGKILL, 1),
+        pytest.param("folder", signal.SIGKILL, -signal.SIGKILL, 1, marks=pytest.mark.slow),
         ("digits", signal.SIGINT, 130, 2),
         ("folder", signal.SIGUSR1, 0, 1),
     ],

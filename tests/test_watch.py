@@ -32,6 +32,11 @@ def followed(losses, watch=None):
     return said
 
 
+def about(level, count):
+    """So many losses that are almost the same; equal ones would be one."""
+    return (level * (1 + 1e-6 * np.arange(count))).tolist()
+
+
 def trained(steps=200, noise=0.05, seed=0):
     """A watch over a loss that has come down from 2 to 1."""
     watch = LossWatch()
@@ -156,13 +161,94 @@ def test_a_share_of_the_progress_that_is_lost_is_a_divergence(seed):
 
 
 def test_a_loss_that_stays_far_above_the_start_has_exploded_after_three():
-    assert first(followed([20.0] * 5, trained()), EXPLODED) == 3
-    assert first(followed([20.0, 20.0, 1.0] * 5, trained()), EXPLODED) is None
+    assert first(followed(about(20.0, 5), trained()), EXPLODED) == 3
+    assert first(followed([20.0, 20.1, 1.0] * 5, trained()), EXPLODED) is None
 
 
 def test_a_run_that_has_not_come_down_cannot_explode_by_a_finite_loss():
     flat = 2 + 0.1 * np.random.default_rng(0).normal(size=200)
     assert first(followed([*flat, *[20.0] * 20]), EXPLODED) is None
+
+
+# ---------------------------------------------------------------- losses that are passed again
+
+
+def passed_again(losses, times):
+    """Each loss so many times, as a metric is that is logged now and then."""
+    return [loss for loss in losses for _ in range(times)]
+
+
+@pytest.mark.parametrize("bad", [20.0, -20.0, 1e9])
+@pytest.mark.parametrize("times", [2, 3, 5, 50])
+def test_a_bad_loss_that_is_passed_again_is_one_loss(bad, times):
+    watch = LossWatch()
+    falling = (np.linspace(2, 1, 60) + 0.05 * np.random.default_rng(0).normal(size=60)).tolist()
+    said = followed(passed_again([*falling, bad, 1.0, 1.01, bad, *falling[-10:]], times), watch)
+    assert not any(exploded or diverged for exploded, diverged, _ in said)
+
+
+@pytest.mark.parametrize("bad", [20.0, 1e9])
+@pytest.mark.parametrize("times", [2, 3, 5])
+def test_a_bad_loss_that_is_passed_again_for_once_is_one_loss(bad, times):
+    said = followed([*[bad] * times, *about(1.0, 30)], trained())
+    assert not any(exploded or diverged for exploded, diverged, _ in said)
+
+
+@pytest.mark.parametrize("times", [2, 7, 50])
+@pytest.mark.parametrize("holes", [0, 3])
+def test_a_watch_says_of_losses_that_are_passed_again_what_it_says_of_each_alone(times, holes):
+    losses = [2.0, *np.linspace(1.9, 1, 60), *about(3.0, 5), 1.0, math.nan, *about(1.0, 30), *about(5.0, 12)]
+    alone, again = LossWatch(), LossWatch()
+    for loss in losses:
+        alone.push(loss)
+        for _ in range(1 if math.isnan(loss) else times):
+            again.follow([loss, *[MISSING] * holes])
+        assert (again.exploded, again.diverged) == (alone.exploded, alone.diverged)
+    assert alone.diverged
+    # All the first losses are equal as far as is known: they were taken as they came.
+    assert (again.mean, again.silent, again.high) == pytest.approx((alone.mean, alone.silent, alone.high), rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", [0.0, 1.0, -2.5])
+def test_losses_that_are_all_equal_are_what_they_are(loss):
+    watch = LossWatch()
+    followed([loss] * 200, watch)
+    assert (watch.count, watch.mean, watch.noise) == (200, loss, 0.0)
+    assert first(followed([math.nan] * 3, watch), EXPLODED) == 3
+
+
+def test_a_loss_that_stays_at_0_is_taken_each_time():
+    watch = trained()
+    followed([0.0] * 100, watch)
+    assert watch.count == 300
+    assert watch.mean < 1e-3
+    assert first(followed(about(1.5, 20), watch), DIVERGED) is not None
+
+
+@pytest.mark.parametrize("bad", [2.5, 20.0])
+@pytest.mark.parametrize("times", [1, 10])
+def test_a_run_that_is_stuck_at_one_bad_loss_has_diverged_all_the_same(bad, times):
+    watch = LossWatch()
+    followed(passed_again(np.linspace(2, 1, 60), times), watch)
+    at = first(followed([bad] * 60, watch), DIVERGED)
+    assert max(5, 2 * times) < at < max(5, 2 * times) + 12
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, 1e151])
+def test_what_is_not_finite_is_taken_each_time(odd):
+    assert first(followed([odd] * 3, trained()), EXPLODED) == 3
+    assert not any(exploded for exploded, _, _ in followed([1.0, odd, odd] * 5, trained()))
+
+
+def test_what_is_passed_again_after_going_back_is_no_sign_that_the_loss_has_changed():
+    watch = LossWatch()
+    followed(passed_again(np.linspace(2, 1, 60), 20), watch)
+    assert first(followed(passed_again(about(3.0, 6), 20), watch), DIVERGED) is not None
+    watch.go_back(1.0, trial=True)
+    followed([watch.previous] * 15, watch)
+    assert watch.trial == 3
+    followed(passed_again([1.01, 1.0, 1.02], 20), watch)
+    assert (watch.trial, watch.changed) == (0, False)
 
 
 def test_a_good_run_is_worth_a_copy_and_one_that_is_on_its_way_up_is_not():
@@ -204,11 +290,11 @@ def test_a_restored_watch_goes_on_as_it_would_have():
 def test_a_watch_that_was_put_back_is_as_wakeful_as_before():
     watch = trained()
     mean, noise = watch.mean, watch.noise
-    followed([200.0] * 3, watch)
+    followed(about(200.0, 3), watch)
     watch.go_back(mean)
-    followed([1.0] * 3, watch)
+    followed(about(1.0, 3), watch)
     assert watch.noise < 4 * noise
-    assert first(followed([3.0] * 10, watch), DIVERGED) is not None
+    assert first(followed(about(3.0, 10), watch), DIVERGED) is not None
 
 
 def test_a_watch_that_was_put_back_has_not_diverged_already():
@@ -239,20 +325,20 @@ def put_back_at_alarm(watch, losses, level, back):
 @pytest.mark.parametrize("jump", [1.0, 5.0, 50.0])
 def test_a_loss_that_going_back_does_not_bring_back_has_changed(jump):
     watch = trained()
-    said = put_back_at_alarm(watch, [1 + jump] * 8, 1.0, [1 + jump] * 3)
+    said = put_back_at_alarm(watch, about(1 + jump, 8), 1.0, about(1.1 + jump, 3))
     assert watch.changed
     assert not said[-1][DIVERGED]
     watch.changed = False
     noise = 0.05 * np.random.default_rng(1).normal(size=200)
     assert first(followed(1 + jump + noise, watch), DIVERGED) is None
     assert watch.progress == pytest.approx(1.0, abs=0.2)  # what was reached before still counts
-    assert first(followed([1 + 5 * jump] * 10, watch), DIVERGED) is not None
+    assert first(followed(about(1 + 5 * jump, 10), watch), DIVERGED) is not None
 
 
-@pytest.mark.parametrize("back", [[1.0, 1.5, 4.0], [1.1, 0.9, 1.0], [3.0, 1.0, 3.0]])
+@pytest.mark.parametrize("back", [[1.0, 1.5, 4.0], [1.1, 0.9, 1.0], [3.0, 1.0, 3.0], [3.0, 3.0, 3.0]])
 def test_a_loss_that_comes_back_for_once_has_not_changed(back):
     watch = trained()
-    put_back_at_alarm(watch, [3.0] * 8, 1.0, back)
+    put_back_at_alarm(watch, about(3.1, 8), 1.0, back)
     assert not watch.changed
 
 
@@ -264,7 +350,7 @@ def test_a_loss_that_was_not_finite_has_not_changed():
 
 def test_a_change_that_comes_again_is_no_divergence():
     watch = trained()
-    put_back_at_alarm(watch, [2.0] * 8, 1.0, [2.0] * 3)
+    put_back_at_alarm(watch, about(2.0, 8), 1.0, about(2.1, 3))
     watch.changed = False
     sources = np.resize([*[2.0] * 20, *[1.0] * 20], 400) + 0.05 * np.random.default_rng(2).normal(size=400)
     assert first(followed(sources, watch), DIVERGED) is None
@@ -272,11 +358,77 @@ def test_a_change_that_comes_again_is_no_divergence():
 
 def test_a_watch_on_trial_is_saved_and_loaded():
     watch, other = trained(), LossWatch()
-    put_back_at_alarm(watch, [3.0] * 8, 1.0, [3.0])
+    put_back_at_alarm(watch, about(3.0, 8), 1.0, [3.1])
     other.load_state_dict(json.loads(json.dumps(watch.state_dict())))
     for which in (watch, other):
-        followed([3.0] * 2, which)
+        followed(about(3.2, 2), which)
     assert watch.changed
+    assert other.state_dict() == watch.state_dict()
+
+
+# ---------------------------------------------------------------- a change of the loss where nothing goes back
+
+
+def halved_at_alarms(watch, losses):
+    """The number of alarms while `losses` are followed, and how many of them were undone."""
+    alarms = undone = 0
+    for loss in losses:
+        watch.push(float(loss))
+        if watch.changed:
+            watch.changed, undone = False, undone + watch.halved
+        if watch.diverged and alarms - undone < 3:
+            alarms += 1
+            watch.go_back(trial=True)
+    return alarms, undone
+
+
+def noise(count, seed=3):
+    return 0.05 * np.random.default_rng(seed).normal(size=count)
+
+
+@pytest.mark.parametrize("jump", [0.5, 1.0, 5.0, 50.0])
+@pytest.mark.parametrize("over", [1, 10, 100])
+@pytest.mark.parametrize("fall", [0.0, 0.002])
+def test_a_loss_that_rises_to_a_new_level_and_goes_on_from_there_has_changed(jump, over, fall):
+    losses = 1 + jump * np.clip(np.arange(300) / over, 0, 1) - fall * np.arange(300) + noise(300)
+    alarms, undone = halved_at_alarms(trained(), losses)
+    assert alarms == undone <= 3
+    assert alarms or jump < 1
+
+
+@pytest.mark.parametrize("every", [10, 20, 37, 100])
+@pytest.mark.parametrize("height", [0.5, 1.5, 5.0])
+def test_sources_that_alternate_leave_no_halving(every, height):
+    alarms, undone = halved_at_alarms(trained(), 1 + height * (np.arange(600) // every % 2) - 0.0005 * np.arange(600) + noise(600))
+    assert alarms == undone <= 3
+
+
+@pytest.mark.parametrize("top", [2.0, 5.0, 50.0])
+@pytest.mark.parametrize("back", [2, 5, 30])
+def test_a_loss_that_finds_back_at_a_lower_lr_had_diverged(top, back):
+    steps = np.arange(300)
+    losses = 1 + (top - 1) * np.where(steps < 12, (steps / 12) ** 3, np.exp(-(steps - 12) / back)) + noise(300)
+    alarms, undone = halved_at_alarms(trained(), losses)
+    assert 1 <= alarms <= 2
+    assert undone == 0
+
+
+@pytest.mark.parametrize("end", [math.nan, math.inf])
+def test_a_loss_that_rises_on_or_ends_in_nan_has_diverged(end):
+    losses = [*np.geomspace(1.0, 50.0, 40), *[end] * 60]
+    alarms, undone = halved_at_alarms(trained(), losses)
+    assert alarms >= 2
+    assert undone == 0
+    assert halved_at_alarms(trained(), 1 + 0.02 * np.arange(400) + noise(400))[1] == 0
+
+
+def test_a_doubt_is_saved_and_loaded():
+    watch, other = trained(), LossWatch()
+    losses = 2 + noise(100)
+    halved_at_alarms(watch, losses[:20])
+    assert watch.doubt
+    other.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    assert halved_at_alarms(watch, losses[20:]) == halved_at_alarms(other, losses[20:]) == (0, 1)
     assert other.state_dict() == watch.state_dict()
 
 
@@ -436,6 +588,42 @@ def test_a_loss_that_changes_leaves_the_peak(change):
     assert "the loss has changed" in run.scheduler.events[2].message
     assert run.lrs[349] == pytest.approx(run.scheduler.switch.lr)
     assert run.accuracy() > 0.9
+
+
+@pytest.mark.parametrize("change", [*CHANGES.values(), lambda since: 5.0 * (since > 60)])
+def test_a_loss_that_changes_leaves_the_peak_where_nothing_goes_back_either(change):
+    run = Run(500, keeps=False, **STABLE)
+    run.also = lambda scheduler: change(scheduler.last_epoch - scheduler.switch.step) if scheduler.switch else 0.0
+    run.advance(500)
+    kinds = run.kinds()
+    assert {*kinds} == {"switch", "divergence", "loss_changed"}
+    assert 1 <= kinds.count("loss_changed") <= 2
+    assert "at a lower LR" in run.scheduler.events[-1].message
+    assert run.scheduler._state.setbacks == 0
+    assert run.accuracy() > 0.9
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_third_set_back_that_was_none_is_undone_too(keeps):
+    """Two divergences, and then a term that joins."""
+    hill = up_the_hill(2, slope=0.3)
+    run = Run(600, keeps=keeps, spoil=hill if keeps else lambda scheduler: 1.0, **STABLE)
+    joined = []
+
+    def also(scheduler):
+        if scheduler._state.setbacks == 2 and not joined:
+            joined.append(scheduler.last_epoch + 60)
+        return 3.0 * bool(joined and scheduler.last_epoch > joined[0])
+
+    run.also = also
+    if not keeps:
+        run.advance(250)
+        run.scheduler._state = replace(run.scheduler._state, setbacks=2)
+    run.advance(600)
+    assert run.kinds()[-2:] == ["divergence", "loss_changed"]
+    assert "3 of 3" in run.scheduler.events[-2].message
+    assert run.scheduler._state.setbacks == 2
+    assert run.lrs[400] == pytest.approx(run.scheduler.switch.lr / 4)
 
 
 def test_a_divergence_after_a_change_of_the_loss_is_still_seen():

@@ -65,7 +65,10 @@ def plan(config: TrainConfig, process: Process, parts: Parts, data: Data, steps_
 
 def _schedule(scheduler: AutoWU, process: Process) -> Iterator[str]:
     config = scheduler.config
-    share = config.warmup_limit / config.total_steps
+    total, start = config.total_steps, config.cooldown_start
+    assert total is not None  # open is a run without epochs only
+    assert start is not None
+    share = config.warmup_limit / total
     yield (
         f"  warm-up from LR {config.min_lr:.4g} towards {config.max_lr:.4g}, which step {config.warmup_steps} would have; "
         f"it ends at step {config.warmup_limit} ({share:.0%}) at the latest"
@@ -76,8 +79,7 @@ def _schedule(scheduler: AutoWU, process: Process) -> Iterator[str]:
     if config.immediate_cooldown:
         yield f"  cooldown ({config.cooldown_type}) from the switch on"
     else:
-        left = config.total_steps - config.cooldown_start
-        yield f"  peak LR up to step {config.cooldown_start}, then cooldown ({config.cooldown_type}) over {left} steps"
+        yield f"  peak LR up to step {start}, then cooldown ({config.cooldown_type}) over {total - start} steps"
 
 
 def _optimizer_bytes(parts: Parts) -> int:

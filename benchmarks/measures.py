@@ -1,0 +1,249 @@
+"""What a method reached beside the grid: numbers and tables from the lines of the results files.
+
+- *Test loss*: over the best of the grid on that seed, geometric mean over the cases; behind it the standard error over the seeds.
+- *Over half a decade*: LRs that are so far from the grid's best on that seed; in brackets, so far outside the range of those whose
+  loss is at most a tenth higher.
+- *Against*: that over another method's on the same runs; the standard error is over the cases, each the mean of its seeds.
+- *Steps*: the share of the run after which a tuned run, one with the LR that is best over all seeds of the grid and a schedule for
+  that length, is as good. From runs at some lengths, straight in the logarithm of the loss between them; 0.5 and 1.2 are the ends.
+- *Profile*, as AlgoPerf has it: the time to a target is the share of the run after which the test loss first is as low, in
+  twentieths from the half on; never is infinite. A method's score is the share of its runs whose time is within a factor of the
+  best method's, averaged over factors from 1 to 4. The target of a case is the median over the seeds of a tuned run's last loss.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["FLOOR", "LOOKS", "Outcome", "best_of_grid", "freeze", "geometric_mean", "outcomes", "profile", "table", "tuned_lrs"]
+
+FLOOR = 1e-4
+"""A loss below this is none: ratios of smaller ones say nothing."""
+LOOKS = tuple(k / 20 for k in range(10, 21))
+"""Shares of a run after which its test loss is looked at."""
+LONGEST_FACTOR = 4.0
+"""Of the performance profile."""
+
+Row = dict[str, Any]
+BAND = 1.1
+"""Test loss over the best, up to which an LR counts as good."""
+
+
+class Best(NamedTuple):
+    """Of the grid on a seed: the lowest test loss, its LR, and the LRs around it that are about as good."""
+
+    loss: float
+    lr: float
+    low: float
+    high: float
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+def _by_case_and_lr(grid: Iterable[Row]) -> dict[str, dict[float, dict[int, float]]]:
+    """Test losses of the grid, by case, LR and seed; infinite where a run ended non-finite."""
+    losses: dict[str, dict[float, dict[int, float]]] = {}
+    for row in grid:
+        loss = max(row["test_loss"], FLOOR) if row["finite"] else math.inf
+        losses.setdefault(row["case"], {}).setdefault(row["lr"], {})[row["seed"]] = loss
+    return losses
+
+
+def best_of_grid(grid: Iterable[Row]) -> dict[tuple[str, int], Best]:
+    """The best of the grid, by case and seed."""
+    found = {}
+    for case, by_lr in _by_case_and_lr(grid).items():
+        for seed in {seed for losses in by_lr.values() for seed in losses}:
+            losses = {lr: by_lr[lr][seed] for lr in sorted(by_lr) if seed in by_lr[lr]}
+            best = min(losses, key=lambda lr: losses[lr])
+            if math.isfinite(losses[best]):
+                good = [lr for lr in losses if losses[lr] <= BAND * losses[best]]
+                found[case, seed] = Best(losses[best], best, good[0], good[-1])
+    return found
+
+
+def tuned_lrs(grid: Iterable[Row]) -> dict[str, float]:
+    """The LR that is best over all seeds, by case; of those that ran on most seeds."""
+    found = {}
+    for case, by_lr in _by_case_and_lr(grid).items():
+        seeds = max(len(losses) for losses in by_lr.values())
+        found[case] = min((lr for lr in by_lr if len(by_lr[lr]) == seeds), key=lambda lr: geometric_mean(by_lr[lr].values()))
+    return found
+
+
+def freeze(grid: list[Row], path: Path) -> None:
+    """Write the targets of the profile, once, of the cases whose grid has three seeds."""
+    by_lr = _by_case_and_lr(grid)
+    losses = {case: [*by_lr[case][lr].values()] for case, lr in tuned_lrs(grid).items()}
+    targets = {case: round(statistics.median(of_case), 6) for case, of_case in losses.items() if len(of_case) >= 3}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(targets | kept, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run beside the grid.
+
+    Attributes:
+        ratio: test loss over the best of the grid on that seed; infinite where the run ended non-finite.
+        lr: with which the cooldown began, or that of the switch; None where there was neither.
+        steps: share of the run after which a tuned run is as good; None where none was trained.
+    """
+
+    case: str
+    seed: int
+    method: str
+    ratio: float
+    lr: float | None
+    best: Best
+    switch_step: int | None
+    steps: float | None = None
+
+    @property
+    def decades(self) -> float | None:
+        """Of LR, from the grid's best; below it is negative."""
+        return None if self.lr is None else math.log10(self.lr / self.best.lr)
+
+    @property
+    def beyond(self) -> float | None:
+        """Decades of LR from the nearest that is about as good as the grid's best."""
+        return None if self.lr is None else abs(math.log10(self.lr / min(max(self.lr, self.best.low), self.best.high)))
+
+    def __str__(self) -> str:
+        off = "" if self.decades is None else f"  lr {self.lr:.2g}  best {self.best.lr:.2g}  {self.decades:+.2f} decades"
+        return f"{self.case:24}  seed {self.seed}  {self.method}  ratio {self.ratio:.2f}{off}  switch {self.switch_step}"
+
+
+def outcomes(rows: Iterable[Row], best: dict[tuple[str, int], Best], tuned: Iterable[Row] = ()) -> list[Outcome]:
+    """The runs of `rows` whose grid is known, beside it and the tuned runs at several lengths."""
+    lengths: dict[tuple[str, int], dict[float, float]] = {}
+    for row in tuned:
+        loss = max(row["test_loss"], FLOOR) if row["finite"] else math.inf
+        lengths.setdefault((row["case"], row["seed"]), {})[float(row["method"].split()[1])] = loss
+    found = []
+    for row in rows:
+        key = row["case"], row["seed"]
+        if row["method"] != "grid" and not row["method"].startswith("tuned") and key in best:
+            own = max(row["test_loss"], FLOOR) if row["finite"] else math.inf
+            lr = row.get("cooldown_lr") or row.get("found_lr")
+            steps = _steps_to(own, lengths[key]) if key in lengths else None
+            found.append(Outcome(*key, row["method"], own / best[key].loss, lr, best[key], row.get("switch_step"), steps))
+    return found
+
+
+def _steps_to(loss: float, by_length: dict[float, float]) -> float:
+    """Length of a tuned run that ends as low as `loss`."""
+    before, lowest = min(by_length), math.inf
+    for length in sorted(by_length):
+        if by_length[length] <= loss:
+            if not math.isfinite(lowest):
+                return length
+            part = math.log(lowest / loss) / math.log(lowest / by_length[length])
+            return before + part * (length - before)
+        before, lowest = (length, by_length[length]) if by_length[length] < lowest else (before, lowest)
+    return max(by_length)
+
+
+def _error(values: list[float]) -> str:
+    """Mean of the logarithms and its standard error, as a factor and a share of it."""
+    if not all(map(math.isfinite, values)):
+        return "inf"
+    mean = math.exp(statistics.fmean(values))
+    return f"{mean:.3f}" + (f" ± {mean * statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else "")
+
+
+def _logs(runs: list[Outcome], key: str) -> list[float]:
+    """The mean logarithm of the ratio by case or seed."""
+    groups: dict[Any, list[float]] = {}
+    for run in runs:
+        groups.setdefault(getattr(run, key), []).append(math.log(run.ratio))
+    return [statistics.fmean(logs) for logs in groups.values()]
+
+
+def _paired(runs: list[Outcome], others: list[Outcome]) -> str:
+    """The ratio of the ones over the others', on the runs that both have."""
+    known = {(run.case, run.seed): run.ratio for run in others}
+    by_case: dict[str, list[float]] = {}
+    for run in runs:
+        if (run.case, run.seed) in known:
+            logs = by_case.setdefault(run.case, [])
+            logs.append(math.log(run.ratio) - math.log(known[run.case, run.seed]))
+    return _error([statistics.fmean(logs) for logs in by_case.values()]) if by_case else ""
+
+
+def profile(rows: Iterable[Row], targets: dict[str, float]) -> str:
+    """Markdown: the score of every method that was looked at during the run, with the standard error over the seeds."""
+    times: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        known = row["method"] in ("tuned 1.0",) or not row["method"].startswith("tuned")
+        if known and row.get("looks") and row["case"] in targets:
+            meets = (t for t, x in zip(LOOKS, row["looks"], strict=True) if x is not None and x <= targets[row["case"]])
+            times.setdefault((row["case"], row["seed"]), {})[row["method"]] = next(meets, math.inf)
+    scores: dict[str, dict[int, list[float]]] = {}
+    for (_, seed), by_method in times.items():
+        best = min(by_method.values())
+        for method, reached in by_method.items():
+            within = (
+                (LONGEST_FACTOR - min(reached / best, LONGEST_FACTOR)) / (LONGEST_FACTOR - 1) if math.isfinite(reached) else 0.0
+            )
+            scores.setdefault(method, {}).setdefault(seed, []).append(within)
+    lines = ["", "| method | runs | score | targets met |", "|---|---|---|---|"]
+    for method, by_seed in scores.items():
+        means = [statistics.fmean(values) for values in by_seed.values()]
+        error = f" ± {statistics.stdev(means) / math.sqrt(len(means)):.3f}" if len(means) > 1 else ""
+        met = [math.isfinite(by[method]) for by in times.values() if method in by]
+        lines.append(f"| {method} | {len(met)} | {statistics.fmean(means):.3f}{error} | {sum(met)} |")
+    return "\n".join(lines)
+
+
+def _cells(runs: list[Outcome], others: list[Outcome]) -> list[str]:
+    by_case = [math.exp(mean) for mean in _logs(runs, "case")]
+    off = [abs(run.decades) for run in runs if run.decades is not None]
+    beyond = [run.beyond for run in runs if run.beyond is not None]
+    shares = [run.switch_step / int(run.case.split()[-1]) for run in runs if run.switch_step is not None]
+    steps = [run.steps for run in runs if run.steps is not None]
+    return [
+        *(f"{len(by_case)}", f"{len(runs)}", _error(_logs(runs, "seed")), _paired(runs, others)),
+        *(f"{max(by_case):.2f}", f"{max(run.ratio for run in runs):.2f}"),
+        *(
+            f"{sum(d > 0.5 for d in off)} ({sum(d > 0.5 for d in beyond)})",
+            f"{sum(d > 1 for d in off)} ({sum(d > 1 for d in beyond)})",
+        ),
+        *(f"{sum(math.isinf(run.ratio) for run in runs)}", f"{statistics.fmean(shares):.0%}" if shares else ""),
+        f"{geometric_mean(steps):.2f}" if steps else "",
+    ]
+
+
+def table(found: list[Outcome], against: str, common: bool = False) -> str:
+    """Markdown: a row a method, then a row a case; `common` takes only the cases and seeds that all methods have."""
+    methods = list(dict.fromkeys(run.method for run in found))
+    if common:
+        shared = set.intersection(*({(run.case, run.seed) for run in found if run.method == m} for m in methods))
+        found = [run for run in found if (run.case, run.seed) in shared]
+    heads = (
+        *("cases", "runs", "test loss", f"against {against}", "worst case", "worst run"),
+        *("over half a decade", "over one", "non-finite", "warm-up", "steps"),
+    )
+    lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    others = [run for run in found if run.method == against]
+    for method in methods:
+        if runs := [run for run in found if run.method == method]:
+            lines.append(f"| {method} | {' | '.join(_cells(runs, others))} |")
+    lines += ["", f"| case: ratio, decades of LR | {' | '.join(methods)} |", "|---|" + "---|" * len(methods)]
+    for case in dict.fromkeys(run.case for run in found):
+        cells = []
+        for method in methods:
+            runs = [run for run in found if (run.case, run.method) == (case, method)]
+            off = [run.decades for run in runs if run.decades is not None]
+            ratio = f"{geometric_mean(run.ratio for run in runs):.2f}" if runs else ""
+            cells.append(ratio + (f" {statistics.fmean(off):+.1f}" if off else ""))
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
