@@ -133,6 +133,7 @@ with join("cpu") as process:
 """
 
 
+@pytest.mark.slow  # AutoWU itself in two processes, one of which has NaNs, is in test_distributed.py
 def test_what_is_not_a_number_on_one_process_sets_all_back_together(tmp_path):
     ranks(tmp_path, 2, "-c", NAN, tmp_path / "run")
     outs = [(tmp_path / f"rank-{rank}" / "stdout").read_text() for rank in range(2)]
