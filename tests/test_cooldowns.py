@@ -195,7 +195,7 @@ def steps(monkeypatch):
 
 def records(folder):
     """What a run of train.py leaves that a repetition must leave too."""
-    epochs = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder / "epochs.csv")]
+    epochs = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows(folder / "epochs.csv")]
     return rows(folder / "metrics.csv"), epochs
 
 
@@ -258,7 +258,7 @@ def test_a_signal_in_trunk_or_branch_costs_no_step(tmp_path, steps):
     steps.by_signal = True
     resume = []
     for steps.stop_at in (0.1, 36), (0.5, 3), (0.5, 12):  # the branch before its first epoch is done, and after
-        assert main([*command, str(tmp_path / "cut"), *resume]) == 143
+        assert main([*command, str(tmp_path / "cut"), *resume]) == 0
         resume = ["--resume"]
     steps.stop_at = None
     assert main([*command, str(tmp_path / "cut"), "--resume"]) == 0

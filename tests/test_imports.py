@@ -229,7 +229,6 @@ LONG = {
     "autowu.optim.param_groups.param_groups": "30 lines of rules for its users, then one loop over the parameters",
     "autowu.scheduler.AutoWU": "a docstring of 33 arguments",
     "autowu.scheduler.AutoWU.__init__": "a signature of 33 arguments",
-    "autowu.training.config._parser": "a table of options",
 }
 """Functions of more than 40 lines and classes of more than 300 that a reader would not want split, and why."""
 

@@ -116,7 +116,7 @@ def test_two_processes_train_as_one(two, whole):
         ("digits", signal.SIGKILL, -signal.SIGKILL, 1),  # in the warm-up
         pytest.param("folder", signal.SIGKILL, -signal.SIGKILL, 1, marks=pytest.mark.slow),
         ("digits", signal.SIGINT, 130, 2),
-        ("folder", signal.SIGTERM, 143, 1),
+        ("folder", signal.SIGUSR1, 0, 1),
     ],
 )
 def test_a_killed_run_goes_on_exactly(tmp_path, whole, data, number, code, epoch):
@@ -305,6 +305,11 @@ def test_a_model_of_fixed_input_size_gets_it(tmp_path):
         (["--epochs", "0"], "--epochs 0: must be at least 1"),
         (["--min-lr", "2", "--max-lr", "1"], "min_lr=2.0: must be below max_lr=1.0"),
         (["--resume"], "needs --run-dir"),
+        (["--resume", "maybe", "--run-dir", "RUN"], "--resume maybe: must be 'auto', or stand alone"),
+        (["--checkpoint-steps", "0"], "--checkpoint-steps 0: must be at least 1"),
+        (["--checkpoint-hist", str(2**31)], f"--checkpoint-hist {2**31}: must be at most {2**31 - 1}"),
+        (["--checkpoint-minutes", "0"], "--checkpoint-minutes 0.0: must be above 0 and finite"),
+        (["--checkpoint-minutes", "nan"], "--checkpoint-minutes nan: must be above 0 and finite"),
         (["--run-dir", "FULL"], "not empty"),
         (["--run-dir", "FULL/file/run"], "cannot be written"),
     ],

@@ -33,7 +33,7 @@ from autowu.training.folder import RunFolder
 from autowu.training.generators import random_state, seed_epoch, set_random_state
 from autowu.training.loop import Loop, train_step
 from autowu.training.process import Process
-from autowu.training.progress import Begun, EpochSteps, Progress
+from autowu.training.progress import Begun, EpochSteps, Progress, StepRow
 from autowu.training.records import NullRecorder, Recorder, epoch_row, summarize
 from autowu.training.run import train_run
 from autowu.training.signals import Stopped, StopSignals
@@ -49,6 +49,7 @@ EPOCH = {
     "test_loss": 1.5,
     "test_accuracy": 0.5,
     "seconds": 1,
+    "images_per_s": 1000.0,
 }
 
 
@@ -71,7 +72,7 @@ def made(config, process=ALONE):
 def looped(config, parts, loaders, *, recorder=None, console=None, branches=None):
     folder = RunFolder(config, 1)
     folder.path.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(parts, ALONE, folder, branches)
+    checkpoints = Checkpoints(parts, ALONE, folder, config, branches)
     return Loop(
         config, ALONE, parts, loaders, checkpoints, recorder or NullRecorder(), console or NullConsole(), StopSignals(ALONE)
     )
@@ -138,7 +139,12 @@ def test_the_steps_of_an_epoch_are_numbered_in_the_run_and_become_rows():
         assert steps.step == 6 + k
         steps.add(0.1 * k, "warmup", torch.tensor(float(k)))
     assert steps.is_complete
-    assert steps.rows() == [(6, 3, 0.0, 0.0), (7, 3, 0.1, 1.0), (8, 3, 0.2, 2.0)]
+    rows = [
+        (6, 3, 0.0, 0.0, "warmup", None, ""),
+        (7, 3, 0.1, 1.0, "warmup", None, "switch peak"),
+        (8, 3, 0.2, 2.0, "warmup", None, ""),
+    ]
+    assert steps.rows({8: "switch peak", 7000: "lost"}) == rows
 
 
 def test_an_epoch_that_was_begun_goes_on_behind_its_steps():
@@ -146,7 +152,7 @@ def test_an_epoch_that_was_begun_goes_on_behind_its_steps():
     steps = EpochSteps(ALONE, 1, 4, begun)
     assert (steps.step, steps.losses()) == (6, [3.0, math.inf])
     steps.add(0.125, "cooldown", torch.tensor(2.0))
-    assert steps.rows() == [(4, 2, 0.5, 3.0), (5, 2, 0.25, math.inf), (6, 2, 0.125, 2.0)]
+    assert [row[:4] for row in steps.rows()] == [(4, 2, 0.5, 3.0), (5, 2, 0.25, math.inf), (6, 2, 0.125, 2.0)]
     assert begun.lrs == [0.5, 0.25]
     assert Progress(1, begun=begun).steps(4) == 6
 
@@ -235,7 +241,7 @@ def test_the_loop_records_each_step_at_its_lr_and_each_epoch_before_its_checkpoi
     watcher = Watcher(RunFolder(config, 1))
     progress = looped(config, *made(config), recorder=watcher).train(Progress())
     rows = [row for steps, _ in watcher.epochs for row in steps]
-    assert [(step, lr) for step, _, lr, _ in rows] == watcher.steps
+    assert [(row.step, row.lr) for row in rows] == watcher.steps
     assert [step for step, _ in watcher.steps] == list(range(30))
     assert len({lr for _, lr in watcher.steps}) > 20
     assert watcher.saved == [0, 1, 2]
@@ -280,7 +286,7 @@ class Signalled(NullRecorder):
         self.paused = True
 
 
-@pytest.mark.parametrize(("number", "at", "saved_at"), [(signal.SIGTERM, 13, 14), (signal.SIGINT, 0, 1), (signal.SIGINT, 19, 20)])
+@pytest.mark.parametrize(("number", "at", "saved_at"), [(signal.SIGTERM, 13, 14), (signal.SIGUSR1, 0, 1), (signal.SIGINT, 19, 20)])
 def test_a_signal_saves_all_steps_and_the_run_goes_on_exactly(tmp_path, number, at, saved_at):
     config = configured(tmp_path / "whole")
     whole, loaders = made(config)
@@ -307,7 +313,7 @@ def test_a_second_interrupt_breaks_off_at_once_and_one_that_a_launcher_repeats_d
     with StopSignals(ALONE) as signals:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals.number() == signal.SIGINT
+        assert signals.asked() == signal.SIGINT
         time.sleep(1.1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -357,7 +363,7 @@ def test_a_loaded_run_goes_on_as_the_one_that_was_saved(tmp_path):
     other, loaders = made(config)
     with torch.no_grad():
         other.model[0].weight.zero_()
-    loaded = Checkpoints(other, ALONE, RunFolder(config, 1)).load(tmp_path / "run" / "checkpoint.pt")
+    loaded = Checkpoints(other, ALONE, RunFolder(config, 1), config).load(tmp_path / "run" / "checkpoint.pt")
     assert loaded == saved
     states = [p.autowu.state_dict() for p in (parts, other)]
     assert states[0]["last_epoch"] == states[1]["last_epoch"] == 10
@@ -403,7 +409,7 @@ def test_a_branch_that_leaves_between_two_epochs_waits_for_the_test(tmp_path):
     steps = loop.train_epoch(Progress(1))
     assert (steps.step, steps.is_complete) == (20, True)
     assert not list((tmp_path / "run").iterdir())
-    loop.checkpoints.save_due(Progress(2), EpochSteps(ALONE, 2, STEPS_PER_EPOCH))
+    loop.checkpoints.save_branches(Progress(2), EpochSteps(ALONE, 2, STEPS_PER_EPOCH))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["branch-0.5.pt"]
 
 
@@ -458,7 +464,7 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path, damage, said):
     config = configured(tmp_path / "run")
     parts, _ = made(config)
     path = tmp_path / "checkpoint.pt"
-    checkpoints = Checkpoints(parts, ALONE, RunFolder(configured(tmp_path), 1))
+    checkpoints = Checkpoints(parts, ALONE, RunFolder(configured(tmp_path), 1), config)
     checkpoints.save(Progress(0))
     torch.save(read_checkpoint(path), path)  # as torch itself writes, and as earlier versions did
     assert checkpoints.load(path) == Progress(0)
@@ -479,12 +485,12 @@ def test_small_checkpoints_are_without_the_copies_and_load(tmp_path):
     folder.path.mkdir()
     sizes = []
     for small in False, True:
-        Checkpoints(parts, ALONE, folder, small=small).save(Progress(2))
+        Checkpoints(parts, ALONE, folder, replace(config, small_checkpoints=small)).save(Progress(2))
         (state,) = read_checkpoint(folder.checkpoint_path)["scheduler"]
         assert (state["snapshot"] is None) == small
         sizes.append(folder.checkpoint_path.stat().st_size)
         again, _ = made(config)
-        Checkpoints(again, ALONE, folder).load(folder.checkpoint_path)
+        Checkpoints(again, ALONE, folder, config).load(folder.checkpoint_path)
         assert_same_weights(again.model, parts.model)
     assert sizes[1] < 0.7 * sizes[0]
 
@@ -500,7 +506,8 @@ def test_a_branch_in_the_warm_up_is_refused_by_its_option(tmp_path):
 
 def test_the_row_of_an_epoch_averages_the_finite_losses():
     steps = [(20, 3, 0.5, 1.0), (21, 3, 0.25, math.inf), (22, 3, 0.125, 2.0), (23, 3, 0.1, math.nan)]
-    row = epoch_row(steps, "stable", (1.25, 0.75), 1.23456)
+    steps = [StepRow(*step) for step in steps]
+    row = epoch_row(steps, "stable", (1.25, 0.75), 1.23456, 345.678)
     assert row == {
         "epoch": 3,
         "step": 23,
@@ -510,13 +517,14 @@ def test_the_row_of_an_epoch_averages_the_finite_losses():
         "test_loss": 1.25,
         "test_accuracy": 0.75,
         "seconds": 1.235,
+        "images_per_s": 345.7,
     }
-    assert math.isnan(epoch_row(steps[3:], "stable", (1.0, 0.5), 1)["train_loss"])
+    assert math.isnan(epoch_row(steps[3:], "stable", (1.0, 0.5), 1, 1)["train_loss"])
 
 
 def epoch_of(number):
     """The rows of an epoch of two steps."""
-    steps = [(2 * number + k, number + 1, 0.5, float(number + k)) for k in range(2)]
+    steps = [StepRow(2 * number + k, number + 1, 0.5, float(number + k), "warmup", 0.25) for k in range(2)]
     return steps, EPOCH | {"epoch": number + 1, "step": 2 * number + 1}
 
 
@@ -820,24 +828,37 @@ except RunError:
 # Imports
 
 MAY_USE = {
-    "config": "",
+    "errors": "",
+    "options": "errors",
+    "limits": "errors options",
+    "recipes": "errors options",
+    "config": "errors limits options recipes",
     "process": "config",
     "files": "",
     "layers": "config files",
-    "folder": "config files",
-    "data": "config process",
+    "augment": "config",
+    "draws": "process",
+    "folders": "errors",
+    "sources": "config",
+    "data": "augment config draws folders process sources",
     "generators": "process",
     "progress": "process",
+    "folder": "config files progress",
     "console": "config process",
     "signals": "process",
-    "build": "config data layers process",
+    "pretrained": "errors",
+    "models": "config data pretrained",
+    "optimizers": "config",
+    "build": "config data layers models optimizers process",
     "evaluation": "build process",
+    "board": "config progress",
     "checkpoints": "build config files folder generators process progress",
-    "records": "build config files folder layers process progress",
+    "plan": "build checkpoints config console data evaluation process",
+    "records": "board build config files folder layers process progress",
     "loop": "build checkpoints config console data evaluation generators process progress records signals",
     "run": "build checkpoints config console data folder loop process progress records signals",
     "cooldowns": "build config data files folder process run",
-    "main": "build config cooldowns data folder process run signals",
+    "main": "board build config cooldowns data folder plan process run signals",
 }
 
 

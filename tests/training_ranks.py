@@ -58,7 +58,7 @@ def check(process, config):
     folder = folders[process.rank]
     folder.path.mkdir(parents=True)
     before = parts.autowu.state_dict() | {"snapshot": process.gather(parts.autowu.state_dict()["snapshot"])[0]}
-    Checkpoints(parts, process, folder).save(Progress(3, 1.0, {"epoch": 3}))
+    Checkpoints(parts, process, folder, config).save(Progress(3, 1.0, {"epoch": 3}))
     torch.distributed.barrier()
     assert folder.checkpoint_path.exists() == process.is_main
     saved = torch.load(folders[0].checkpoint_path, weights_only=True)["scheduler"]
@@ -66,7 +66,7 @@ def check(process, config):
     assert saved[0]["snapshot"] is not None
     assert saved[1]["snapshot"] is None
     again, _ = made(config, process)
-    progress = Checkpoints(again, process, folder).load(folders[0].checkpoint_path)
+    progress = Checkpoints(again, process, folder, config).load(folders[0].checkpoint_path)
     assert progress == Progress(3, 1.0, {"epoch": 3})
     after = again.autowu.state_dict()
     assert str(after) == str(before)
@@ -75,7 +75,7 @@ def check(process, config):
     assert parts.lr == again.lr
 
     # The loop leaves the processes with one model, batch norm included.
-    checkpoints = Checkpoints(again, process, folder)
+    checkpoints = Checkpoints(again, process, folder, config)
     loop = Loop(
         replace(config, epochs=4), process, again, loaders, checkpoints, NullRecorder(), NullConsole(), StopSignals(process)
     )
@@ -85,7 +85,7 @@ def check(process, config):
 
     # A signal to one process stops all at the same step; they go on as the run that was not stopped.
     (alone, _), (stopped, _) = (made(config, process) for _ in range(2))
-    checkpoints = Checkpoints(stopped, process, folders[0])
+    checkpoints = Checkpoints(stopped, process, folders[0], config)
     for parts, signalled in ((alone, NullRecorder()), (stopped, Signalled(process))):
         loop = Loop(config, process, parts, loaders, checkpoints, signalled, NullConsole(), StopSignals(process))
         try:
@@ -96,7 +96,7 @@ def check(process, config):
             assert parts is stopped
     torch.distributed.barrier()
     again, _ = made(config, process)
-    checkpoints = Checkpoints(again, process, folders[0])
+    checkpoints = Checkpoints(again, process, folders[0], config)
     progress = checkpoints.load(folders[0].checkpoint_path)
     assert progress.steps(10) == 7
     Loop(config, process, again, loaders, checkpoints, NullRecorder(), NullConsole(), StopSignals(process)).train_epoch(progress)
@@ -104,6 +104,19 @@ def check(process, config):
     average_batch_norm(alone.model, process)
     average_batch_norm(again.model, process)
     one, other = alone.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    # Gradients that are accumulated travel once a step; the step is that of all its images at once.
+    images, labels = next(iter(loaders.train))
+    whole, _ = made(config, process)
+    split, _ = made(replace(config, batch_size=16, grad_accum=4), process)
+    for parts in (whole, split):
+        parts.model[1].eval()  # batch norm would see batches of other images
+    losses = [train_step(parts, images, labels) for parts in (whole, split)]
+    torch.testing.assert_close(*losses)
+    for one, other in zip(whole.model.parameters(), split.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    one, other = process.gather(split.model.state_dict())
     assert all(torch.equal(one[name], other[name]) for name in one)
 
     # The folder is that which the main process has named.

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import textwrap
+import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from autowu.training.build import Parts
-from autowu.training.config import UsageError
-from autowu.training.files import replacing
+from autowu.training.config import TrainConfig, UsageError
+from autowu.training.files import link, replacing
 from autowu.training.folder import RunFolder
 from autowu.training.generators import random_state
 from autowu.training.process import Process
 from autowu.training.progress import Begun, EpochSteps, Progress
 
-__all__ = ["Checkpoints", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoints", "load_model", "read_checkpoint", "write_checkpoint"]
 
 
 class Checkpoints:
@@ -28,8 +32,8 @@ class Checkpoints:
         parts: what is saved and loaded.
         process: this process among those of the run.
         folder: where the checkpoints lie.
+        config: says how often they are saved, how many are kept, and whether without AutoWU's copies of model and optimizer.
         branches: for each cooldown_fraction that branches off this run, the step that it begins with.
-        small: whether AutoWU's copies of model and optimizer are left out.
     """
 
     def __init__(
@@ -37,14 +41,46 @@ class Checkpoints:
         parts: Parts,
         process: Process,
         folder: RunFolder,
+        config: TrainConfig,
         branches: Mapping[float, int] | None = None,
-        small: bool = False,
     ) -> None:
         self._parts = parts
         self._process = process
         self._folder = folder
         self._branches = branches or {}
-        self._small = small
+        self._config = config
+        self._saved_at = time.monotonic()
+        self._best: tuple[float, float] | None = None
+
+    def load_newest(self) -> Progress:
+        """Set the parts to the newest checkpoint that is whole, on all processes; where the run stood. A broken one is set aside.
+
+        Raises:
+            UsageError: if there are checkpoints, and none of them is whole.
+        """
+        paths = self._process.on_main(self._folder.checkpoints)
+        errors: list[UsageError] = []
+        for path in paths:
+            progress = error = None
+            try:
+                progress = self.load(path)
+            except UsageError as raised:
+                error = raised
+            error = next(filter(None, self._process.gather(error)), None)
+            if error is None and progress is not None:
+                if self._process.is_main:
+                    self._set_aside(paths[: len(errors)], errors, path)
+                return progress
+            errors += [error] if error else []
+        if errors:
+            raise UsageError(f"{errors[0]}; no other can be used")
+        return Progress()
+
+    def _set_aside(self, broken: Sequence[Path], errors: Sequence[UsageError], used: Path) -> None:
+        """Say why, and keep them where they do not count: a newer checkpoint would take the place of the last whole one."""
+        for path, error in zip(broken, errors, strict=True):
+            path.replace(path.with_name(f"{path.name}.broken"))
+            print(f"{error}; set aside, going on from {used.name}", file=sys.stderr, flush=True)
 
     def load(self, path: Path) -> Progress:
         """Set the parts to the state in `path`; where the run stood.
@@ -57,23 +93,36 @@ class Checkpoints:
             self._parts.model.load_state_dict(state["model"])
             self._parts.optimizer.load_state_dict(state["optimizer"])
             self._parts.scheduler.load_state_dict(self._of_this_process(state["scheduler"]))
+            self._parts.load_extra_state(state)
             begun = state.get("begun")
             if begun is not None:
-                begun = Begun(begun["lrs"], begun["losses"], begun["random"][self._process.rank])
+                begun = Begun(**begun | {"random": begun["random"][self._process.rank]})
             return Progress(state["epoch"], state["elapsed"], state["last"], begun)
         except Exception as error:  # each part raises errors of its own on what it cannot load
             raise UsageError(f"{path}: no checkpoint of this run: {_in_a_line(error)}") from None
 
+    def is_step(self, step: int) -> bool:
+        """Whether ``--checkpoint-steps`` asks for a checkpoint when `step` steps are done."""
+        return self._config.checkpoint_steps is not None and step % self._config.checkpoint_steps == 0
+
+    def is_time(self) -> bool:
+        """Whether ``--checkpoint-minutes`` asks for a checkpoint now: by the main process's clock, and once."""
+        minutes, now = self._config.checkpoint_minutes, time.monotonic()
+        if minutes is None or not self._process.is_main or now - self._saved_at < 60 * minutes:
+            return False
+        self._saved_at = now
+        return True
+
     def save(self, progress: Progress) -> None:
-        """Renew the checkpoint of the run, between two epochs."""
-        self._write(self._state(progress, self._parts.scheduler.state_dict()), self._folder.checkpoint_path)
+        """Renew the checkpoint of the run, between two epochs; and that of the best epoch, where this is it."""
+        self._renew(self._state(progress, self._parts.scheduler.state_dict()), self._rank(progress.last))
 
     def save_within(self, progress: Progress, steps: EpochSteps) -> None:
         """Renew the checkpoint of the run, within the epoch that these steps are of."""
-        self._write(self._within(progress, steps, self._parts.scheduler.state_dict()), self._folder.checkpoint_path)
+        self._renew(self._within(progress, steps, self._parts.scheduler.state_dict()))
 
-    def save_due(self, progress: Progress, steps: EpochSteps) -> None:
-        """Save what is due within an epoch: the state of each branch that leaves before the step that comes next."""
+    def save_branches(self, progress: Progress, steps: EpochSteps) -> None:
+        """Save the state of each branch that leaves before the step that comes next."""
         if steps.is_complete:  # the test changes the batch-norm statistics: the branch leaves from the next epoch's begin
             return
         for fraction, first_step in self._branches.items():
@@ -83,13 +132,15 @@ class Checkpoints:
     def _save_branch(self, fraction: float, progress: Progress, steps: EpochSteps) -> None:
         assert self._parts.autowu is not None
         state = self._within(progress, steps, self._parts.autowu.fork_cooldown(fraction))
-        self._write(state, self._folder.branch_path(fraction))
+        if self._process.is_main:
+            write_checkpoint(state, self._folder.branch_path(fraction))
 
     def _within(self, progress: Progress, steps: EpochSteps, scheduler_state: dict[str, Any]) -> dict[str, Any]:
         state = self._state(progress, scheduler_state)
         state["step_in_epoch"] = len(steps.lrs)
         random = self._process.gather(random_state(self._process.device))
         state["begun"] = {"lrs": list(steps.lrs), "losses": steps.losses(), "random": random}
+        state["begun"] |= {"phases": list(steps.phases), "probabilities": list(steps.probabilities)}
         return state
 
     def _state(self, progress: Progress, scheduler_state: dict[str, Any]) -> dict[str, Any]:
@@ -100,11 +151,12 @@ class Checkpoints:
             "model": self._parts.model.state_dict(),
             "optimizer": self._parts.optimizer.state_dict(),
             "scheduler": self._of_all_processes(scheduler_state),
+            **self._parts.extra_state(),
         }
 
     def _of_all_processes(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """The schedulers' states by rank. The copies of the model are alike: each keeps its own, none travels."""
-        if self._small and "snapshot" in state:
+        if self._config.small_checkpoints and "snapshot" in state:
             state = state | {"snapshot": None}
         if "snapshot" not in state:
             return self._process.gather(state)
@@ -117,9 +169,45 @@ class Checkpoints:
         own = states[self._process.rank]
         return own | {"snapshot": states[0]["snapshot"]} if "snapshot" in own else own
 
-    def _write(self, state: Mapping[str, Any], path: Path) -> None:
-        if self._process.is_main:
-            write_checkpoint(state, path)
+    def _renew(self, state: Mapping[str, Any], rank: tuple[float, float] | None = None) -> None:
+        """Write the newest checkpoint; first, from the same file, the best epoch's, which a kill would otherwise leave out."""
+        self._saved_at = time.monotonic()
+        if not self._process.is_main:
+            return
+        with replacing(self._folder.checkpoint_path) as partial:
+            _write(state, partial)
+            if rank is not None and rank > self._best_rank():
+                link(partial, self._folder.best_path)
+                self._best = rank
+            self._folder.shift_checkpoints(self._config.checkpoint_hist)
+
+    def _best_rank(self) -> tuple[float, float]:
+        """That of ``best.pt``, by the row of epochs.csv that it holds."""
+        if self._best is None:
+            try:
+                self._best = self._rank(torch.load(self._folder.best_path, "cpu", weights_only=True, mmap=True)["last"])
+            except Exception:  # there is none, or it is broken: the next epoch is the best
+                self._best = (-math.inf, -math.inf)
+        return self._best
+
+    @staticmethod
+    def _rank(row: Mapping[str, Any]) -> tuple[float, float]:
+        """By accuracy, then by loss; the best is the largest."""
+        accuracy, loss = row.get("test_accuracy", -math.inf), row.get("test_loss", math.inf)
+        return accuracy, -loss if math.isfinite(loss) else -math.inf
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Give `model` the weights in a checkpoint that the run tested: their average, where it kept one.
+
+    Raises:
+        UsageError: if it is damaged, or of another model.
+    """
+    try:
+        state = read_checkpoint(path)
+        model.load_state_dict(state["ema"] if "ema" in state else state["model"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{path}: no checkpoint of this model: {_in_a_line(error)}") from None
 
 
 def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
@@ -128,7 +216,12 @@ def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    with replacing(path) as partial, partial.open("wb") as file:
+    with replacing(path) as partial:
+        _write(state, partial)
+
+
+def _write(state: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
         try:
             torch.save(dict(state), file)
         except RuntimeError as error:  # torch's own, after that of a file that cannot be written

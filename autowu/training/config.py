@@ -1,58 +1,87 @@
-"""The command line of train.py and its checks."""
+"""The configuration of a run, from the command line, a recipe and a file, and its checks."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
+import os
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-import torch
+from autowu.training.errors import RunError, UsageError, unknown_name
+from autowu.training.limits import check_numbers
+from autowu.training.options import RECIPES, defaults, given, option_of
+from autowu.training.recipes import read_config, read_recipe
 
 __all__ = ["RunError", "TrainConfig", "UsageError", "parse_args", "unknown_name"]
 
-_LARGEST_FLOAT = torch.finfo(torch.float32).max
-_LARGEST_COUNT = 2**31 - 1
-_MOST_WORKERS = 1024
-_LARGEST_SEED = 2**63 - 1
+_OF_AUTOWU = ("min_lr", "max_lr", "max_warmup_fraction", "cooldown_type", "cooldown_fraction")
+_BELONGS_TO = {"opt_kwargs": "opt", "model_kwargs": "model", "drop_path": "model"} | dict.fromkeys(_OF_AUTOWU, "sched")
+"""Fields that mean something beside the value of another one only: where that is overridden, they go."""
 
-
-class UsageError(Exception):
-    """Something the user asked for cannot be: said in one line, with exit code 2, before anything was trained."""
-
-    code = 2
-
-
-class RunError(Exception):
-    """A run cannot go on for what the machine or the data did: said in one line, with exit code 1."""
-
-    code = 1
-
-    def __init__(self, message: str) -> None:
-        # A loader process hands on its traceback, of which this error's own line is the last.
-        super().__init__(message.rsplit("RunError: ", 1)[-1].strip())
+_CHOICES = {
+    "sched": ("autowu", "paper", "cosine", "poly"),
+    "remode": ("const", "rand", "pixel"),
+    "mixup_mode": ("batch", "pair", "elem"),
+    "clip_mode": ("norm", "value", "agc"),
+    "amp_dtype": ("bfloat16", "float16"),
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of train.py, as parsed; see ``python train.py --help`` for each.
+    """The options of train.py, as resolved; see ``python train.py --help`` for each.
 
-    Several values of `cooldown_fraction` are a list in ascending order.
+    Several values of `cooldown_fraction` are a list in ascending order. `batch_size` and `grad_accum` are derived where
+    `global_batch_size` is given.
     """
 
+    recipe: str | None
     dataset: str
     data_dir: Path | None
+    dataset_download: bool
+    train_split: str
+    val_split: str
+    num_classes: int | None
+    skip_corrupt: bool
     img_size: int | None
+    workers: int
+    no_aug: bool
+    scale: list[float] | None
+    ratio: list[float] | None
+    hflip: float
+    vflip: float
+    color_jitter: float
+    auto_augment: str | None
+    reprob: float
+    remode: str
+    recount: int
+    lighting: float
+    aug_repeats: int
+    mixup: float
+    cutmix: float
+    mixup_prob: float
+    mixup_switch_prob: float
+    mixup_mode: str
     model: str
+    drop_path: float | None
+    model_kwargs: dict[str, Any] | None
+    pretrained: bool
+    initial_checkpoint: Path | None
+    freeze: list[str] | None
+    layer_decay: float | None
     opt: str
+    opt_kwargs: dict[str, Any] | None
     weight_decay: float
     momentum: float
+    clip_grad: float | None
+    clip_mode: str
+    label_smoothing: float
     sched: str
     lr: float | None
+    warmup_epochs: float | None
     min_lr: float | None
     max_lr: float | None
     max_warmup_fraction: float | None
@@ -60,27 +89,45 @@ class TrainConfig:
     cooldown_fraction: float | list[float] | None
     epochs: int
     batch_size: int
-    label_smoothing: float
+    global_batch_size: int | None
+    grad_accum: int
     amp: bool
+    amp_dtype: str
+    channels_last: bool | None
+    compile: bool
+    grad_checkpointing: bool
+    model_ema: bool
+    model_ema_decay: float
+    model_ema_warmup: bool
     sync_bn: bool
-    workers: int
     device: str | None
     seed: int
     run_dir: Path
-    resume: bool
-    log_layers: int | None
-    skip_corrupt: bool
+    resume: bool | str
+    checkpoint_steps: int | None
+    checkpoint_minutes: float | None
+    checkpoint_hist: int
     small_checkpoints: bool
+    log_tensorboard: bool
+    log_layers: int | None
+    eval: Path | None
+    dry_run: bool
+
+    @property
+    def step_size(self) -> int:
+        """Images of this process per optimizer step."""
+        return self.batch_size * self.grad_accum
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
-    """The configuration that a command line asks for.
+    """The configuration that a command line asks for, for as many processes as the environment's WORLD_SIZE says.
+
+    An option overrides the file of ``--config``, which overrides the recipe, which overrides the default.
 
     Raises:
         UsageError: where it cannot be parsed, and for a number out of its range.
     """
-    args = vars(_parser().parse_args(argv))
-    del args["local_rank"]
+    args = _merged(given(argv))
     if (fractions := args["cooldown_fraction"]) is not None:
         args["cooldown_fraction"] = fractions[0] if len(fractions) == 1 else sorted(fractions)
     if args["dataset"] is None:
@@ -91,130 +138,71 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
         # The last part tells two runs apart that are started in the same second.
         stamp, own = time.strftime("%Y%m%d-%H%M%S"), secrets.token_hex(3)
         args["run_dir"] = Path("runs", f"{stamp}-{args['model'].replace('/', '_')}-{args['opt']}-{args['sched']}-{own}")
+    check_numbers(args)
+    _split_batch(args, int(os.environ.get("WORLD_SIZE", "1")))
     config = TrainConfig(**args)
     _check(config)
     return config
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see train.py --help")
+def _merged(own: dict[str, Any]) -> dict[str, Any]:
+    """What is given on the command line, over the file, the recipe and the defaults."""
+    own.pop("local_rank", None)
+    path, root = own.pop("config", None), own.pop("data_root", None)
+    file = {} if path is None else read_config(path)
+    named = file | own
+    if root is not None:
+        if "data_dir" in own:
+            raise UsageError(f"--data-root {root}: is the same as --data-dir; give one of them")
+        own["data_dir"] = root
+        if "recipe" not in named:
+            published = f"{named.get('model')}-imagenet"
+            own["recipe"] = published if published in RECIPES else "resnet50-imagenet"
+    recipe = (file | own).get("recipe")
+    args = {name: value for name, value in defaults().items() if name not in ("config", "data_root", "local_rank")}
+    for layer in ({} if recipe is None else read_recipe(recipe), file, own):
+        args = _over(args, layer)
+    return args
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds a default to a help text that does not name one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.nargs == 0 or "(default" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
-
-
-def _parser() -> argparse.ArgumentParser:
-    """The table of the options."""
-    parser = _Parser(
-        prog="train.py",
-        description="Train a timm model with a layer-wise adaptive optimizer and a learning rate that finds itself. "
-        "Without arguments: a small ResNet on scikit-learn's bundled digits, in under a minute on two CPU cores. "
-        "Runs as it is under torchrun and python -m torch.distributed.launch.",
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    data = parser.add_argument_group("data and model")
-    data.add_argument("--dataset", help="'digits' or 'folder' (default: digits, or folder where --data-dir is given)")
-    data.add_argument("--data-dir", type=Path, help="image folder in ImageNet's layout: train/CLASS/IMAGE and val/CLASS/IMAGE")
-    data.add_argument(
-        "--skip-corrupt", action="store_true", help="take the next image in the place of one that cannot be read, and name it"
-    )
-    data.add_argument("--img-size", type=int, help="side of the input in pixels (default: 32 for the digits, else the model's own)")
-    data.add_argument("--model", default="test_resnet", help="any model of timm")
-    optim = parser.add_argument_group("optimizer")
-    optim.add_argument(
-        "--opt",
-        default="lars",
-        help="'lars' (around SGD), 'lamb' or 'tvlars', or any other optimizer of timm, such as adamw, adamp, sgd",
-    )
-    optim.add_argument("--weight-decay", type=float, default=5e-4, help="weight decay; norms and biases have none")
-    optim.add_argument("--momentum", type=float, default=0.9, help="momentum, where the optimizer has one")
-    sched = parser.add_argument_group("learning rate")
-    sched.add_argument("--sched", default="autowu", help="'autowu', 'paper' (AutoWU as published) or 'cosine' (5%% linear warm-up)")
-    sched.add_argument(
-        "--lr", type=float, help="peak LR of --sched cosine (default: by optimizer); AutoWU needs it only if no loss was finite"
-    )
-    sched.add_argument("--min-lr", type=float, help="LR of the first step (default: by optimizer)")
-    sched.add_argument("--max-lr", type=float, help="LR at which a full warm-up ends (default: by optimizer)")
-    sched.add_argument(
-        "--max-warmup-fraction", type=float, help="share of the run that the warm-up may take (default: 0.32; paper 0.5)"
-    )
-    sched.add_argument("--cooldown-type", help="'cosine', 'half_cosine', 'linear' or 'sqrt' (default: linear; paper: cosine)")
-    sched.add_argument(
-        "--cooldown-fraction",
-        type=float,
-        nargs="+",
-        help="hold the peak, then cool down over this last share (default: 0.6; paper: cool down at once); of several shares each "
-        "is tried, for one run to the shortest cooldown and the steps of the other cooldowns",
-    )
-    run = parser.add_argument_group("run")
-    run.add_argument("--epochs", type=int, default=30, help="epochs")
-    run.add_argument("--batch-size", type=int, default=64, help="images per step and process")
-    run.add_argument("--label-smoothing", type=float, default=0.0, help="label smoothing")
-    run.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    run.add_argument("--sync-bn", action="store_true", help="batch-norm statistics over all processes, on GPUs")
-    run.add_argument("--workers", type=int, default=4, help="loader processes for an image folder")
-    run.add_argument("--device", help="'cpu' or 'cuda' (default: cuda if there is one)")
-    run.add_argument("--seed", type=int, default=0, help="of the initialisation and of the order of the data")
-    run.add_argument("--run-dir", type=Path, help="folder for the results (default: runs/TIME-MODEL-OPT-SCHED-ID)")
-    run.add_argument(
-        "--log-layers",
-        type=int,
-        metavar="N",
-        help="every N steps, log norms and trust ratio of every layer to TensorBoard and to layers.parquet (default: never)",
-    )
-    run.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on in --run-dir, under the same options or more --epochs",
-    )
-    run.add_argument(
-        "--small-checkpoints",
-        action="store_true",
-        help="leave AutoWU's copies of model and optimizer out of checkpoints; a resumed run has none until it takes the next",
-    )
-    # torch.distributed.launch passes it; the environment has it too.
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser
+def _over(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """`layer` over `base`, without what no longer means anything."""
+    gone = {field for field, of in _BELONGS_TO.items() if of in layer and layer[of] != base[of]}
+    batch = {"batch_size", "grad_accum"}
+    if layer.get("global_batch_size") is not None or (batch & layer.keys() and base["global_batch_size"] is not None):
+        gone |= batch
+    if batch <= layer.keys() and "global_batch_size" not in layer:
+        gone.add("global_batch_size")
+    return {**base, **dict.fromkeys(gone, None), **layer}
 
 
-def _check_numbers(config: TrainConfig) -> None:
-    for name in ("epochs", "batch_size", "img_size", "log_layers"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("epochs", "batch_size", "img_size", "log_layers", "workers"):
-        largest = _MOST_WORKERS if name == "workers" else _LARGEST_COUNT
-        if (getattr(config, name) or 0) > largest:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at most {largest}")
-    if not 0 <= config.seed <= _LARGEST_SEED:
-        raise UsageError(f"--seed {config.seed}: must be at least 0 and at most {_LARGEST_SEED}")
-    for name in ("weight_decay", "momentum", "label_smoothing", "workers"):
-        if not (value := getattr(config, name)) >= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 0")
-    if config.weight_decay > _LARGEST_FLOAT:
-        raise UsageError(f"--weight-decay {config.weight_decay}: must be finite in float32")
-    if config.momentum >= 1:
-        raise UsageError(f"--momentum {config.momentum}: must be below 1")
-    if config.label_smoothing > 1:
-        raise UsageError(f"--label-smoothing {config.label_smoothing}: must be at most 1")
-    if config.lr is not None and not 0 < config.lr <= _LARGEST_FLOAT:
-        raise UsageError(f"--lr {config.lr}: must be above 0 and finite in float32")
+def _split_batch(args: dict[str, Any], processes: int) -> None:
+    """Derive what is open of `batch_size`, `grad_accum` and `global_batch_size`.
+
+    Raises:
+        UsageError: if a step cannot be split so.
+    """
+    whole, size, accum = (args[name] for name in ("global_batch_size", "batch_size", "grad_accum"))
+    if whole is not None:
+        taken = processes * (accum or 1) * (size or 1)
+        among = f"{processes} processes" + "".join(
+            f" x {option_of(name)} {args[name]}" for name in ("grad_accum", "batch_size") if args[name] is not None
+        )
+        if whole % taken:
+            raise UsageError(f"--global-batch-size {whole}: cannot be split over {among}; it must be a multiple of {taken}")
+        if size is not None and accum is not None and whole != taken:
+            raise UsageError(f"--global-batch-size {whole}: is not {among}, which is {taken}; leave one of the three out")
+        size, accum = size or whole // taken, accum or (1 if size is None else whole // taken)
+    args["batch_size"], args["grad_accum"] = size or 64, accum or 1
 
 
 def _check(config: TrainConfig) -> None:
-    _check_numbers(config)
-    if config.sched == "cosine":
-        for name in ("min_lr", "max_lr", "max_warmup_fraction", "cooldown_type", "cooldown_fraction"):
+    if config.resume not in (False, True, "auto"):
+        raise UsageError(f"--resume {config.resume}: must be 'auto', or stand alone; --run-dir names the folder")
+    if config.sched in ("cosine", "poly"):
+        for name in _OF_AUTOWU:
             if getattr(config, name) is not None:
-                raise UsageError(f"--{name.replace('_', '-')}: goes with AutoWU, not with --sched cosine")
+                raise UsageError(f"{option_of(name)}: goes with AutoWU, not with --sched {config.sched}")
     if isinstance(config.cooldown_fraction, list):
         for value in config.cooldown_fraction:
             if not 0 < value < 1:
@@ -223,18 +211,25 @@ def _check(config: TrainConfig) -> None:
                 raise UsageError(f"--cooldown-fraction {value}: is there twice")
     if config.device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device {config.device}: must be cpu or cuda")
-    if config.sched not in (schedulers := ("autowu", "paper", "cosine")):
-        raise unknown_name("--sched", config.sched, schedulers)
-    if config.dataset not in (datasets := ("digits", "folder")):
-        raise unknown_name("--dataset", config.dataset, datasets)
+    for name, known in _CHOICES.items():
+        if getattr(config, name) not in known:
+            raise unknown_name(option_of(name), getattr(config, name), known)
+    if config.pretrained and config.initial_checkpoint is not None:
+        raise UsageError(f"--initial-checkpoint {config.initial_checkpoint}: does not go with --pretrained; give one of them")
+    for name, most in (("scale", 1.0), ("ratio", float("inf"))):
+        least, largest = getattr(config, name) or (0.5, 0.5)
+        if not 0 < least <= largest <= most:
+            raise UsageError(f"{option_of(name)} {least} {largest}: must be above 0, in ascending order, and at most {most}")
+    _check_dataset(config)
+
+
+def _check_dataset(config: TrainConfig) -> None:
+    own, sources = ("digits", "folder", "synthetic"), ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
+    if config.dataset not in own and not config.dataset.lower().startswith(sources):
+        raise unknown_name("--dataset", config.dataset, own)
     if config.dataset == "folder" and config.data_dir is None:
         raise UsageError("--dataset folder: needs --data-dir")
-    if config.dataset == "digits" and config.data_dir is not None:
+    if config.dataset in ("digits", "synthetic") and config.data_dir is not None:
         raise UsageError(f"--data-dir {config.data_dir}: goes with --dataset folder")
-
-
-def unknown_name(option: str, name: str, known: Iterable[str]) -> UsageError:
-    """The error for a name that is none of `known`, with the nearest ones suggested."""
-    near = difflib.get_close_matches(name, sorted(set(known)), n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return UsageError(f"{option} {name}: not known{hint}")
+    if config.dataset in own and config.dataset_download:
+        raise UsageError(f"--dataset-download: goes with a dataset of timm's, not with --dataset {config.dataset}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
+import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +16,21 @@ from torch import nn
 from autowu.training.config import TrainConfig
 from autowu.training.process import Process
 
-__all__ = ["Console", "NullConsole"]
+__all__ = ["Console", "NullConsole", "headline"]
+
+_RATE_S = 1.0  # over which images/s are averaged
+_PLAIN_S = 60.0  # from one line to the next, within an epoch, where there is no terminal
+
+
+def headline(config: TrainConfig, process: Process, model: nn.Module, steps_per_epoch: int) -> str:
+    """What is trained, on what, and for how long, in a line."""
+    parameters = sum(p.numel() for p in model.parameters())
+    data = config.data_dir if config.dataset == "folder" else config.dataset
+    return (
+        f"{config.model} ({parameters:,} parameters) on {data}, {config.opt} with {config.sched}: "
+        f"{config.epochs} epochs of {steps_per_epoch} steps of "
+        f"{config.step_size * process.world_size} images on {process.world_size} x {process.device.type}"
+    )
 
 
 class NullConsole:
@@ -25,8 +42,8 @@ class NullConsole:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """After the last step, or when the run breaks off."""
 
-    def step(self, epoch: int, lr: float, phase: str) -> None:
-        """A step is done, in the epoch of this number from 0."""
+    def step(self, epoch: int, lr: float, phase: str, probability: float | None = None) -> None:
+        """A step is done, in the epoch of this number from 0; `probability`, where known, is that of the minimum being past."""
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """An epoch is done, of which `row` of epochs.csv tells."""
@@ -47,15 +64,15 @@ class Console(NullConsole):
     """
 
     def __init__(self, config: TrainConfig, process: Process, model: nn.Module, steps_per_epoch: int, done: int) -> None:
-        parameters = sum(p.numel() for p in model.parameters())
         self._epochs = config.epochs
         self._total = config.epochs * steps_per_epoch
         self._done = done
-        self._begin = (
-            f"{config.model} ({parameters:,} parameters) on {config.data_dir or config.dataset}, {config.opt} with {config.sched}: "
-            f"{config.epochs} epochs of {steps_per_epoch} steps of "
-            f"{config.batch_size * process.world_size} images on {process.world_size} x {process.device.type}"
-        )
+        self._images = config.step_size * process.world_size
+        self._begin = headline(config, process, model, steps_per_epoch)
+        self._began = self._since = self._plain_at = time.monotonic()
+        self._taken = self._taken_since = 0
+        self._rate = ""
+        self._said_lost = False
         self._bar: Any = None
         self._lines = _Lines(self)
         self._level = logging.NOTSET
@@ -64,6 +81,7 @@ class Console(NullConsole):
         from tqdm import tqdm
 
         self.say(self._begin)
+        self._began = self._since = self._plain_at = time.monotonic()
         self._bar = tqdm(total=self._total, initial=self._done, unit="step", disable=None, leave=False)
         logger = logging.getLogger("autowu")
         self._level = logger.level
@@ -84,15 +102,31 @@ class Console(NullConsole):
         else:
             print(line, flush=True)
 
-    def step(self, epoch: int, lr: float, phase: str) -> None:
-        self._bar.set_postfix_str(f"epoch {epoch + 1}, LR {lr:.3g} {phase}", refresh=False)
-        self._bar.update()
+    def step(self, epoch: int, lr: float, phase: str, probability: float | None = None) -> None:
+        self._taken += 1
+        now = time.monotonic()
+        if now - self._since >= _RATE_S:
+            rate = (self._taken - self._taken_since) * self._images / (now - self._since)
+            self._rate, self._since, self._taken_since = f", {rate:,.0f} images/s", now, self._taken
+        past = "" if probability is None else f", P(minimum past) {probability:.2f}"
+        where = f"epoch {epoch + 1}, LR {lr:.3g} {phase}{past}{self._rate}"
+        if not self._bar.disable:
+            self._bar.set_postfix_str(where, refresh=False)
+            self._bar.update()
+        elif now - self._plain_at >= _PLAIN_S:
+            self._plain_at = now
+            done = self._done + self._taken
+            left = datetime.timedelta(seconds=round((self._total - done) * (now - self._began) / self._taken))
+            self.say(f"step {done}/{self._total}, {where}, {left} left")
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         self.say(
             f"epoch {row['epoch']:3d}/{self._epochs}  LR {row['lr']:9.3g} {row['phase']:8s}  train loss {row['train_loss']:7.4f}  "
             f"test loss {row['test_loss']:7.4f}  test accuracy {row['test_accuracy']:7.2%}"
         )
+        if math.isnan(row["train_loss"]) and not self._said_lost:
+            self._said_lost = True
+            self.say(f"no loss of epoch {row['epoch']} was finite: the weights are lost; begin anew with a lower --lr or AutoWU")
 
     def finish(self, summary: Mapping[str, Any], path: Path) -> None:
         how = "" if summary["switch_step"] is None else f"  switch at step {summary['switch_step']}"

@@ -82,7 +82,7 @@ def _train_branch(config: TrainConfig, process: Process, data: Data, loaders: Lo
     """Train a cooldown from its branch point, or from its own last checkpoint."""
     started = time.perf_counter()
     folder = RunFolder(config, process.world_size)
-    resume = process.gather(folder.checkpoint_path.is_file())[0]
+    resume = process.gather(bool(folder.checkpoints()))[0]
     if process.is_main:
         print(f"\ncooldown_fraction {config.cooldown_fraction}", flush=True)
     parts = build_parts(config, process, build_model(config, data).module, len(loaders.train))

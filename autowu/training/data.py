@@ -1,25 +1,26 @@
-"""The data: scikit-learn's bundled digits, or a folder of images."""
+"""The data of a run: what a model must know of them, and the loaders of each process's share."""
 
 from __future__ import annotations
 
 import signal
-import sys
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 
+from autowu.training.augment import mixing, transforms
 from autowu.training.config import RunError, TrainConfig, UsageError
+from autowu.training.draws import Augmented, Draws
 from autowu.training.process import Process
+from autowu.training.sources import DIGITS_TEST_SIZE, Noise, digits, timm_dataset
 
-__all__ = ["DIGITS_TEST_SIZE", "Data", "Loaders", "find_data", "make_loaders"]
+__all__ = ["Data", "Loaders", "find_data", "make_loaders"]
 
-DIGITS_TEST_SIZE = 450
-"""A quarter of the 1,797 digits, drawn with equal shares of the ten classes, is the test set; the other 1,347 are trained on."""
+_NOISE_CLASSES = 1000
+_SMALL = {"torch/cifar10", "torch/cifar100", "torch/mnist", "torch/kmnist", "torch/fashion_mnist", "torch/qmnist"}
 
 
 @dataclass(frozen=True)
@@ -27,46 +28,80 @@ class Data:
     """What a model must know of the data before it can be made; images are (channels, side, side).
 
     Attributes:
-        root: of the image folder; None for the digits.
         num_train: training images.
+        small: whether images are enlarged to 32 pixels at most, where a model takes that.
     """
 
-    root: Path | None
     num_classes: int
     channels: int
     num_train: int
+    small: bool = False
+
+
+class _Epochs(Protocol):
+    def set_epoch(self, epoch: int) -> None: ...
 
 
 @dataclass(frozen=True)
 class Loaders:
-    train: DataLoader[Any]
+    """Training images by the step, all batches that are accumulated in one, and test images; `sampler` is told the epoch."""
+
+    train: DataLoader[Any] | Streamed
     test: DataLoader[Any]
-    sampler: DistributedSampler[Any]
+    sampler: _Epochs
 
 
 def find_data(config: TrainConfig, process: Process) -> Data:
-    """Look at the data without loading images.
+    """Look at the data without loading images; fetch them where that is asked for.
 
     Raises:
-        UsageError: if the folder is not there, is not laid out as expected or is empty, or a step takes more than the data.
+        UsageError: if they are not there, are not laid out as expected or are empty, or a step takes more than all of them.
     """
-    if config.data_dir is None:
-        data = Data(None, num_classes=10, channels=1, num_train=1797 - DIGITS_TEST_SIZE)
-    else:
-        root = config.data_dir
-        if not root.is_dir():
-            raise UsageError(f"--data-dir {root}: no such folder")
-        train, test = (_image_folder(root / part) for part in ("train", "val"))
-        if train.classes != test.classes:
-            raise UsageError(f"--data-dir {root}: train and val do not have the same classes")
-        data = Data(root, len(train.classes), channels=3, num_train=len(train))
-    step = config.batch_size * process.world_size
+    data = _look(config, process)
+    if config.num_classes is not None:
+        if config.num_classes < data.num_classes and config.dataset != "synthetic":
+            raise UsageError(f"--num-classes {config.num_classes}: the data have {data.num_classes}")
+        data = Data(config.num_classes, data.channels, data.num_train, data.small)
+    step = config.step_size * process.world_size
     if step > data.num_train:
         raise UsageError(
-            f"--batch-size {config.batch_size}: a step of {step} images ({process.world_size} processes) "
+            f"--batch-size {config.batch_size}: a step of {step} images "
+            f"({process.world_size} processes{f' x --grad-accum {config.grad_accum}' if config.grad_accum > 1 else ''}) "
             f"is more than the {data.num_train} training images"
         )
     return data
+
+
+def _look(config: TrainConfig, process: Process) -> Data:
+    if config.dataset == "digits":
+        return Data(num_classes=10, channels=1, num_train=1797 - DIGITS_TEST_SIZE, small=True)
+    if config.dataset == "synthetic":
+        return Data(_NOISE_CLASSES, channels=3, num_train=Noise.NUM_TRAIN)
+    if config.dataset == "folder":
+        from autowu.training.folders import image_folder
+
+        root = cast(Path, config.data_dir)
+        if not root.is_dir():
+            raise UsageError(f"--data-dir {root}: no such folder")
+        train, test = (image_folder(root / part) for part in ("train", "val"))
+        if train.classes != test.classes:
+            raise UsageError(f"--data-dir {root}: train and val do not have the same classes")
+        return Data(len(train.classes), channels=3, num_train=len(train))
+    if config.dataset_download:
+        process.on_main(lambda: bool(_open(config, download=True)))
+    images = _open(config)
+    reader = getattr(images, "reader", None)
+    classes = getattr(images, "classes", None) or getattr(reader, "class_to_idx", None) or ()
+    if not classes and config.num_classes is None:
+        raise UsageError(f"--dataset {config.dataset}: does not say its classes; give --num-classes")
+    num_train = getattr(reader, "num_samples", None) if isinstance(images, IterableDataset) else len(images)
+    return Data(len(classes), 3, num_train or 0, config.dataset.lower() in _SMALL)
+
+
+def _open(config: TrainConfig, download: bool = False) -> Any:
+    """The training images of a dataset of timm's; it is seen that the others are there too."""
+    timm_dataset(config, False, download=download)
+    return timm_dataset(config, True, download=download)
 
 
 def make_loaders(config: TrainConfig, process: Process, data: Data, size: int, model_config: dict[str, Any]) -> Loaders:
@@ -76,95 +111,87 @@ def make_loaders(config: TrainConfig, process: Process, data: Data, size: int, m
         size: side of the images in pixels.
         model_config: mean, std, interpolation and the like that the model expects (timm's data config).
     """
-    train, test = _digits(size) if data.root is None else _folder(data.root, size, model_config, config.skip_corrupt)
-    # The digits lie in memory: worker processes would cost more than they bring.
+    train, test = _images(config, data, size, model_config)
+    in_memory = config.dataset in ("digits", "synthetic")
     options: dict[str, Any] = {"pin_memory": process.device.type == "cuda"}
-    if data.root is not None:
-        # Workers that outlived an epoch would keep a random state that a resumed run does not have.
-        options |= {"num_workers": config.workers, "worker_init_fn": _ignore_signals}
-    sampler: DistributedSampler[Any] = DistributedSampler(
-        train, process.world_size, process.rank, shuffle=True, seed=config.seed, drop_last=True
-    )
+    if not in_memory:  # where worker processes would cost more than they bring
+        options |= {"num_workers": config.workers, "worker_init_fn": _ignore_signals, "persistent_workers": config.workers > 0}
+        options |= {"generator": torch.Generator()}  # a loader that goes on draws nothing, one that begins does
+    if isinstance(train, IterableDataset):
+        return _streams(config, process, data, train, test, options)
     share = Subset(test, range(process.rank, len(cast(Sized, test)), process.world_size))
-    return Loaders(
-        train=DataLoader(train, config.batch_size, sampler=sampler, drop_last=True, **options),
-        test=DataLoader(share, max(config.batch_size, 256), **options),
-        sampler=sampler,
-    )
+    test_loader = DataLoader(share, max(config.batch_size, 256), **options)
+    mix, size_of_train = mixing(config, data.num_classes), len(cast(Sized, train))
+    if in_memory and mix is None and config.aug_repeats <= 1:
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            train, process.world_size, process.rank, shuffle=True, seed=config.seed, drop_last=True
+        )
+        return Loaders(DataLoader(train, config.step_size, sampler=sampler, drop_last=True, **options), test_loader, sampler)
+    draws = Draws(size_of_train, process, config.seed, config.aug_repeats)
+    augmented = Augmented(train, mix, config.batch_size)
+    options |= {"sampler": draws, "drop_last": True, "collate_fn": _as_it_is}
+    return Loaders(DataLoader(augmented, config.step_size, **options), test_loader, draws)
 
 
-def _digits(size: int) -> tuple[Dataset[Any], Dataset[Any]]:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+def _images(config: TrainConfig, data: Data, size: int, model_config: dict[str, Any]) -> tuple[Dataset[Any], Dataset[Any]]:
+    if config.dataset == "digits":
+        return digits(size)
+    if config.dataset == "synthetic":
+        return Noise(Noise.NUM_TRAIN, data.num_classes, size), Noise(Noise.NUM_TEST, data.num_classes, size)
+    of_train, of_test = transforms(config, size, model_config)
+    if config.dataset != "folder":
+        return timm_dataset(config, True, of_train), timm_dataset(config, False, of_test)
+    from autowu.training.folders import Readable, image_folder
 
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    labels = torch.tensor(digits.target)
-    parts = train_test_split(range(len(labels)), test_size=DIGITS_TEST_SIZE, stratify=digits.target, random_state=0)
-    train, test = (torch.tensor(part) for part in parts)
-    mean, std = images[train].mean(), images[train].std()
-
-    def resized(index: Tensor) -> Tensor:
-        normalized = (images[index] - mean) / std
-        return torch.nn.functional.interpolate(normalized, size=(size, size), mode="bilinear")
-
-    return TensorDataset(resized(train), labels[train]), TensorDataset(resized(test), labels[test])
+    root = cast(Path, config.data_dir)
+    parts = ((root / "train", of_train), (root / "val", of_test))
+    train, test = (Readable(image_folder(*part), config.skip_corrupt) for part in parts)
+    return train, test
 
 
-def _image_folder(root: Path, transform: Any = None) -> Any:
-    from torchvision.datasets import ImageFolder
-
-    try:
-        return ImageFolder(str(root), transform, loader=_load)
-    except OSError as error:
-        # It says whether the folder, its class folders or their images are missing, or cannot be read.
-        reason = str(error).split(". Supported")[0]
-        raise UsageError(f"--data-dir {root.parent}: {reason}") from None
-
-
-def _load(path: str) -> Any:
-    from torchvision.datasets.folder import default_loader
-
-    try:
-        return default_loader(path)
-    except Exception as error:  # whatever a decoder raises on bytes that are no image
-        reason = getattr(error, "strerror", None) or (f"{error}" if path not in f"{error}" else "no image file")
-        raise RunError(f"{path}: cannot be read as an image: {reason}") from None
-
-
-class _Readable(Dataset[Any]):
-    """The images of a folder; where corrupt ones are skipped, the next that can be read is in the place of each."""
-
-    def __init__(self, images: Any, skip_corrupt: bool) -> None:
-        self._images = images
-        self._skip_corrupt = skip_corrupt
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> Any:
-        for later in range(len(self)):
-            try:
-                return self._images[(index + later) % len(self)]
-            except RunError as error:
-                if not self._skip_corrupt:
-                    raise RunError(f"{error}; repair or remove it, or train with --skip-corrupt") from None
-                print(f"skipped: {error}", file=sys.stderr, flush=True)
-        raise RunError(f"{self._images.root}: no image can be read")
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _ignore_signals(worker: int) -> None:
     """For a loader process: a signal may go to the whole group, and the process that it works for needs it to stop well."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _folder(root: Path, size: int, model_config: dict[str, Any], skip_corrupt: bool) -> tuple[Dataset[Any], Dataset[Any]]:
-    from timm.data import create_transform
+class Streamed:
+    """As many steps an epoch as the data fill, of a dataset that is read from its beginning and splits itself over processes."""
 
-    common = {"input_size": (3, size, size)} | {k: model_config[k] for k in ("mean", "std", "interpolation")}
-    train = create_transform(**common, is_training=True, auto_augment=None)
-    test = create_transform(**common, is_training=False, crop_pct=model_config["crop_pct"])
-    parts = ((root / "train", train), (root / "val", test))
-    train, test = (_Readable(_image_folder(*part), skip_corrupt) for part in parts)
-    return train, test
+    def __init__(self, loader: DataLoader[Any], dataset: Any, seed: int, steps: int) -> None:
+        self._loader, self._dataset, self._seed, self._steps = loader, dataset, seed, steps
+
+    def set_epoch(self, epoch: int) -> None:
+        self._dataset.set_epoch(epoch)
+        if self._loader.generator is not None:
+            self._loader.generator.manual_seed(self._seed + epoch)
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[Any]:
+        done = 0
+        while done < self._steps:
+            before = done
+            for batch in self._loader:
+                yield batch
+                done += 1
+                if done == self._steps:
+                    return
+            if done == before:
+                raise RunError("this process has no full batch of its share of the stream; take a smaller --batch-size")
+
+
+def _streams(config: TrainConfig, process: Process, data: Data, train: Any, test: Any, options: dict[str, Any]) -> Loaders:
+    for images in (train, test):
+        images.set_loader_cfg(num_workers=config.workers)
+    options |= {"persistent_workers": False}  # each epoch begins with the dataset as it is told
+    if mixing(config, data.num_classes) is not None or config.aug_repeats > 1:
+        raise UsageError(f"--dataset {config.dataset}: is read as a stream, which takes no --mixup, --cutmix or --aug-repeats")
+    loader = DataLoader(train, config.step_size, drop_last=True, **options)
+    streamed = Streamed(loader, train, config.seed, data.num_train // (config.step_size * process.world_size))
+    return Loaders(streamed, DataLoader(test, max(config.batch_size, 256), **options), streamed)

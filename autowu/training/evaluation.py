@@ -25,13 +25,13 @@ def average_batch_norm(model: nn.Module, process: Process) -> None:
 
 @torch.no_grad()
 def evaluate(parts: Parts, loader: DataLoader[Any], process: Process) -> tuple[float, float]:
-    """Mean cross entropy and accuracy (0 to 1) over the images of all processes' loaders. Leaves the model in eval mode."""
-    parts.model.eval()
+    """Mean cross entropy and accuracy (0 to 1) over the images of all processes' loaders. Leaves what it tests in eval mode."""
+    model = parts.tested.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=process.device)
     for images, labels in loader:
         images, labels = images.to(process.device), labels.to(process.device)
         with parts.autocast():
-            logits = parts.model(images)
+            logits = model(images)
         loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
         totals += torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double(), loss.new_tensor(len(labels)).double()])
     loss_sum, correct, count = process.sum(totals).tolist()

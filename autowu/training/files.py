@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["read_rows", "replacing"]
+__all__ = ["link", "read_rows", "replacing"]
 
 
 @contextmanager
@@ -29,17 +30,41 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # or a machine that goes down could keep the move and lose the content
         partial.replace(path)
+        _sync_folder(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
+def link(path: Path, name: Path) -> None:
+    """Give the file the second name `name`, in one move; a copy of it where the file system has no links."""
+    with replacing(name) as partial:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(path, partial)
+        except OSError:
+            shutil.copyfile(path, partial)
+
+
+def _sync_folder(path: Path) -> None:
+    """See that the names in it outlive a machine that goes down, where the system can."""
+    with suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file with these columns. What a cut left incomplete is no row.
+    """The rows of a CSV file with these columns, or the first of them: the others are blank. What a cut left incomplete is no row.
 
     Raises:
         OSError: if the file cannot be read.
     """
     whole, _, _ = path.read_bytes().decode(errors="replace").rpartition("\n")
-    rows = csv.DictReader(whole.splitlines())
-    return [row for row in rows if list(row) == list(fields) and None not in row.values()]
+    reader = csv.DictReader(whole.splitlines())
+    known = list(reader.fieldnames or [])
+    if not known or known != list(fields)[: len(known)]:
+        return []
+    return [dict.fromkeys(fields, "") | row for row in reader if list(row) == known and None not in row.values()]

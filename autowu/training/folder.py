@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from autowu.training.config import TrainConfig, UsageError
+from autowu.training.config import TrainConfig, UsageError, parse_args
 from autowu.training.files import read_rows, replacing
+from autowu.training.progress import StepRow
 
 __all__ = ["RunFolder"]
 
-_FREE_TO_CHANGE = {"resume", "run_dir", "workers", "device", "skip_corrupt", "small_checkpoints"}
+_FREE_TO_CHANGE = {"recipe", "dataset_download", "resume", "run_dir", "workers", "device", "skip_corrupt", "small_checkpoints"}
+_FREE_TO_CHANGE |= {"checkpoint_steps", "checkpoint_minutes", "checkpoint_hist", "log_tensorboard", "eval", "dry_run"}
 _LOCK = ".lock"
+_OLDER = re.compile(r"checkpoint\.(\d+)\.pt")
 
-_STEP_FIELDS = ("step", "epoch", "lr", "loss")
-_EPOCH_FIELDS = ("epoch", "step", "phase", "lr", "train_loss", "test_loss", "test_accuracy", "seconds")
+_STEP_FIELDS = StepRow._fields
+_EPOCH_FIELDS = ("epoch", "step", "phase", "lr", "train_loss", "test_loss", "test_accuracy", "seconds", "images_per_s")
 _FIELDS = {"metrics.csv": _STEP_FIELDS, "epochs.csv": _EPOCH_FIELDS}
 
 
@@ -31,20 +34,41 @@ class RunFolder:
     Nothing is made before :meth:`claim` or :meth:`start`. The lock of the trunk's folder is that of its branches too.
 
     ``config.json``, ``metrics.csv`` (a row an optimizer step), ``epochs.csv`` (a row an epoch), ``checkpoint.pt`` (renewed after
-    every epoch), and at the end ``summary.json`` and ``figure.png``. :class:`~autowu.training.layers.LayerLog` writes there too.
+    every epoch; ``checkpoint.1.pt`` is the one before it, and so on), ``best.pt`` (the checkpoint of the best epoch), and at the
+    end ``summary.json`` and ``figure.png``. :class:`~autowu.training.layers.LayerLog` writes there too.
     """
 
     def __init__(self, config: TrainConfig, world_size: int) -> None:
         self.path = config.run_dir
         self.checkpoint_path = self.path / "checkpoint.pt"
-        self.config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()} | {"world_size": world_size}
+        self.best_path = self.path / "best.pt"
+        as_read = json.loads(json.dumps(asdict(config), default=str))  # a tuple among --opt-kwargs is a list there
+        self.config: dict[str, Any] = as_read | {"world_size": world_size}
         self._resume = config.resume
-        self._can_be_extended = config.sched != "cosine" and not isinstance(config.cooldown_fraction, list)
+        self._can_be_extended = config.sched not in ("cosine", "poly") and not isinstance(config.cooldown_fraction, list)
         self._lock: int | None = None
 
     def branch_path(self, fraction: float) -> Path:
         """The checkpoint that the branch with this cooldown_fraction begins with."""
         return self.path / f"branch-{fraction}.pt"
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints that the run can go on from, the newest first."""
+        older = sorted((int(name[1]), path) for path in self.path.glob("checkpoint.*.pt") if (name := _OLDER.fullmatch(path.name)))
+        return [path for path in (self.checkpoint_path, *(path for _, path in older)) if path.is_file()]
+
+    def shift_checkpoints(self, keep: int) -> None:
+        """Make room for a newer checkpoint, with which at most `keep` are there.
+
+        What a kill has left between two moves is in order, with a gap: only what is in front of the gap moves.
+        """
+        places = [self.checkpoint_path, *(self.path / f"checkpoint.{k}.pt" for k in range(1, keep))]
+        for path in self.checkpoints()[1:]:
+            if path not in places:
+                path.unlink()
+        gap = next((k for k, path in enumerate(places) if not path.exists()), keep - 1)
+        for k in range(gap, 0, -1):
+            places[k - 1].replace(places[k])
 
     def check(self) -> None:
         """See that a run can begin here, or go on where it is to be resumed.
@@ -52,7 +76,7 @@ class RunFolder:
         Raises:
             UsageError: as :meth:`check_empty` and :meth:`check_resumable`.
         """
-        if self._resume:
+        if self._resume and (self._resume != "auto" or (self.path / "config.json").exists()):
             self.check_resumable()
         else:
             self.check_empty()
@@ -93,7 +117,8 @@ class RunFolder:
     def check_resumable(self) -> None:
         """See that a run can go on here: under the options that it was started with, or it would be another run.
 
-        More epochs extend it; not a cosine, nor several cooldowns, which were laid out for the epochs that they had.
+        More epochs extend it; not a cosine, a polynomial or several cooldowns, which were laid out for the epochs that they had.
+        An option that is newer than the run had its default there.
 
         Raises:
             UsageError: if there is no run, or one of other options.
@@ -104,11 +129,12 @@ class RunFolder:
                 return  # killed before it wrote anything
             raise UsageError(f"--resume: no run in {self.path}")
         try:
-            before = {**json.loads(path.read_text())}
+            before = {**asdict(parse_args([])), **json.loads(path.read_text())}
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"--resume: {path} cannot be read: {error}") from None
-        for name in self.config.keys() - _FREE_TO_CHANGE:
-            if name == "epochs" and self._can_be_extended and before.get(name, math.inf) < self.config[name]:
+        names = ("world_size", *self.config)  # first, as the size of a batch may follow from it
+        for name in (name for name in names if name not in _FREE_TO_CHANGE):
+            if name == "epochs" and self._can_be_extended and before[name] < self.config[name]:
                 continue
             if before.get(name) != self.config[name]:
                 option = "number of processes" if name == "world_size" else f"--{name.replace('_', '-')}"
@@ -143,8 +169,8 @@ class RunFolder:
         except OSError as error:
             raise UsageError(f"{self.path / name}: cannot be read: {error.strerror or error}") from None
 
-    def add_steps(self, rows: Sequence[Sequence[float]]) -> None:
-        """Append rows of `step, epoch, lr, loss` to metrics.csv."""
+    def add_steps(self, rows: Sequence[StepRow]) -> None:
+        """Append rows to metrics.csv."""
         with (self.path / "metrics.csv").open("a", newline="") as file:
             csv.writer(file).writerows(rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from autowu.training.build import Parts
@@ -17,7 +18,7 @@ from autowu.training.generators import seed_epoch, set_random_state
 from autowu.training.process import Process
 from autowu.training.progress import EpochSteps, Progress
 from autowu.training.records import NullRecorder, epoch_row
-from autowu.training.signals import Stopped, StopSignals
+from autowu.training.signals import SAVE, Stopped, StopSignals
 
 __all__ = ["Loop", "train_step"]
 
@@ -44,16 +45,19 @@ class Loop:
         while progress.epochs < self.config.epochs:
             started = time.perf_counter()
             steps = self.train_epoch(progress)
-            average_batch_norm(self.parts.model, self.process)
+            images = steps.taken * self.config.step_size * self.process.world_size
+            images_per_s = images / (time.perf_counter() - started)
+            for model in dict.fromkeys((self.parts.model, self.parts.tested)):
+                average_batch_norm(model, self.process)
             test = evaluate(self.parts, self.loaders.test, self.process)
-            rows = steps.rows()  # the one read of the epoch's losses
+            rows = steps.rows(self.parts.events)  # the one read of the epoch's losses
             seconds = time.perf_counter() - started
-            row = epoch_row(rows, steps.phase, test, seconds)
+            row = epoch_row(rows, steps.phase, test, seconds, images_per_s)
             progress = progress.after_epoch(row, seconds)
             self.recorder.epoch(rows, row)
             self.checkpoints.save(progress)
             self.console.epoch(row)
-            if progress.epochs < self.config.epochs and (number := self.signals.number()):
+            if progress.epochs < self.config.epochs and (number := self.signals.asked()) > SAVE:
                 raise Stopped(number)
         return progress
 
@@ -70,29 +74,41 @@ class Loop:
             for _ in begun.lrs:
                 next(batches)
             set_random_state(begun.random, self.process.device)
-        self.checkpoints.save_due(progress, steps)
+        self.checkpoints.save_branches(progress, steps)
         for images, labels in batches:
-            lr, phase = parts.lr, parts.phase
+            lr, phase, probability = parts.lr, parts.phase, parts.probability
             loss = train_step(parts, images, labels)
             self.recorder.step(steps.step, parts.optimizer)  # before the scheduler changes the LR, or goes back
             parts.step_scheduler(loss)
-            steps.add(lr, phase, loss)
-            self.console.step(epoch, lr, phase)
-            self.checkpoints.save_due(progress, steps)
-            if not steps.is_complete and (number := self.signals.number()):
-                self.recorder.pause()
+            steps.add(lr, phase, loss, probability)
+            self.console.step(epoch, lr, phase, probability)
+            self.checkpoints.save_branches(progress, steps)
+            if not steps.is_complete:
                 elapsed = progress.elapsed + time.perf_counter() - started
-                self.checkpoints.save_within(replace(progress, elapsed=elapsed), steps)
-                raise Stopped(number)
+                self.between_steps(replace(progress, elapsed=elapsed), steps)
         return steps
+
+    def between_steps(self, progress: Progress, steps: EpochSteps) -> None:
+        """Save a checkpoint where one is due, or a signal asks for the end: then Stopped is raised."""
+        asked = self.signals.asked(save=self.checkpoints.is_time())
+        if asked or self.checkpoints.is_step(steps.step):
+            self.recorder.pause()
+            self.checkpoints.save_within(progress, steps)
+        if asked > SAVE:
+            raise Stopped(asked)
 
 
 def train_step(parts: Parts, images: Tensor, labels: Tensor) -> Tensor:
-    """Take one optimizer step; this process's loss, without gradient, on the device."""
-    images, labels = images.to(parts.device, non_blocking=True), labels.to(parts.device, non_blocking=True)
-    with parts.autocast():
-        loss: Tensor = parts.criterion(parts.forward(images), labels)
+    """Take one optimizer step, of as many batches as are accumulated; this process's loss, without gradient, on the device."""
     parts.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    parts.optimizer.step()
-    return loss.detach()
+    losses = []
+    batches = list(zip(images.chunk(parts.grad_accum), labels.chunk(parts.grad_accum), strict=True))
+    for number, (inputs, targets) in enumerate(batches, 1):
+        inputs, targets = inputs.to(parts.device, non_blocking=True), targets.to(parts.device, non_blocking=True)
+        with parts.synced(number == len(batches)):
+            with parts.autocast():
+                loss: Tensor = parts.criterion(parts.forward(inputs), targets) / len(batches)
+            parts.backward(loss)
+        losses.append(loss.detach())
+    parts.step_optimizer()
+    return torch.stack(losses).sum()

@@ -6,18 +6,22 @@ import errno
 import os
 import signal
 import sys
+import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from autowu.training.board import check_board
 from autowu.training.build import build
 from autowu.training.config import RunError, TrainConfig, UsageError, parse_args
 from autowu.training.cooldowns import train_cooldowns
 from autowu.training.data import find_data
 from autowu.training.folder import RunFolder
+from autowu.training.plan import without_training
 from autowu.training.process import Process, join
 from autowu.training.run import train_run
 from autowu.training.signals import Stopped
@@ -30,10 +34,11 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run train.py; the exit code.
 
-    0 at the end, 1 for what broke off, 2 for what the user asked and cannot be, 130 after Ctrl-C, 143 after SIGTERM.
+    0 at the end and after SIGTERM or SIGUSR1, with a checkpoint; 1 for what broke off, 2 for what the user asked and cannot be, 130
+    after Ctrl-C.
     """
     is_main = os.environ.get("RANK", "0") == "0"
-    code = 0
+    code, interrupted = 0, False
     try:
         config = parse_args(argv)
     except UsageError as error:
@@ -45,12 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 train(config, process)
             except Stopped as stopped:  # the processes stop, and leave, together
-                code = 128 + stopped.number
+                interrupted = True
+                code = 128 + stopped.number if stopped.number == signal.SIGINT else 0
     except (UsageError, RunError) as error:
         return error.code
     except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    if is_main and code and (config.run_dir / "config.json").exists():
+        interrupted, code = True, 128 + signal.SIGINT
+    if is_main and interrupted and (config.run_dir / "config.json").exists():
         print(f"interrupted; go on with the same options and --run-dir {config.run_dir} --resume", file=sys.stderr)
     return code
 
@@ -58,30 +64,53 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: TrainConfig, process: Process) -> dict[str, Any]:
     """Train as `config` says and write the run folder; the summary, on every process.
 
-    With several values of `cooldown_fraction` the summary is that of the smallest.
+    With several values of `cooldown_fraction` the summary is that of the smallest. With ``--eval`` the result is that of the test,
+    and with ``--dry-run`` it is empty; nothing is written.
 
     Raises:
         UsageError: if something in `config` cannot be, before anything was trained.
-        RunError: if the disk is full, or an image cannot be read.
+        RunError: if the disk is full, an image cannot be read, or a loader process has died.
         Stopped: if a signal asks for it.
     """
     started = time.perf_counter()
     torch.manual_seed(config.seed)
-    if config.sync_bn and process.device.type != "cuda":
+    if config.sync_bn and process.device.type != "cuda" and config.recipe is None:  # a recipe's is left out there
         raise UsageError("--sync-bn: works on GPUs only")
     config = replace(config, run_dir=process.gather(config.run_dir)[0])  # each may have named one after its own clock
+    check_board(config)
     data = find_data(config, process)
+    if config.eval is not None:
+        return without_training(config, process, data)
     folder = RunFolder(config, process.world_size)
     process.on_main(folder.check)
+    if config.dry_run:
+        return without_training(config, process, data)
     try:
-        if isinstance(config.cooldown_fraction, list):
-            return train_cooldowns(config, process, data, folder, started)
-        parts, loaders = build(config, process, data)
-        process.on_main(folder.claim)
-        return train_run(config, process, parts, loaders, folder, started)
+        with _told_as_run_errors(config):
+            if isinstance(config.cooldown_fraction, list):
+                summary = train_cooldowns(config, process, data, folder, started)
+            else:
+                parts, loaders = build(config, process, data)
+                process.on_main(folder.claim)
+                summary = train_run(config, process, parts, loaders, folder, started)
+    finally:
+        folder.release()
+    return summary
+
+
+@contextmanager
+def _told_as_run_errors(config: TrainConfig) -> Iterator[None]:
+    """Raise a RunError in the place of what a full disk, or a loader process that dies, raises."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in _DISK:
             raise
         raise RunError(f"{error.filename or config.run_dir}: cannot be written: {error.strerror}") from None
-    finally:
-        folder.release()
+    except RuntimeError as error:  # torch has no class of its own for it
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = textwrap.shorten(str(error), 160)
+        raise RunError(
+            f"a loader process has died; go on with --resume, for want of memory with fewer --workers ({reason})"
+        ) from None

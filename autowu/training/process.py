@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import sys
+import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ __all__ = ["Process", "join"]
 
 T = TypeVar("T")
 _FAILED = "autowu/failed"
+_GONE = "another process is gone; go on from the last checkpoint with --resume, as torchrun --max-restarts does by itself"
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def join(device: str | None) -> Iterator[Process]:
 
     Raises:
         UsageError: if a GPU was asked for and there is none.
+        RunError: if another process has failed, or is gone.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = 0
@@ -84,6 +89,7 @@ def join(device: str | None) -> Iterator[Process]:
     try:
         place = _device(device)
         if world_size > 1:
+            store = _of_this_start(store, rank, world_size)
             dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
         yield Process(rank, world_size, place)
         if world_size > 1:
@@ -98,7 +104,11 @@ def join(device: str | None) -> Iterator[Process]:
     except Exception as error:
         if _has_failed(store):  # the group breaks where one process leaves it
             raise RunError(f"another process has failed: {error}") from None
-        raise
+        if store is None or not _breaks_group(error):
+            raise
+        if _is_first(store, _GONE):
+            print(f"train.py: error: rank {rank}: {_GONE} ({_in_short(error)})", file=sys.stderr, flush=True)
+        raise RunError(_GONE) from None
     finally:
         if world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -117,6 +127,37 @@ def _device(name: str | None) -> torch.device:
     place = torch.device("cuda", local_rank)
     torch.cuda.set_device(place)
     return place
+
+
+def _breaks_group(error: Exception) -> bool:
+    """Whether it is what a collective raises where a process no longer answers."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _in_short(error: Exception) -> str:
+    return textwrap.shorten(str(error), 160)
+
+
+def _of_this_start(store: Any, rank: int, world_size: int) -> Any:
+    """The part of `store` that is of this start of the processes alone. They agree on its name, which is never used again.
+
+    torchrun's store outlives its processes. Those that it starts anew would find the addresses of those that are gone.
+    """
+    if rank == 0:
+        name, until = secrets.token_hex(8), time.monotonic() + store.timeout.total_seconds()
+        while (came := store.add(f"autowu/came/{name}", 0)) < world_size - 1:
+            if time.monotonic() > until:
+                raise RunError(f"{came + 1} of {world_size} processes have come together in {store.timeout.total_seconds():.0f} s")
+            for other in range(1, world_size):
+                if store.check([f"autowu/asks/{other}"]):  # what is asked may be of an earlier start, and then nobody hears
+                    store.set(f"autowu/answer/{store.get(f'autowu/asks/{other}').decode()}", name)
+            time.sleep(0.01)
+    else:
+        own = secrets.token_hex(8)
+        store.set(f"autowu/asks/{rank}", own)
+        name = store.get(f"autowu/answer/{own}").decode()
+        store.add(f"autowu/came/{name}", 1)
+    return dist.PrefixStore(f"autowu/{name}", store)  # type: ignore[attr-defined]
 
 
 def _is_first(store: Any, error: str) -> bool:

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from autowu.training.process import Process
 
-__all__ = ["Begun", "EpochSteps", "Progress"]
+__all__ = ["Begun", "EpochSteps", "Progress", "StepRow"]
+
+
+class StepRow(NamedTuple):
+    """A row of metrics.csv: a step of the run, from 0, its epoch, from 1, its LR, and its loss as a mean over the processes."""
+
+    step: int
+    epoch: int
+    lr: float
+    loss: float
+    phase: str = ""
+    probability: float | None = None
+    event: str = ""
+    """Kinds of what AutoWU met by the end of the step, with spaces between them."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +35,15 @@ class Begun:
         lrs: LR of each of its steps.
         losses: their losses, means over the processes.
         random: this process's generators, as :func:`~autowu.training.generators.random_state` gives them.
+        phases: AutoWU's phase at each step.
+        probabilities: of the minimum being past, as the last test before each step had it; None before the first.
     """
 
     lrs: list[float]
     losses: list[float]
     random: dict[str, Any]
+    phases: list[str] = field(default_factory=list)
+    probabilities: list[float | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,10 @@ class EpochSteps:
     def __init__(self, process: Process, epoch: int, steps_per_epoch: int, begun: Begun | None = None) -> None:
         self.epoch = epoch
         self.lrs = [] if begun is None else list(begun.lrs)
-        self.phase = ""
+        self.phases = [] if begun is None else list(begun.phases)
+        self.probabilities = [] if begun is None else list(begun.probabilities)
+        self.phases += [""] * (len(self.lrs) - len(self.phases))  # earlier versions did not save them
+        self.probabilities += [None] * (len(self.lrs) - len(self.probabilities))
         self._process = process
         self._first_step = epoch * steps_per_epoch
         self._steps_per_epoch = steps_per_epoch
@@ -83,10 +103,21 @@ class EpochSteps:
     def is_complete(self) -> bool:
         return len(self.lrs) == self._steps_per_epoch
 
-    def add(self, lr: float, phase: str, loss: Tensor) -> None:
-        """Note a step: its LR and phase, and this process's loss as a 0-d tensor without gradient."""
+    @property
+    def phase(self) -> str:
+        """Of the last step; empty before it."""
+        return self.phases[-1] if self.phases else ""
+
+    @property
+    def taken(self) -> int:
+        """Steps that this process has taken itself, and not gone on behind."""
+        return len(self._losses)
+
+    def add(self, lr: float, phase: str, loss: Tensor, probability: float | None = None) -> None:
+        """Note a step: its LR, phase and probability, and this process's loss as a 0-d tensor without gradient."""
         self.lrs.append(lr)
-        self.phase = phase
+        self.phases.append(phase)
+        self.probabilities.append(probability)
         self._losses.append(loss)
 
     def losses(self) -> list[float]:
@@ -95,7 +126,8 @@ class EpochSteps:
             return list(self._earlier)
         return self._earlier + self._process.mean(torch.stack(self._losses)).tolist()
 
-    def rows(self) -> list[tuple[int, int, float, float]]:
-        """The rows of metrics.csv: step, epoch (from 1), LR, and loss as in :meth:`losses`."""
-        values = zip(self.lrs, self.losses(), strict=True)
-        return [(self._first_step + k, self.epoch + 1, lr, loss) for k, (lr, loss) in enumerate(values)]
+    def rows(self, events: Mapping[int, str] | None = None) -> list[StepRow]:
+        """The rows of metrics.csv, with losses as in :meth:`losses`; `events` has kinds by the number of steps taken by then."""
+        first, events = self._first_step, events or {}
+        values = zip(self.lrs, self.losses(), self.phases, self.probabilities, strict=True)
+        return [StepRow(first + k, self.epoch + 1, *of_step, events.get(first + k + 1, "")) for k, of_step in enumerate(values)]

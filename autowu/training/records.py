@@ -10,20 +10,21 @@ from typing import Any
 from torch.optim import Optimizer
 
 from autowu.scheduler import AutoWU
+from autowu.training.board import Board
 from autowu.training.build import Parts
 from autowu.training.config import TrainConfig
 from autowu.training.files import replacing
 from autowu.training.folder import RunFolder
 from autowu.training.layers import LayerLog
 from autowu.training.process import Process
-from autowu.training.progress import Progress
+from autowu.training.progress import Progress, StepRow
 
 __all__ = ["NullRecorder", "Recorder", "epoch_row", "summarize"]
 
-Row = tuple[int, int, float, float]
 
-
-def epoch_row(steps: Sequence[Row], phase: str, test: tuple[float, float], seconds: float) -> dict[str, Any]:
+def epoch_row(
+    steps: Sequence[StepRow], phase: str, test: tuple[float, float], seconds: float, images_per_s: float
+) -> dict[str, Any]:
     """The row of epochs.csv of an epoch.
 
     Args:
@@ -31,18 +32,20 @@ def epoch_row(steps: Sequence[Row], phase: str, test: tuple[float, float], secon
         phase: of the last step.
         test: loss and accuracy after it.
         seconds: that training and test took.
+        images_per_s: that were trained on, by all processes.
     """
-    step, epoch, lr, _ = steps[-1]
-    finite = [loss for *_, loss in steps if math.isfinite(loss)]
+    last = steps[-1]
+    finite = [row.loss for row in steps if math.isfinite(row.loss)]
     return {
-        "epoch": epoch,
-        "step": step,
+        "epoch": last.epoch,
+        "step": last.step,
         "phase": phase,
-        "lr": lr,
+        "lr": last.lr,
         "train_loss": sum(finite) / len(finite) if finite else math.nan,
         "test_loss": test[0],
         "test_accuracy": test[1],
         "seconds": round(seconds, 3),
+        "images_per_s": round(images_per_s, 1),
     }
 
 
@@ -65,7 +68,7 @@ def summarize(
         "model": config.model,
         "opt": config.opt,
         "sched": config.sched,
-        "batch_size": config.batch_size * process.world_size,
+        "batch_size": config.step_size * process.world_size,
         "world_size": process.world_size,
     }
 
@@ -82,11 +85,11 @@ class NullRecorder:
     def step(self, step: int, optimizer: Optimizer) -> None:
         """`optimizer` has taken this step, numbered from 0, and still has its LRs."""
 
-    def epoch(self, steps: Sequence[Row], row: Mapping[str, Any]) -> None:
+    def epoch(self, steps: Sequence[StepRow], row: Mapping[str, Any]) -> None:
         """An epoch is done: its rows of metrics.csv and its row of epochs.csv. A checkpoint follows."""
 
     def pause(self) -> None:
-        """The run stops within an epoch. A checkpoint follows, with its rows of metrics.csv."""
+        """A checkpoint within an epoch follows, with its rows of metrics.csv. The run may stop there."""
 
     def finish(self, summary: Mapping[str, Any], scheduler: AutoWU | None) -> None:
         """The run is done."""
@@ -100,6 +103,7 @@ class Recorder(NullRecorder):
         progress: where the run goes on; what the folder holds of later steps is dropped.
         steps_per_epoch: optimizer steps.
         log_layers: steps from one logged step to the next; None for no log of the layers.
+        log_tensorboard: whether TensorBoard has the metrics too.
         trunk: folder of the run that this one branches off and whose records it takes over.
 
     Raises:
@@ -107,27 +111,37 @@ class Recorder(NullRecorder):
     """
 
     def __init__(
-        self, folder: RunFolder, progress: Progress, steps_per_epoch: int, log_layers: int | None, trunk: RunFolder | None = None
+        self,
+        folder: RunFolder,
+        progress: Progress,
+        steps_per_epoch: int,
+        log_layers: int | None,
+        trunk: RunFolder | None = None,
+        log_tensorboard: bool = False,
     ) -> None:
         self._folder = folder
         self._log_layers = log_layers
         folder.start(progress.epochs * steps_per_epoch, trunk)
+        self._board = Board(folder.path / "tensorboard", progress.epochs * steps_per_epoch) if log_tensorboard else None
         self._layers: LayerLog | None = None
         if log_layers is not None:
             done = progress.steps(steps_per_epoch)
             self._layers = LayerLog(folder.path, done, None if trunk is None else trunk.path)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._layers is not None:
-            self._layers.close()
+        for log in (self._layers, self._board):
+            if log is not None:
+                log.close()
 
     def step(self, step: int, optimizer: Optimizer) -> None:
         if self._layers is not None and self._log_layers is not None and step % self._log_layers == 0:
             self._layers.add(step, optimizer)
 
-    def epoch(self, steps: Sequence[Row], row: Mapping[str, Any]) -> None:
+    def epoch(self, steps: Sequence[StepRow], row: Mapping[str, Any]) -> None:
         self._folder.add_steps(steps)
         self._folder.add_epoch(row)
+        if self._board is not None:
+            self._board.epoch(steps, row)
         if self._layers is not None:
             self._layers.save()
 

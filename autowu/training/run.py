@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from autowu.training.build import Parts
@@ -46,12 +45,11 @@ def train_run(
         branches: the first step of each branch, by its cooldown_fraction.
     """
     steps_per_epoch = len(loaders.train)
-    checkpoints = Checkpoints(parts, process, folder, branches, config.small_checkpoints)
-    begin = process.on_main(lambda: _begin(config, folder, trunk))
-    progress = checkpoints.load(begin) if begin else Progress()
+    checkpoints = Checkpoints(parts, process, folder, config, branches)
+    progress = _begin(config, checkpoints, trunk)
     recorder, console = NullRecorder(), NullConsole()
     if process.is_main:
-        recorder = Recorder(folder, progress, steps_per_epoch, config.log_layers, trunk)
+        recorder = Recorder(folder, progress, steps_per_epoch, config.log_layers, trunk, config.log_tensorboard)
         console = Console(config, process, parts.model, steps_per_epoch, progress.steps(steps_per_epoch))
     with recorder:
         with console, StopSignals(process) as signals:
@@ -63,11 +61,11 @@ def train_run(
     return summary
 
 
-def _begin(config: TrainConfig, folder: RunFolder, trunk: RunFolder | None) -> Path | None:
-    """The checkpoint that the run begins with; None where it begins with nothing done."""
+def _begin(config: TrainConfig, checkpoints: Checkpoints, trunk: RunFolder | None) -> Progress:
+    """Set the parts to what the run begins with; where it stands then."""
     if config.resume:
-        return folder.checkpoint_path if folder.checkpoint_path.is_file() else None
+        return checkpoints.load_newest()
     if trunk is None:
-        return None
+        return Progress()
     assert isinstance(config.cooldown_fraction, float)
-    return trunk.branch_path(config.cooldown_fraction)
+    return checkpoints.load(trunk.branch_path(config.cooldown_fraction))

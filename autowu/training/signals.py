@@ -14,8 +14,12 @@ from torch import Tensor
 
 from autowu.training.process import Process
 
-__all__ = ["StopSignals", "Stopped"]
+__all__ = ["SAVE", "StopSignals", "Stopped"]
 
+SAVE = 1
+"""What is asked where no signal came but a checkpoint is due: below the number of each signal that stops."""
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _ESCALATION_S = 1.0  # a launcher hands on a Ctrl-C that its processes have had already
 
 
@@ -28,7 +32,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """SIGINT and SIGTERM, within the `with` block. A later second Ctrl-C breaks off at once.
+    """SIGINT, SIGTERM and SIGUSR1, within the `with` block. A later second Ctrl-C breaks off at once.
 
     Args:
         process: this process among those that stop together.
@@ -46,7 +50,7 @@ class StopSignals:
         if self._process.world_size > 1 and self._process.device.type == "cuda":
             self._group = dist.new_group(backend="gloo")  # the host does not wait for the device
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -55,17 +59,18 @@ class StopSignals:
         if kind is None:
             self._received()
 
-    def number(self) -> int:
-        """The signal that has come to any of the processes, or 0. All must ask, and get the same answer.
+    def asked(self, save: bool = False) -> int:
+        """The signal that has come to any of the processes, SAVE where one says so, or 0. All must ask, and get the same answer.
 
         In a group the answer is that to the last call: it has arrived, so that none waits for the slowest.
         """
+        own = self._came or (SAVE if save else 0)
         if self._process.world_size == 1:
-            return self._came
+            return own
         last = self._received()
-        value = torch.tensor(self._came)
+        value = torch.tensor(own)
         self._answer = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True), value
-        if last:
+        if last > SAVE:
             self._received()
         return last
 
