@@ -84,7 +84,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_loader_process_that_dies_is_said_in_one_line(tmp_path):
+@pytest.fixture
+def images(tmp_path):
+    """Options of a run on sixteen images that two processes load."""
     from PIL import Image
 
     for part in ("train", "val"):
@@ -94,12 +96,27 @@ def test_a_loader_process_that_dies_is_said_in_one_line(tmp_path):
             for k in range(8):
                 Image.new("RGB", (16, 16), (30 * k, 0, 0)).save(folder / f"{k}.png")
     options = ["--data-dir", tmp_path / "images", "--model", "test_vit", "--img-size", "16", "--epochs", "1", "--batch-size", "4"]
-    options += ["--workers", "2", "--device", "cpu", "--max-warmup-fraction", "0.5", "--run-dir", tmp_path / "run"]
-    died = Forked(tmp_path / "out", "-c", LOADER, *options)
+    return [*options, "--workers", "2", "--device", "cpu", "--max-warmup-fraction", "0.5", "--run-dir", tmp_path / "run"]
+
+
+def test_a_loader_process_that_dies_is_said_in_one_line(tmp_path, images):
+    died = Forked(tmp_path / "out", "-c", LOADER, *images)
     assert died.end() == 1
     said = [line for line in died.stderr.splitlines() if "too short" not in line]
     assert len(said) == 1, died.stderr
     assert said[0].startswith("train.py: error: a loader process has died; go on with --resume")
+
+
+def test_a_run_whose_images_are_loaded_by_other_processes_ends(tmp_path, images):
+    code = "import sys; from blank_figures import blank; from autowu.training.main import main\nwith blank(): main(sys.argv[1:])"
+    run = Forked(tmp_path / "out", "-c", code, *images)
+    run.process.join(60)  # the loader processes do not follow the signal by which one that is left over would be ended
+    alive = run.process.is_alive()
+    if alive:
+        os.killpg(run.process.pid, signal.SIGKILL)
+    assert not alive
+    assert run.end() == 0, run.stderr
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 # One process of two gets images that are not numbers for three steps; both go back, and end with the same weights.
