@@ -108,8 +108,7 @@ def test_a_loader_process_that_dies_is_said_in_one_line(tmp_path, images):
 
 
 def test_a_run_whose_images_are_loaded_by_other_processes_ends(tmp_path, images):
-    code = "import sys; from blank_figures import blank; from autowu.training.main import main\nwith blank(): main(sys.argv[1:])"
-    run = Forked(tmp_path / "out", "-c", code, *images)
+    run = Forked(tmp_path / "out", "train.py", *images)
     run.process.join(60)  # the loader processes do not follow the signal by which one that is left over would be ended
     alive = run.process.is_alive()
     if alive:
