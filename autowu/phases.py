@@ -30,6 +30,7 @@ __all__ = [
     "end_plateau_epoch",
     "falls",
     "first_switch",
+    "from_minimum",
     "is_test_due",
     "peak_lr",
     "phase_at",
@@ -221,6 +222,14 @@ def verdict(config: Config, step: int, decision: SwitchDecision) -> Verdict:
     lr = config.peak_factor * sum(warmup_lr_at(config, edge) for edge in edges) / len(edges)
     minimum = origin + sum(minima) / len(minima)
     return Verdict(decision.switch, decision.votes, decision.probability, max(lr, config.min_lr), minimum)
+
+
+def from_minimum(config: Config, verdict: Verdict) -> Verdict:
+    """`verdict` with the peak LR that follows from the minimum: a curve that has exploded has no far edge that can be trusted."""
+    if not config.min_rise:
+        return verdict
+    lr = config.peak_factor * warmup_lr_at(config, verdict.minimum - config.warmup_origin)
+    return replace(verdict, lr=max(lr, config.min_lr))
 
 
 def falls(verdict: Verdict | None) -> bool:

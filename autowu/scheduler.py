@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.compiler import is_dynamo_compiling
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -200,7 +199,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
             >>> optimizer.step()
             >>> scheduler.step()
         """
-        if is_dynamo_compiling():
+        if torch.compiler.is_compiling():
             _observe_untraced(self, loss)
         else:
             self._observe(loss)
@@ -226,7 +225,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
             ValueError: if `loss` has several elements, or a count is below 0; at the first step of ranks that were given different
                 arguments.
         """
-        if is_dynamo_compiling():
+        if torch.compiler.is_compiling():
             _step_untraced(self, loss, samples, tokens)
         else:
             self._step(loss, samples, tokens)

@@ -26,6 +26,7 @@ from autowu.phases import (
     after_test,
     end_plateau_epoch,
     falls,
+    from_minimum,
     is_test_due,
     phase_at,
     plateau_epoch_due,
@@ -176,14 +177,16 @@ class WarmUp:
 
     def _copy(self, step: int) -> None:
         level = self.rooms.reader.watch.level
-        lr, spacing = warmup_lr_at(self.config, step - self.config.warmup_origin), min(1.0, _SPACING * self.config.peak_factor)
+        lr, spacing = warmup_lr_at(self.config, step - self.config.warmup_origin), self.config.peak_factor
+        if self.config.min_rise:  # else the peak follows from the minimum
+            spacing = min(1.0, _SPACING * spacing)
         self.rooms.rollback.take(step, lr, level, spacing)
 
     def _explode(self, step: int, state: State) -> tuple[State, Stage]:
         """A loss that explodes ends the warm-up at once."""
         self.rooms.log.warn("explosion", step, "the loss has exploded, which ends the warm-up")
         found, _ = self._verdict(step, state)
-        after = self._ended(step, state, found)
+        after = self._ended(step, state, found and from_minimum(self.config, found))
         restored = self._go_back(step, _switch(after).lr)
         if restored is None and self.rooms.rollback.lost(step):
             after = replace(after, watched=False)

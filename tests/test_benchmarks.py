@@ -16,9 +16,10 @@ from processes import ROOT
 def benchmark(monkeypatch):
     """A module of benchmarks/ by its name."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    level, threads = logging.getLogger("autowu").level, torch.get_num_threads()
+    levels, threads = {name: logging.getLogger(name).level for name in ("autowu", "dadaptation", "root")}, torch.get_num_threads()
     yield importlib.import_module
-    logging.getLogger("autowu").setLevel(level)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     torch.set_num_threads(threads)
 
 

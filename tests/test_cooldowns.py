@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from autowu import AutoWU
-from autowu.training import build, cooldowns, loop
+from autowu.training import build, cooldowns, loop, models
 from autowu.training.main import main
 
 FRACTIONS = [0.13, 0.25, 0.4, 0.5]
@@ -159,7 +159,7 @@ def _small_model(monkeypatch):
 
     def small(*arguments):
         parts = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(8 * 36, 10)]
-        return build.Model(nn.Sequential(*parts), 8, {})
+        return models.Model(nn.Sequential(*parts), 8, {})
 
     for module in (build, cooldowns):
         monkeypatch.setattr(module, "build_model", small)

@@ -19,8 +19,9 @@ from autowu.gp import CurvePosterior
 from autowu.gpytorch_engine import PublishedGP
 from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, cooldown_factor, warmup_lr
 
-# The losses here are made up and do not mind the LR; what watches over them is tested in test_watch.py.
-RANGE = {"min_lr": 1e-5, "max_lr": 1.0, "max_warmup_fraction": 0.5, "peak_factor": 1.0, "watch": False}
+# The losses here are made up and do not mind the LR; what watches over them is tested in test_watch.py, and what their rise
+# has to be in test_switching.py.
+RANGE = {"min_lr": 1e-5, "max_lr": 1.0, "max_warmup_fraction": 0.5, "peak_factor": 1.0, "min_rise": 0.0, "watch": False}
 RANGE |= {"warmup_type": "exp", "patience": 3, "immediate_cooldown": True, "cooldown_type": "cosine"}
 STABLE = RANGE | {"immediate_cooldown": False, "cooldown_fraction": 0.2}
 
@@ -321,7 +322,7 @@ AS_LOSS = {
 @pytest.mark.parametrize("convert", AS_LOSS.values(), ids=AS_LOSS)
 def test_decisions_do_not_depend_on_how_a_loss_is_passed(convert):
     # Values that every one of the types holds exactly.
-    curve = torch.from_numpy(v_curve(300, lowest=80)).bfloat16().tolist()
+    curve = torch.from_numpy(v_curve(300, lowest=60)).bfloat16().tolist()
     plain, scheduler = (AutoWU(sgd(), total_steps=300) for _ in range(2))
     assert advance(scheduler, [convert(v) for v in curve]) == advance(plain, curve)
     assert scheduler.switch == plain.switch
@@ -892,7 +893,7 @@ def test_a_bad_argument_leaves_the_optimizer_as_it_was():
 def test_the_published_calls(arguments):
     train_loader, total_epochs = range(20), 15
     scheduler = AutoWU(sgd(), len(train_loader), total_epochs, **arguments)
-    advance(scheduler, [torch.tensor(v, dtype=torch.float32) for v in v_curve(300, lowest=80)])
+    advance(scheduler, [torch.tensor(v, dtype=torch.float32) for v in v_curve(300, lowest=60)])
     assert scheduler.switch.by_test
     assert scheduler.phase == "done"
 

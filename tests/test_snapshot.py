@@ -539,7 +539,7 @@ def test_weights_that_are_not_finite_are_no_snapshot():
 def test_a_model_that_cannot_be_copied_is_survived_and_reported_once(caplog):
     run = Training(OPTIMIZERS["sgd"])
     run.optimizer.param_groups[0]["lock"] = threading.Lock()  # no copy of it can be made
-    scheduler = AutoWU(run.optimizer, total_steps=400, model=run.model)
+    scheduler = AutoWU(run.optimizer, total_steps=400, model=run.model, min_rise=0.0)
     for k in range(400):
         run.optimizer.step()
         scheduler.step(abs(k / 100 - 1) + 0.01 * math.sin(7 * k))
@@ -578,7 +578,7 @@ def test_a_loaded_state_brings_its_copy(tmp_path):
 @pytest.mark.parametrize("peak_factor", [0.2, 0.5, 0.8])
 def test_the_run_goes_back_to_the_newest_copy_at_no_more_than_the_peak(peak_factor, cut):
     def scheduled(run):
-        return AutoWU(run.optimizer, total_steps=600, model=run.model, peak_factor=peak_factor, watch=False)
+        return AutoWU(run.optimizer, total_steps=600, model=run.model, peak_factor=peak_factor, min_rise=0.0, watch=False)
 
     run = Training(OPTIMIZERS["sgd"])
     scheduler, copied, k = scheduled(run), set(), 0

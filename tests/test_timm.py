@@ -151,7 +151,7 @@ def test_the_loss_itself_is_taken_as_it_is(as_metric):
 
 @pytest.mark.parametrize("as_metric", [float, lambda m: torch.tensor(m, dtype=torch.float64)], ids=["float", "tensor"])
 def test_losses_are_recovered_from_the_means_of_long_epochs(as_metric):
-    lr_scheduler = AutoWUScheduler(AutoWU(sgd(), total_steps=100_000, gp=Never()))
+    lr_scheduler = AutoWUScheduler(AutoWU(sgd(), total_steps=100_000, max_warmup_fraction=0.32, gp=Never()))
     losses = (1 + torch.rand(3, 5000, dtype=torch.float64)).tolist()
     for epoch, of_epoch in enumerate(losses):
         drive(lr_scheduler, [as_metric(mean) for mean in running_means(of_epoch)])

@@ -456,6 +456,7 @@ class Run:
             "warmup_type": "exp",
             "patience": 3,
             "peak_factor": 1.0,
+            "min_rise": 0.0,
         }
         self.scheduler = AutoWU(self.optimizer, total_steps=total, model=self.model, rollback=keeps, **(fixed | arguments))
         self.also = lambda scheduler: 0.0  # a term of the loss
@@ -590,7 +591,11 @@ def test_a_loss_that_changes_leaves_the_peak(change):
     assert run.accuracy() > 0.9
 
 
-@pytest.mark.parametrize("change", [*CHANGES.values(), lambda since: 5.0 * (since > 60)])
+# A ramp that never ends does not settle: without a copy it looks as a divergence does.
+SETTLING = [change for name, change in CHANGES.items() if name != "a term ramps up"]
+
+
+@pytest.mark.parametrize("change", [*SETTLING, lambda since: 5.0 * (since > 60)])
 def test_a_loss_that_changes_leaves_the_peak_where_nothing_goes_back_either(change):
     run = Run(500, keeps=False, **STABLE)
     run.also = lambda scheduler: change(scheduler.last_epoch - scheduler.switch.step) if scheduler.switch else 0.0
