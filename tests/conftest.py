@@ -6,6 +6,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+import logging
+
 import pytest
 import torch
 from hypothesis import settings
@@ -44,6 +46,16 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _levels():
+    """What a test, or a script that it runs in this process, turns off in logging is on again for the next."""
+    levels, disabled = {name: logging.getLogger(name).level for name in ("root", "autowu")}, logging.root.manager.disable
+    yield
+    logging.disable(disabled)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture
