@@ -136,11 +136,8 @@ class OpenEnded:
         self._extend(lengths)
 
     def _extend(self, lengths: Mapping[str, Any]) -> None:
-        was, config = (
-            phase_at(self.config, self._state, self.last_epoch),
-            self._horizon.longer(self.config, self._state, self.last_epoch, lengths),
-        )
-        self._plan(config)
+        was = phase_at(self.config, self._state, self.last_epoch)
+        self._plan(self._horizon.longer(self.config, self._state, self.last_epoch, lengths))
         if was != "stable" and "epoch" in (stage := self._stage.state_dict()):  # one that the cooldown cut short
             self._stage.load_state_dict({**stage, "epoch": None})
         self._write_lrs()

@@ -28,9 +28,9 @@ __all__ = [
     "cooldown_begin",
     "cooldown_progress",
     "end_plateau_epoch",
+    "exploded",
     "falls",
     "first_switch",
-    "from_minimum",
     "is_test_due",
     "peak_lr",
     "phase_at",
@@ -224,14 +224,6 @@ def verdict(config: Config, step: int, decision: SwitchDecision) -> Verdict:
     return Verdict(decision.switch, decision.votes, decision.probability, max(lr, config.min_lr), minimum)
 
 
-def from_minimum(config: Config, verdict: Verdict) -> Verdict:
-    """`verdict` with the peak LR that follows from the minimum: a curve that has exploded has no far edge that can be trusted."""
-    if not config.min_rise:
-        return verdict
-    lr = config.peak_factor * warmup_lr_at(config, verdict.minimum - config.warmup_origin)
-    return replace(verdict, lr=max(lr, config.min_lr))
-
-
 def falls(verdict: Verdict | None) -> bool:
     """Whether a test found that the loss still falls."""
     return verdict is not None and verdict.probability < FALLING
@@ -255,6 +247,18 @@ def switched(config: Config, state: State, step: int, verdict: Verdict | None, f
         return replace(state, votes=0, switch=Switch(step, lr, None, None, by_test=False))
     switch = Switch(step, verdict.lr, verdict.probability, verdict.minimum, by_test=verdict.switch)
     return replace(state, votes=verdict.votes, switch=switch)
+
+
+def exploded(config: Config, state: State) -> State:
+    """The state of a run that a loss which exploded has switched: the peak LR follows from the minimum.
+
+    Such a curve has no far edge that can be trusted: the explosion is in the spread that the edge is told by.
+    """
+    switch = state.switch
+    if not config.min_rise or switch is None or switch.minimum is None:
+        return state
+    lr = config.peak_factor * warmup_lr_at(config, switch.minimum - config.warmup_origin)
+    return replace(state, switch=replace(switch, lr=max(lr, config.min_lr)))
 
 
 def peak_lr(state: State) -> float:

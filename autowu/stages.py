@@ -25,8 +25,8 @@ from autowu.phases import (
     Verdict,
     after_test,
     end_plateau_epoch,
+    exploded,
     falls,
-    from_minimum,
     is_test_due,
     phase_at,
     plateau_epoch_due,
@@ -186,7 +186,7 @@ class WarmUp:
         """A loss that explodes ends the warm-up at once."""
         self.rooms.log.warn("explosion", step, "the loss has exploded, which ends the warm-up")
         found, _ = self._verdict(step, state)
-        after = self._ended(step, state, found and from_minimum(self.config, found))
+        after = exploded(self.config, self._ended(step, state, found))
         restored = self._go_back(step, _switch(after).lr)
         if restored is None and self.rooms.rollback.lost(step):
             after = replace(after, watched=False)

@@ -147,7 +147,7 @@ def decide(
         reach: how far past the minimum that edge is looked for, as a fraction of the planned warm-up.
         silent: whether losses came since the test before and none was finite: a run that has blown up is past its best.
 
-    The test votes "past" where most subsamples do: where the medians exceed `confidence` and `min_contrast`.
+    The test votes "past" where most subsamples do: where the medians exceed `confidence`, `min_contrast` and `min_rise`.
 
     Example:
         >>> import numpy as np
