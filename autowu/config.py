@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Final
 
 from torch import nn
@@ -115,12 +116,12 @@ class Config:
     rollback: bool
     watch: bool
 
-    @property
+    @cached_property
     def end(self) -> float:
         """T; infinite as long as the end is open."""
         return math.inf if self.total_steps is None else self.total_steps
 
-    @property
+    @cached_property
     def budget(self) -> tuple[str, float] | None:
         """Name and size of the budget, if there is one."""
         for name in BUDGETS:  # in half the time of next()
@@ -128,7 +129,7 @@ class Config:
                 return name, value
         return None
 
-    @property
+    @cached_property
     def cooldown_from(self) -> float:
         """First step of a cooldown that is not immediate; infinite as long as it is open."""
         return math.inf if self.cooldown_start is None else self.cooldown_start

@@ -230,7 +230,7 @@ class OpenEnded:
         """Go on by `config`."""
         if config is self.config:
             return
-        before, self.config, self._stage.config = self.config, config, config
+        before, self.config, self._stage.config, self._stage.busy_at = self.config, config, config, 0
         if config.budget is None:  # whose plan changes at every step
             self._rooms.record.steer(self.last_epoch, before, self._state, config, self._state)
         if not isinstance(self._stage, WarmUp):

@@ -32,6 +32,7 @@ __all__ = [
     "falls",
     "first_switch",
     "is_test_due",
+    "next_test",
     "peak_lr",
     "phase_at",
     "plateau_epoch_due",
@@ -161,17 +162,16 @@ def base_lr(config: Config, state: State, step: int) -> float:
 
     The first step after a switch runs at the peak, the last step of the run above 0, and every step after it at that same LR.
     """
-    if config.total_steps is not None and step >= config.total_steps:
-        step = config.total_steps - 1
-    if state.switch is None or step < state.switch.step:
+    switch = state.switch
+    if step >= config.end:
+        step = int(config.end) - 1
+    if switch is None or step < switch.step:
         return warmup_lr_at(config, max(step - config.warmup_origin, 0))
-    start: float = state.switch.step
-    if not config.immediate_cooldown and (config.cooldown_start is None or config.cooldown_start > start):
-        start = config.cooldown_from
-    lr = state.switch.lr * state.plateau_factor * SETBACK_FACTOR**state.setbacks
+    start = cooldown_begin(config, switch)
+    lr = switch.lr * state.plateau_factor * SETBACK_FACTOR**state.setbacks
     if config.decay_phase_factor != 1.0 and config.decay_phase_stat is None:
         assert config.steps_per_epoch is not None
-        lr *= config.decay_phase_factor ** ((min(step, start) - state.switch.step) // config.steps_per_epoch)
+        lr *= config.decay_phase_factor ** ((min(step, start) - switch.step) // config.steps_per_epoch)
     if step < start:
         return lr
     return lr * cooldown_factor(cooldown_progress(config, start, step), config.cooldown_type)
@@ -184,11 +184,11 @@ def cooldown_begin(config: Config, switch: Switch) -> float:
 
 def cooldown_progress(config: Config, start: float, step: int) -> float:
     """Share of the cooldown from `start` on that lies behind at `step`; one that was replanned goes on from where it stood."""
-    begin, done = start, 0.0
-    if config.replanned_at is not None:
-        begin, done = max(start, config.replanned_at), config.replanned_progress
-        if step < begin:  # about where it was
-            return done * (step - start) / (begin - start)
+    if config.replanned_at is None:
+        return (step - start) / (config.end - start)
+    begin, done = max(start, config.replanned_at), config.replanned_progress
+    if step < begin:  # about where it was
+        return done * (step - start) / (begin - start)
     return done + (1 - done) * ((step - begin) / (config.end - begin))
 
 
@@ -205,6 +205,15 @@ def is_test_due(config: Config, state: State, step: int) -> bool:
     if state.switch is not None or not 1 <= position <= config.warmup_limit:
         return False
     return position % config.test_interval == 0 or position == config.warmup_limit
+
+
+def next_test(config: Config, step: int) -> int:
+    """The step of the first test after `step`, within the warm-up or not."""
+    position = step - config.warmup_origin
+    if position < 0:
+        return step + 1
+    after = position + config.test_interval - position % config.test_interval
+    return config.warmup_origin + (config.warmup_limit if position < config.warmup_limit < after else after)
 
 
 def first_switch(config: Config, *, alone: bool) -> int:

@@ -74,16 +74,25 @@ class Reader:
         Returns:
             The step of the look before, always that before `step`; None where the loss waits.
         """
+        if not look and self.waits(step, loss):
+            return None
         self._looked_at = step
         self._unread.append(loss)
-        if not look and -HUGE < loss <= self._quiet and len(self._unread) < BLOCK:
-            if loss < self._low:
-                self._low, self._quiet = loss, self.watch.quiet(loss)
-            return None
         self.catch_up()
         self._low = self.watch.best
         self._quiet = self.watch.quiet(self._low)
         return step - 1
+
+    def waits(self, step: int, loss: float) -> bool:
+        """Whether a loss on the host may wait for others, and does: nothing can come of it, and the block is not full."""
+        unread = self._unread
+        if not -HUGE < loss <= self._quiet or len(unread) >= BLOCK - 1:
+            return False
+        unread.append(loss)
+        self._looked_at = step
+        if loss < self._low:
+            self._low, self._quiet = loss, self.watch.quiet(loss)
+        return True
 
     def read_block(self, step: int, losses: LossHistory, *, flag: bool, due: bool = False) -> int | None:
         """Send the block that ends with `step` on its way, where it is full or `due`, and follow the one before.

@@ -233,6 +233,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
     def _step(self, loss: float | Tensor | None, samples: int | None, tokens: int | None) -> None:
         if not (ranks := self._rooms.ranks).compared and not ranks.alone:
             self._rooms.compare(self.config, self.last_epoch)
+            self._stage.busy_at = 0  # no loss waits on one rank and not on another
         used = self._horizon.budget.of_step(self.config, samples, tokens)
         loss = self._micro_batches.loss_of_step(loss)
         self._horizon.budget.own += used

@@ -28,6 +28,7 @@ from autowu.phases import (
     exploded,
     falls,
     is_test_due,
+    next_test,
     phase_at,
     plateau_epoch_due,
     set_back,
@@ -104,14 +105,22 @@ class WarmUp:
 
     Args:
         fallback_lr: the LR to go on with if no test ever had a fit.
+
+    Attributes:
+        busy_at: up to this step nothing is due, and a loss that may wait for the watch is only kept; 0 where that is not known.
     """
 
     def __init__(self, config: Config, rooms: Rooms, fallback_lr: float) -> None:
         self.config, self.rooms, self.fallback_lr = config, rooms, fallback_lr
+        self.busy_at = 0
 
     def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
         """Take the loss of the `step`-th optimizer step."""
-        rooms, due = self.rooms, is_test_due(self.config, state, step)
+        rooms = self.rooms
+        if step < self.busy_at and type(loss) is float and rooms.reader.waits(step, loss):
+            rooms.judge.history.append(loss)
+            return state, self
+        due, self.busy_at = is_test_due(self.config, state, step), 0
         rooms.judge.history.append(loss)
         if self.config.watch and self._read(step, loss, due) is not None and rooms.reader.watch.exploded:
             return self._explode(step, state)
@@ -121,6 +130,7 @@ class WarmUp:
         """Have the watch follow the loss; None where it has not followed any."""
         reader, history, rollback = self.rooms.reader, self.rooms.judge.history, self.rooms.rollback
         if reader.follows_at_once(loss, history):
+            self.busy_at = next_test(self.config, step)
             return reader.follow(step, loss, look=due)
         since = reader.read_block(step, history, flag=rollback.failed, due=due)
         if reader.flagged:
@@ -237,6 +247,7 @@ class AfterSwitch:
 
     def __init__(self, config: Config, rooms: Rooms) -> None:
         self.config, self.rooms = config, rooms
+        self.busy_at = 0  # as of WarmUp
         self._losses = LossHistory(_POINTS)  # those since the switch; staged are those since the last look, at least
         self._epoch: LossHistory | None = None  # those of the epoch, for the plateau rule
 
@@ -246,14 +257,17 @@ class AfterSwitch:
 
     def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
         """Take the loss of the `step`-th optimizer step."""
-        before, ruled = state, self.config.decay_phase_stat is not None
+        if step < self.busy_at and type(loss) is float and self.rooms.reader.waits(step, loss):
+            self._losses.append(loss)
+            return state, self
+        before, ruled, self.busy_at = state, self.config.decay_phase_stat is not None, 0
         self._losses.append(loss)
         if ruled and self._is_ruled(state, step - 1):
             if self._epoch is None:
                 self._epoch = LossHistory()
             self._epoch.append(loss)
-        if state.watched:
-            state = self._watch(step, loss, state)
+        if state.watched and (since := self._read(step, loss)) is not None:
+            state = self._watch(step, since, state)
         if ruled and plateau_epoch_due(self.config, state, step):
             state = self._end_epoch(state)
         if state is not before:
@@ -274,11 +288,9 @@ class AfterSwitch:
         """Whether the plateau rule wants the loss of optimizer step `step`, from 0."""
         return self.config.decay_phase_stat is not None and phase_at(self.config, state, step) == "stable"
 
-    def _watch(self, step: int, loss: float | Tensor, state: State) -> State:
+    def _watch(self, step: int, since: int, state: State) -> State:
+        """Heed what the watch says, after a look at it; the one before was at step `since`."""
         reader, rollback, interval = self.rooms.reader, self.rooms.rollback, self._copies_every(step)
-        since = self._read(step, loss)
-        if since is None:
-            return state
         copy_is_due = rollback.able and since // interval < step // interval
         if copy_is_due:  # which waits for the device anyway
             reader.catch_up()
@@ -302,7 +314,10 @@ class AfterSwitch:
         if reader.follows_at_once(loss, self._losses):
             if step % _FOLDED_EVERY == 0:
                 self._losses.fold()
-            look = step % BLOCK == 0 or (rollback.able and step % self._copies_every(step) == 0)
+            interval = self._copies_every(step)
+            if self.config.decay_phase_stat is None:
+                self.busy_at = min(step + n - step % n for n in (BLOCK, interval, _FOLDED_EVERY))
+            look = step % BLOCK == 0 or (rollback.able and step % interval == 0)
             return reader.follow(step, loss, look=look)
         since = reader.read_block(step, self._losses, flag=rollback.failed)
         if since is not None:

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_step.py [--device cuda] [--repeats 15] [--out benchmarks/results/bench_step.json]
 
-- *Step*: ``scheduler.step(loss)`` (``step()`` for CosineAnnealingLR) with the loss as a tensor on the device, the optimizer called
-  before, and no test of AutoWU due; mean of 1,000 calls, for one parameter group and for eight. The floor is what
-  ``LRScheduler.step`` itself costs, with LRs that stay as they are.
+- *Step*: ``scheduler.step(loss)`` (``step()`` for CosineAnnealingLR) with the loss, noisy and falling, as a tensor on the device,
+  the optimizer called before, and no test of AutoWU due; mean of 1,000 calls, for one parameter group and for eight. The floor
+  is what ``LRScheduler.step`` itself costs, with LRs that stay as they are.
 - *Loop*: a small convolutional network trained for a whole run, AutoWU's tests included; the milliseconds within AutoWU's steps
   above those within CosineAnnealingLR's, and what they leave of the loop's throughput.
 - On a GPU the steps also run under ``torch.cuda.set_sync_debug_mode("error")``: one that waits for the device ends the script.
@@ -39,7 +39,10 @@ LOOP_REPEATS = 5
 
 
 def optimizer_of(groups: int, device: str) -> torch.optim.SGD:
-    return torch.optim.SGD([{"params": [torch.zeros(1, device=device, requires_grad=True)]} for _ in range(groups)], lr=0.1)
+    params = [torch.zeros(1, device=device, requires_grad=True) for _ in range(groups)]
+    for param in params:
+        param.grad = torch.zeros_like(param)  # as in training
+    return torch.optim.SGD([{"params": [param]} for param in params], lr=0.1)
 
 
 class Floor(LRScheduler):
@@ -76,18 +79,20 @@ def step_seconds(name: str, groups: int, device: str) -> float:
     """Mean seconds of a step on the host."""
     optimizer = optimizer_of(groups, device)
     scheduler = SCHEDULERS[name](optimizer)
-    loss = torch.ones((), device=device)
-    call: Callable[[], object] = scheduler.step if name in ("cosine", "floor") else lambda: scheduler.step(loss)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    falling = torch.linspace(1.0, 0.9, CALLS) + 0.01 * torch.randn(CALLS, generator=generator)
+    losses = [()] * CALLS if name in ("cosine", "floor") else [(loss,) for loss in falling.to(device)]
+    call: Callable[..., object] = scheduler.step
     optimizer.step()
-    call()
+    call(*losses[0])
     strict = device == "cuda" and name.startswith("autowu")
     if strict:
         torch.cuda.set_sync_debug_mode("error")
     total = 0.0
-    for _ in range(CALLS):
+    for loss in losses:
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what optimizer.step() leaves behind
         start = time.perf_counter()
-        call()
+        call(*loss)
         total += time.perf_counter() - start
     if strict:
         torch.cuda.set_sync_debug_mode("default")

@@ -20,6 +20,7 @@ from autowu.phases import (
     base_lr,
     end_plateau_epoch,
     is_test_due,
+    next_test,
     phase_at,
     switched,
     verdict,
@@ -154,6 +155,16 @@ def test_tests_are_due_at_the_interval_and_at_the_limit(interval):
     due = [k for k in range(1, 250) if is_test_due(config, State(), k)]
     assert due == sorted({*range(every, 101, every), 100})
     assert not any(is_test_due(config, after_switch(20), k) for k in range(1, 250))
+
+
+@given(interval=st.integers(1, 40), warmup=st.integers(1, 60), origin=st.integers(0, 30), step=st.integers(0, 100))
+def test_the_next_test_is_the_first_that_is_due_later(interval, warmup, origin, step):
+    config = config_of(test_interval=interval, max_warmup_steps=warmup, total_steps=200, steps_per_epoch=None, total_epochs=None)
+    config = dataclasses.replace(config, warmup_origin=origin)
+    due = [k for k in range(step + 1, 200) if is_test_due(config, State(), k)]
+    assert step < next_test(config, step) <= min(due, default=math.inf)
+    if due and step >= origin:
+        assert next_test(config, step) == due[0]
 
 
 def test_a_switch_goes_to_the_lr_of_the_minimum():
