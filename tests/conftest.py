@@ -35,7 +35,7 @@ LONG = ("train", "benchmarks", "distributed", "accelerate", "lightning", "transf
 
 
 def pytest_collection_modifyitems(config, items):
-    """Slow tests are left out unless asked for. The longest files come first, so that both processes are busy to the end."""
+    """Slow tests are left out unless asked for. The longest files come first, so that all processes are busy to the end."""
     if not config.getoption("--slow"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)

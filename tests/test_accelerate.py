@@ -30,6 +30,10 @@ EPOCHS = 10
 BUILDS = ["before", "after", "unwrapped"]
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def data():
     digits = load_digits()
     order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(0))
@@ -127,12 +131,12 @@ def assert_same_run(run, plain):
     assert_same_weights(run.accelerator.unwrap_model(run.model), model)
 
 
-@pytest.mark.parametrize(("build", "observes"), [("before", False), ("after", False), ("after", True), ("unwrapped", True)])
+@pytest.mark.parametrize(("build", "observes"), [("before", False), slow("after", False), ("after", True), slow("unwrapped", True)])
 def test_the_run_is_that_of_a_plain_loop(build, observes):
     assert_same_run(Run(build).train(observes), plain_run())
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("build", ["before", *map(slow, BUILDS[1:])])
 def test_accumulation_advances_once_an_optimizer_step(build):
     # 53 micro-batches an epoch: 18 optimizer steps, the last of which has two.
     run = Run(build, size=34, accumulate=3).train(observes=True)
@@ -141,7 +145,7 @@ def test_accumulation_advances_once_an_optimizer_step(build):
     assert_same_run(run, plain_run(34, 3))
 
 
-@pytest.mark.parametrize("build", ["before", "after"])
+@pytest.mark.parametrize("build", ["before", slow("after")])
 def test_a_skipped_step_does_not_count(build):
     run = Run(build, scaler=torch.amp.GradScaler("cpu"), overflows=(0, 1, 50, 150)).train()
     assert run.skipped == 4
@@ -187,7 +191,7 @@ def test_the_lr_range_is_that_of_the_wrapped_optimizer(family):
     assert (config.min_lr, config.max_lr) == LR_RANGES[family]
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("build", ["before", *map(slow, BUILDS[1:])])
 def test_a_run_that_goes_on_is_the_uncut_one(build, tmp_path):
     seeded = {"shuffle": True, "dataloader_config": DataLoaderConfiguration(use_seedable_sampler=True)}
     uncut = Run(build, **seeded).train()

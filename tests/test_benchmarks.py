@@ -27,6 +27,7 @@ def grid_row(lr, loss, seed=0, case="a b 1 100"):
     return {"case": case, "method": "grid", "lr": lr, "seed": seed, "finite": math.isfinite(loss), "test_loss": loss}
 
 
+@pytest.mark.slow  # a grid that is run once is held below
 def test_regret_measures_a_case_and_runs_nothing_twice(tmp_path):
     out, figure = tmp_path / "regret.jsonl", tmp_path / "regret.png"
     case = "mlp lamb 128 240"
@@ -47,7 +48,8 @@ def test_regret_measures_a_case_and_runs_nothing_twice(tmp_path):
     assert [line.split(" | ")[0] for line in table.splitlines()[2:5]] == ["| autowu", "| paper", "| sweep"]
 
 
-@pytest.mark.parametrize(("rounds", "processes"), [(1, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow  # which measures nothing here: it is seen to run
+@pytest.mark.parametrize(("rounds", "processes"), [(1, 1), (3, 2)])
 def test_optimizers_are_measured_beside_their_limits(tmp_path, rounds, processes):
     out = tmp_path / "optim.json"
     options = ["--models", "test_resnet", "--rounds", f"{rounds}", "--processes", f"{processes}", "--no-compile", "--out", out]

@@ -89,6 +89,7 @@ def images(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow  # other data and another model for what is run above
 def test_a_folder_of_images_trains_an_alexnet(compare, monkeypatch, images, tmp_path):
     out = tmp_path / "rows.jsonl"
     command = ("--images", images, "--batch-sizes", 40, "--epochs", 5, "--seeds", 0, "--jobs", 1, "--out", out)

@@ -117,7 +117,7 @@ def test_a_seed_fixes_the_draws(engine_of):
     assert not np.array_equal(other.mean, first.mean)
 
 
-@pytest.mark.parametrize("engine_of", [GPyTorchGP, PublishedGP])
+@pytest.mark.parametrize("engine_of", [GPyTorchGP, pytest.param(PublishedGP, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("way", "tests_before"), [("state_dict", 0), ("state_dict", 2), ("pickle", 2), ("deepcopy", 2)])
 def test_a_restored_engine_goes_on_bit_for_bit(engine_of, way, tests_before):
     losses = valley(700)

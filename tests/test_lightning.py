@@ -383,6 +383,7 @@ class Rank(Callback):
         (self.folder / f"{type(module).__name__}_{trainer.global_rank}.json").write_text(json.dumps(seen))
 
 
+@pytest.mark.slow  # with modules of another kind than the example's, below
 def test_two_processes_switch_together(tmp_path):
     launch(__file__, tmp_path)
     for kind in ("Observing", "Monitoring"):

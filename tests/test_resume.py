@@ -225,7 +225,7 @@ CASES = [
     pytest.param(
         *(variant, cut),
         id=f"{variant}, {cut}",
-        marks=[pytest.mark.slow] if variant in SLOW and (variant, cut) != ("paper", "in the warm-up") else [],
+        marks=[pytest.mark.slow] if variant in SLOW else [],
     )
     for variant in VARIANTS
     for cut in cuts_of(variant)

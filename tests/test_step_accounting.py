@@ -381,8 +381,14 @@ SKIPS = {
 }
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("skipped", SKIPS.values(), ids=SKIPS)
+@pytest.mark.parametrize(
+    ("skipped", "parts"),
+    [
+        pytest.param(steps, parts, id=f"{name}-{parts}", marks=[pytest.mark.slow] if parts > 1 and name != "everywhere" else [])
+        for name, steps in SKIPS.items()
+        for parts in (1, 3)
+    ],
+)
 def test_a_step_that_the_scaler_skips_does_not_count(skipped, parts):
     plain, scaled = Amp(parts=parts).run(), Amp(parts=parts).run(skipped)
     assert scaled.lrs == plain.lrs

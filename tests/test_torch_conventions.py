@@ -457,8 +457,15 @@ def replaced_step(trained, backend):
 WAYS = [compiled_step, compiled_train_step, replaced_step]
 
 
-@pytest.mark.parametrize("compiled", WAYS)
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+QUICK = {("LARS", compiled_train_step), ("SGD", replaced_step), ("AdamW", compiled_step)}  # each optimizer, and each way
+COMPILED = [
+    pytest.param(make, way, id=f"{name}-{way.__name__}", marks=[] if (name, way) in QUICK else [pytest.mark.slow])
+    for name, make in OPTIMIZERS.items()
+    for way in WAYS
+]
+
+
+@pytest.mark.parametrize(("make", "compiled"), COMPILED)
 def test_a_compiled_step_is_not_compiled_again_as_the_lr_changes(make, compiled):
     trained, counter = Trained(make), CompileCounter()
     train_step = compiled(trained, counter)
@@ -477,7 +484,9 @@ def test_a_compiled_step_is_not_compiled_again_as_the_lr_changes(make, compiled)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # compiled steps use the arithmetic of `capturable`
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize(
+    "make", [pytest.param(m, id=name, marks=[] if name == "LARS" else [pytest.mark.slow]) for name, m in OPTIMIZERS.items()]
+)
 def test_a_step_compiled_by_aot_eager_advances_the_schedule(make):
     trained = Trained(make)
     train_step = compiled_step(trained, "aot_eager")
