@@ -286,19 +286,23 @@ def _draw_lr(axes: Axes, report: Report, lrs: Sequence[float] | None) -> None:
     marks += [mark for course in report.courses for mark in (course.until - 1, course.until)]
     steps = np.unique([step for step in (*np.linspace(0, last - 1, _POINTS).round(), *marks) if 0 <= step < last]).astype(int)
     taken, coming = steps[steps <= report.step], steps[steps >= report.step]
-    if lrs is None:
-        axes.plot(taken, [report.lr(int(step)) for step in taken], color="black", linewidth=1.5)
-    else:
-        axes.plot(np.arange(len(lrs)), lrs, color="black", linewidth=1.5)
-    if len(coming) > 1:
-        axes.plot(coming, [report.lr(int(step)) for step in coming], color="black", linestyle=":", linewidth=1.2, label="to come")
+    number = len(report.lrs(0))
+    for index in range(number):
+        color, label = ("black", None) if number == 1 else (_COLORS[index % len(_COLORS)], f"optimizer {index}")
+        if lrs is None or index:
+            axes.plot(taken, [report.lrs(int(step))[index] for step in taken], color=color, linewidth=1.5, label=label)
+        else:
+            axes.plot(np.arange(len(lrs)), lrs, color=color, linewidth=1.5, label=label)
+        if len(coming) > 1:
+            values = [report.lrs(int(step))[index] for step in coming]
+            axes.plot(coming, values, color=color, linestyle=":", linewidth=1.2, label=None if index else "to come")
     axes.set(ylabel="LR", yscale="log")
 
 
 def _draw_switch(panels: Sequence[Axes], report: Report, lrs: Sequence[float] | None) -> None:
     if (switch := report.state.switch) is None:
         return
-    peak, at_minimum = f"switch, to LR {switch.lr:.3g}", report.lr_at_minimum
+    peak, at_minimum = f"switch, to LR {' and '.join(f'{lr:.3g}' for lr in switch.lrs)}", report.lr_at_minimum
     if switch.minimum is not None and lrs is not None and len(lrs):
         at_minimum = float(np.interp(switch.minimum, np.arange(len(lrs)), lrs))
     for panel in panels:
