@@ -5,10 +5,14 @@ import io
 import math
 import pickle
 import re
+import runpy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from curves import valley
+from processes import ROOT
 from torch import nn
 
 import autowu.optim
@@ -678,3 +682,27 @@ def test_muon_for_matrices_and_adamw_for_the_rest_learn(muon):
     task = Task(muon).run(200)
     assert task.scheduler.phase == "done"
     assert sum(task.losses[-10:]) < 0.2 * sum(task.losses[:10])
+
+
+# ---------------------------------------------------------------- as shown
+
+
+def test_the_example_learns(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["muon_digits.py", "--epochs", "10"])
+    runpy.run_path(str(ROOT / "examples" / "muon_digits.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert re.search(r"peak LRs \S+ and \S+ from step \d+ of 210", said)
+    assert float(re.search(r"test accuracy ([\d.]+)%", said)[1]) > 85
+
+
+def test_the_blocks_of_the_page_run():
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "several-optimizers.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block, names)
+    assert names["loss"] < 1.0
+    module = nn.Module()
+    module.matrices, module.rest, module.trainer = names["matrices"], names["rest"], SimpleNamespace(estimated_stepping_batches=100)
+    configured = names["configure_optimizers"](module)
+    assert configured["lr_scheduler"]["scheduler"].optimizer is configured["optimizer"]
