@@ -191,7 +191,7 @@ def main() -> None:
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     had = {(row["task"], row["muon"], row["seed"], tuple(row["lrs"]) if row["method"] == "grid" else None) for row in rows}
     wanted = [
-        (task, kind, seed, lrs) for task in args.tasks for kind in GRID for seed in SEEDS for lrs in (None, *product(*GRID[kind]))
+        (task, kind, seed, lrs) for task in args.tasks for kind in GRID for seed in SEEDS for lrs in (*product(*GRID[kind]), None)
     ]
     with args.out.open("a") as out:
         for case in [case for case in wanted if case not in had][: args.most]:
