@@ -32,7 +32,7 @@ from autowu.checks import (
 from autowu.families import lr_range, peak_factor, peak_lag
 from autowu.gp import LossCurveGP
 from autowu.kin import parts
-from autowu.multi_optimizer import MultiOptimizer
+from autowu.multi_optimizer import MultiOptimizer, told
 from autowu.multi_optimizer import checked as optimizers
 from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, decades
 
@@ -165,7 +165,7 @@ def _optimizer(name: str, value: Any) -> Optimizer:
             group_lrs(f"{name}[{index}]", one)
         value = together.optimizers[0] if len(together.optimizers) == 1 else together
     if not isinstance(value, Optimizer):
-        raise TypeError(f"{name}={value!r}: must be a torch.optim.Optimizer, or a list of them")
+        raise TypeError(f"{name}={told(value)}: must be a torch.optim.Optimizer, or a list of them")
     own = {id(group) for part in parts(value) for group in part.param_groups}
     if len(parts(value)) > 1 and not {id(group) for group in value.param_groups} <= own:
         cure = "pass these, as a list"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["MultiOptimizer", "checked"]
+__all__ = ["MultiOptimizer", "checked", "told"]
 
 
 class MultiOptimizer(Optimizer):
@@ -149,6 +149,11 @@ def _needs_a_closure(cls: type[Optimizer]) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
+def told(value: Any) -> str:
+    """A value in one line, however an optimizer in it describes itself."""
+    return " ".join(repr(value).split())
+
+
 def checked(name: str, optimizers: Any) -> list[Optimizer]:
     """Optimizers, each with parameters of its own, out of a list or tuple.
 
@@ -156,13 +161,13 @@ def checked(name: str, optimizers: Any) -> list[Optimizer]:
         TypeError, ValueError: naming the argument, what is wrong, and what it may be.
     """
     if not isinstance(optimizers, list | tuple):
-        raise TypeError(f"{name}={optimizers!r}: must be a list of torch.optim.Optimizer")
+        raise TypeError(f"{name}={told(optimizers)}: must be a list of torch.optim.Optimizer")
     if not optimizers:
         raise ValueError(f"{name}={optimizers!r}: must be a list of one or more torch.optim.Optimizer")
     owner: dict[int, int] = {}
     for index, optimizer in enumerate(optimizers):
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"{name}[{index}]={optimizer!r}: must be a torch.optim.Optimizer")
+            raise TypeError(f"{name}[{index}]={told(optimizer)}: must be a torch.optim.Optimizer")
         if any(optimizer is before for before in optimizers[:index]):
             raise ValueError(f"{name}[{index}]: is {name}[{optimizers.index(optimizer)}] again; give each once")
         mine = {id(param): param for group in optimizer.param_groups for param in group["params"]}

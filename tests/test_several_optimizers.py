@@ -17,6 +17,7 @@ from torch import nn
 
 import autowu.optim
 from autowu import AutoWU, MultiOptimizer
+from autowu.config import MAX_LAG
 from autowu.families import LR_RANGES
 from autowu.kin import everyone, parts, several
 from autowu.optim import LAMB, LARS
@@ -305,7 +306,7 @@ def test_an_explosion_ends_the_warm_up_of_all():
 # ---------------------------------------------------------------- states
 
 
-@pytest.mark.parametrize("at", [5, 40, 120])
+@pytest.mark.parametrize("at", [pytest.param(5, marks=pytest.mark.slow), 40, pytest.param(120, marks=pytest.mark.slow)])
 def test_a_run_that_is_cut_and_resumed_goes_on_bit_for_bit(whole, at):
     saved = Task().run(at).save()
     resumed = Task(total_steps=200).load(saved).run(200)
@@ -410,11 +411,11 @@ def test_groups_that_are_added_later_stay_with_their_optimizer_and_are_resumed()
 def test_a_run_can_be_made_longer_and_searched_again():
     task = Task(cooldown_fraction=0.5).run(90)
     peaks = task.scheduler.switch.lrs
-    task.scheduler.extend(total_steps=400)
+    task.scheduler.extend(total_steps=240)
     assert task.scheduler.get_last_lr() == list(peaks)
     task.scheduler.rewarm(0.1)
     assert task.scheduler.get_last_lr() == pytest.approx([peak / 10 for peak in peaks])
-    task.run(400)
+    task.run(240)
     assert task.scheduler.phase == "done"
     assert len(task.scheduler.switch.lrs) == 2
 
@@ -429,8 +430,8 @@ def test_a_branch_cools_down_with_the_peaks_of_all():
     assert shares == pytest.approx([0.99, 0.99])
 
 
-def test_a_budget_plans_the_warm_up_of_all(whole):
-    task = Task(total_steps=None, total_samples=64 * 200, peak_factor=[0.3, None], min_lr=[1e-4, 1e-5])
+def test_a_budget_plans_the_warm_up_of_all():
+    task = Task(total_steps=None, total_samples=64 * 100, peak_factor=[0.3, None], min_lr=[1e-4, 1e-5])
     state = task.save()[-1]
     assert state["horizon"]["budget"]["given"]["peak_factor"] == (0.3, None)
     task.scheduler.load_state_dict(state)
@@ -442,9 +443,9 @@ def test_a_budget_plans_the_warm_up_of_all(whole):
         task.second.step()
         task.scheduler.step(loss, samples=64)
     config = task.scheduler.config
-    assert task.scheduler.last_epoch == 200
+    assert (task.scheduler.last_epoch, config.warmup_steps) == (100, 32)
     assert (config.min_lr, config.peak_factor, config.others[0][0]) == (1e-4, 0.3, 1e-5)
-    assert config.others[0][2] == pytest.approx(whole.scheduler.config.others[0][2], rel=0.2)  # less by the lag in so many steps
+    assert config.others[0][2] == 0.4 * 10**-MAX_LAG  # less by the lag in so few steps
 
 
 def test_a_run_without_a_fixed_end_cools_down_when_asked():
@@ -530,7 +531,7 @@ def test_the_state_of_the_optimizers_as_one_is_that_of_all():
 
 def test_stepping_them_as_one_is_stepping_each(whole):
     task = Task(combine=MultiOptimizer)
-    for step in range(200):
+    for step in range(whole.scheduler.switch.step):
         task.model.zero_grad()
         loss = task.loss(step)
         loss.backward()
@@ -686,9 +687,8 @@ def test_lbfgs_beside_another_optimizer_calls_its_closure_and_counts_once():
         task.scheduler.optimizer.step()
 
 
-@pytest.mark.parametrize("muon", [torch.optim.Muon, autowu.optim.Muon], ids=["torch", "autowu"])
-def test_muon_for_matrices_and_adamw_for_the_rest_learn(muon):
-    task = Task(muon).run(200)
+def test_the_trust_scaled_muon_for_matrices_and_adamw_for_the_rest_learn():
+    task = Task(autowu.optim.Muon, total_steps=120).run(120)
     assert task.scheduler.phase == "done"
     assert sum(task.losses[-10:]) < 0.2 * sum(task.losses[:10])
 
