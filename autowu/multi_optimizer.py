@@ -54,14 +54,14 @@ class MultiOptimizer(Optimizer):
         return _States(self.optimizers)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step all, after one call of the closure, where there is one; what it gives back.
 
         Raises:
             TypeError: if one of them needs the closure for itself, as LBFGS does.
         """
         for optimizer in self.optimizers:
-            if _needs_a_closure(type(optimizer)):
+            if _needs_a_closure(type(optimizer)):  # type: ignore[arg-type]
                 cure = "call the step of each optimizer by itself, scheduler.step(loss) once after them"
                 raise TypeError(f"{type(optimizer).__name__} calls a closure of its own, several times: {cure}")
         loss = None
@@ -85,11 +85,11 @@ class MultiOptimizer(Optimizer):
         """
         raise TypeError(f"a MultiOptimizer of {len(self.optimizers)}: add the group to one of them, optimizers[0] say")
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """The states of all, in their order."""
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load them.
 
         Raises:

@@ -26,7 +26,7 @@ class OpenEnded:
     _state: State
     _stage: Stage
     _horizon: Horizon
-    _groups: Any
+    _groups: Any  # the room of one optimizer or of several, which differ in what an LR is
     _rooms: Rooms
 
     @property

@@ -109,7 +109,7 @@ def rewarmed(config: Config, state: State, step: int, fraction: float) -> Config
     steps = max(needed)
     limit = int(min(steps, config.cooldown_from - step))
     others = tuple((low, high, factor) for low, (_, high, factor) in zip(lows[1:], config.others, strict=True))
-    plan = {"warmup_type": "exp", "warmup_steps": steps, "warmup_limit": limit, "warmup_origin": step}
+    plan: dict[str, Any] = {"warmup_type": "exp", "warmup_steps": steps, "warmup_limit": limit, "warmup_origin": step}
     return replace(config, min_lr=lows[0], others=others, **plan)
 
 

@@ -139,19 +139,19 @@ class AutoWU(Shown, OpenEnded, Drawn):
         process_group: ProcessGroup | None = None,
     ) -> None:
         arguments = checked(locals())
-        optimizer = arguments["optimizer"]
+        stepped: Optimizer = arguments["optimizer"]
         self.config: Config = configure(arguments)
         self._state = State()
         self._rooms = rooms_of(self.config, arguments)
         self._micro_batches = MicroBatches()
-        self._calls = OptimizerCalls(optimizer, self._rooms.log)
+        self._calls = OptimizerCalls(stepped, self._rooms.log)
         self._horizon = Horizon(self.config, arguments, self._rooms.ranks, self._rooms.log)
-        self._groups = group_lrs_of(parts(optimizer))
+        self._groups = group_lrs_of(parts(stepped))
         if self._groups.resting:
             told = f"parameter groups {self._groups.resting} have an LR of 0, and keep it until it is set"
             self._rooms.log.once("frozen", 0, told)
         self._stage: Stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
-        super().__init__(optimizer)
+        super().__init__(stepped)
 
     @classmethod
     def paper(
@@ -178,7 +178,8 @@ class AutoWU(Shown, OpenEnded, Drawn):
     def get_lr(self) -> list[float | Tensor]:
         """LR of the coming optimizer step for each parameter group, as torch's schedulers compute it inside `step`."""
         self._meet_groups()
-        return self._groups.of(all_lrs(self.config, self._state, self.last_epoch))
+        lrs: list[float | Tensor] = self._groups.of(all_lrs(self.config, self._state, self.last_epoch))
+        return lrs
 
     def _meet_groups(self) -> None:
         if told := self._groups.adopt(self.optimizer):
