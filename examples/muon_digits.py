@@ -24,9 +24,8 @@ def main() -> None:
     digits = load_digits()
     inputs, targets = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
     train, test = slice(0, 1400), slice(1400, None)
-    model = nn.Sequential(
-        nn.Linear(64, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 10)
-    )  # fmt: skip
+    layers = (nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 10))
+    model = nn.Sequential(*layers)
 
     # Muon's authors leave the output layer to AdamW, as biases and norms.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith("6.")]

@@ -18,10 +18,8 @@ from autowu import AutoWU
 class Digits(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Linear(64, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 128), nn.LayerNorm(128), nn.ReLU()
-        )
-        self.head = nn.Linear(128, 10)
+        self.body = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU())
+        self.head = nn.Linear(64, 10)
 
     def forward(self, inputs):
         return self.head(self.body(inputs))

@@ -432,11 +432,11 @@ def test_the_example_learns_in_two_processes():
 
 
 def test_two_optimizers_under_one_schedule_learn_and_resume(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["muon_lightning.py", "--epochs", "8"])
+    monkeypatch.setattr(sys, "argv", ["muon_lightning.py", "--epochs", "6"])
     names = runpy.run_path(str(ROOT / "examples" / "muon_lightning.py"), run_name="__main__")
     said = capsys.readouterr().out
-    assert re.search(r"peak LRs \S+ and \S+ from step \d+ of 168", said)
-    assert float(re.search(r"test accuracy ([\d.]+)%", said)[1]) > 80
+    assert re.search(r"peak LRs \S+ and \S+ from step \d+ of 126", said)
+    assert float(re.search(r"test accuracy ([\d.]+)%", said)[1]) > 75
 
     def trained(epochs, **more):
         L.seed_everything(0)

@@ -697,11 +697,11 @@ def test_the_trust_scaled_muon_for_matrices_and_adamw_for_the_rest_learn():
 
 
 def test_the_example_learns(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["muon_digits.py", "--epochs", "10"])
+    monkeypatch.setattr(sys, "argv", ["muon_digits.py", "--epochs", "6"])
     runpy.run_path(str(ROOT / "examples" / "muon_digits.py"), run_name="__main__")
     said = capsys.readouterr().out
-    assert re.search(r"peak LRs \S+ and \S+ from step \d+ of 210", said)
-    assert float(re.search(r"test accuracy ([\d.]+)%", said)[1]) > 85
+    assert re.search(r"peak LRs \S+ and \S+ from step \d+ of 126", said)
+    assert float(re.search(r"test accuracy ([\d.]+)%", said)[1]) > 80
 
 
 def test_the_blocks_of_the_page_run():
