@@ -12,7 +12,18 @@ from autowu.config import Config
 from autowu.events import back_at, in_words
 from autowu.gp import FloatArray
 from autowu.history import LossHistory
-from autowu.phases import MAX_SETBACKS, Event, State, all_lrs, cooldown_begin, each_lr, phase_at, state_of, warmup_lr_at
+from autowu.phases import (
+    MAX_SETBACKS,
+    Event,
+    State,
+    all_lrs,
+    cooldown_begin,
+    each_config,
+    each_lr,
+    phase_at,
+    state_of,
+    warmup_lr_at,
+)
 from autowu.record import Course, Record, Test
 from autowu.states import readable
 
@@ -118,13 +129,17 @@ class Report:
 
     @property
     def lr_at_minimum(self) -> float | None:
-        """LR of the warm-up where the fitted curve was lowest; None where it is not known."""
+        """LR of the warm-up where the fitted curve was lowest; None where it is not known. Of several optimizers of the first."""
+        return next(iter(self.lrs_at_minimum), None)
+
+    @property
+    def lrs_at_minimum(self) -> tuple[float, ...]:
+        """The same of each optimizer; none where it is not known."""
         switch = self.state.switch
-        return (
-            None
-            if switch is None or switch.minimum is None
-            else warmup_lr_at(self.config, switch.minimum - self.config.warmup_origin)
-        )
+        if switch is None or switch.minimum is None:
+            return ()
+        place = switch.minimum - self.config.warmup_origin
+        return tuple(warmup_lr_at(one, place) for one in each_config(self.config))
 
     def decided(self) -> list[tuple[str, str]]:
         """What was decided, as rows of a table: what, and the words."""
@@ -141,7 +156,7 @@ class Report:
         else:
             rows.append(("switch", f"step {switch.step}{'' if switch.by_test else ', not by test'}"))
             if switch.minimum is not None and switch.probability is not None:
-                lowest = f"step {switch.minimum:.0f}, LR {self.lr_at_minimum:.4g}"
+                lowest = f"step {switch.minimum:.0f}, LR {in_words(self.lrs_at_minimum)}"
                 rows.append(("minimum", f"{lowest}; past with probability {switch.probability:.3f}"))
             rows.append(("peak LR", in_words(switch.lrs)))
             if state.setbacks:
