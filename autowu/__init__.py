@@ -2,7 +2,8 @@
 
 from autowu.gp import ClosedFormGP
 from autowu.gpytorch_engine import GPyTorchGP
+from autowu.multi_optimizer import MultiOptimizer
 from autowu.scheduler import AutoWU
 from autowu.version import __version__
 
-__all__ = ["AutoWU", "ClosedFormGP", "GPyTorchGP", "__version__"]
+__all__ = ["AutoWU", "ClosedFormGP", "GPyTorchGP", "MultiOptimizer", "__version__"]

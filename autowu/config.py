@@ -7,7 +7,7 @@ documentation to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Final
@@ -32,6 +32,9 @@ from autowu.checks import (
 )
 from autowu.families import lr_range, peak_factor, peak_lag
 from autowu.gp import LossCurveGP
+from autowu.kin import parts
+from autowu.multi_optimizer import MultiOptimizer, told
+from autowu.multi_optimizer import checked as optimizers
 from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, decades
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "PUBLISHED",
     "UNMEASURED",
     "Config",
+    "brief",
     "check_together",
     "checked",
     "configure",
@@ -48,6 +52,7 @@ __all__ = [
     "extended",
     "forked",
     "lengthened",
+    "per_optimizer",
     "warmup_share",
 ]
 
@@ -68,6 +73,12 @@ MAX_LAG: Final = 0.5
 """Decades of LR: what a fitted curve can tell apart, and so the most that the loss of a warm-up counts as lagging behind its LR."""
 
 
+def brief(value: Any) -> str:
+    """The repr of a dataclass, in which there is nothing said of other optimizers where there are none."""
+    told = (f"{field.name}={own!r}" for field in fields(value) if (own := getattr(value, field.name)) or field.name != "others")
+    return f"{type(value).__name__}({', '.join(told)})"
+
+
 @dataclass(frozen=True)
 class Config:
     """The arguments of a run, checked and resolved; steps are optimizer steps. Built by :func:`configure`.
@@ -85,6 +96,7 @@ class Config:
             that lay behind by then; None and 0 for one that goes on as it began.
         test_interval: steps between tests.
         peak_factor: the peak LR over that at the far edge of the valley (at the minimum where `min_rise` is 0), the lag included.
+        others: `min_lr`, `max_lr` and `peak_factor` of each other optimizer, where there are several; those above are of the first.
     """
 
     total_steps: int | None
@@ -115,6 +127,18 @@ class Config:
     peak_factor: float
     rollback: bool
     watch: bool
+    others: tuple[tuple[float, float, float], ...] = ()
+
+    __repr__ = brief
+
+    @property
+    def decades(self) -> float:
+        """Decades of LR that the warm-up passes through at the pace of its end, see :func:`~autowu.schedules.decades`.
+
+        Of several optimizers those of the one with the widest range.
+        """
+        own = decades(self.min_lr, self.max_lr, self.warmup_type)
+        return max([own, *(decades(low, high, self.warmup_type) for low, high, _ in self.others)]) if self.others else own
 
     @cached_property
     def end(self) -> float:
@@ -136,9 +160,29 @@ class Config:
 
 
 def _optimizer(name: str, value: Any) -> Optimizer:
+    if isinstance(value, list | tuple):
+        together = MultiOptimizer(optimizers(name, value))
+        for index, one in enumerate(together.optimizers):
+            group_lrs(f"{name}[{index}]", one)
+        value = together.optimizers[0] if len(together.optimizers) == 1 else together
     if not isinstance(value, Optimizer):
-        raise TypeError(f"{name}={value!r}: must be a torch.optim.Optimizer")
+        raise TypeError(f"{name}={told(value)}: must be a torch.optim.Optimizer, or a list of them")
+    own = {id(group) for part in parts(value) for group in part.param_groups}
+    if len(parts(value)) > 1 and not {id(group) for group in value.param_groups} <= own:
+        cure = "pass these, as a list"
+        raise ValueError(f"{name}={type(value).__name__}: steps several optimizers through parameter groups of its own; {cure}")
     return group_lrs(name, value)
+
+
+def per_optimizer(check: Check) -> Check:
+    """The check of a value for all optimizers, or of a list of one for each."""
+
+    def run(name: str, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(optional(check)(f"{name}[{index}]", own) for index, own in enumerate(value))
+        return check(name, value)
+
+    return run
 
 
 def _model(name: str, value: Any) -> nn.Module:
@@ -179,8 +223,8 @@ ARGUMENTS: Final[Mapping[str, Check]] = {
     "immediate_cooldown": flag,
     "cooldown_type": one_of(*COOLDOWN_TYPES),
     "cooldown_fraction": fraction,
-    "min_lr": optional(positive),
-    "max_lr": optional(positive),
+    "min_lr": optional(per_optimizer(positive)),
+    "max_lr": optional(per_optimizer(positive)),
     "max_warmup_fraction": optional(share),
     "max_warmup_steps": optional(count),
     "warmup_type": one_of(*WARMUP_TYPES),
@@ -192,7 +236,7 @@ ARGUMENTS: Final[Mapping[str, Check]] = {
     "confidence": between("between 0.5 and 1", lambda value: 0.5 < value < 1),
     "min_contrast": between("at least 0 and finite", lambda value: 0 <= value < math.inf),
     "min_rise": between("at least 0 and finite", lambda value: 0 <= value < math.inf),
-    "peak_factor": optional(share),
+    "peak_factor": optional(per_optimizer(share)),
     "gp": _engine,
     "device": optional(device),
     "seed": integer,
@@ -240,23 +284,15 @@ def configure(arguments: Mapping[str, Any]) -> Config:
     Raises:
         TypeError, ValueError: for arguments that do not go together, naming them, their values and what they may be.
     """
-    optimizer, steps_per_epoch = arguments["optimizer"], arguments["steps_per_epoch"]
+    steps_per_epoch = arguments["steps_per_epoch"]
     total = _length(arguments)
     _check_epochs(arguments)
     _check_decay(arguments)
-    min_lr, max_lr = (
-        default if arguments[name] is None else arguments[name]
-        for name, default in zip(("min_lr", "max_lr"), lr_range(optimizer), strict=True)
-    )
-    if not min_lr < max_lr:
-        raise ValueError(f"min_lr={min_lr!r}: must be below max_lr={max_lr!r}")
+    ranges = _lr_ranges(arguments)
     warmup_steps, limit, start = _warmup(total, arguments)
     interval = steps_per_epoch if arguments["test_interval"] == "epoch" else arguments["test_interval"]
-    factor = arguments["peak_factor"]
-    if factor is None:
-        span = decades(min_lr, max_lr, arguments["warmup_type"])
-        lag = min(peak_lag(optimizer) * span / warmup_steps, MAX_LAG) if span else 0.0
-        factor = peak_factor(optimizer) * 10**-lag
+    factors = _peak_factors(arguments, ranges, warmup_steps)
+    (min_lr, max_lr, factor), *others = ((*ends, factor) for ends, factor in zip(ranges, factors, strict=True))
     resolved = {
         "total_steps": total,
         "min_lr": min_lr,
@@ -269,9 +305,46 @@ def configure(arguments: Mapping[str, Any]) -> Config:
         "replanned_progress": 0.0,
         "test_interval": interval or max(1, round(limit / TESTS_PER_WARMUP)),
         "peak_factor": factor,
+        "others": tuple(others),
     }
     values = {**arguments, **resolved}
     return Config(**{field.name: values[field.name] for field in fields(Config)})
+
+
+def _for_each(name: str, arguments: Mapping[str, Any]) -> list[Any]:
+    """The value of an argument for each optimizer; None where it follows from its family."""
+    value, number = arguments[name], len(parts(arguments["optimizer"]))
+    if not isinstance(value, list | tuple):
+        return [value] * number
+    if len(value) != number:
+        said = "one number" if number == 1 else f"one number for all, or a list of {number}, one for each optimizer"
+        raise ValueError(f"{name}={list(value)!r}: must be {said}")
+    return list(value)
+
+
+def _lr_ranges(arguments: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """`min_lr` and `max_lr` of each optimizer."""
+    own = zip(parts(arguments["optimizer"]), _for_each("min_lr", arguments), _for_each("max_lr", arguments), strict=True)
+    ranges = []
+    for optimizer, low, high in own:
+        least, most = lr_range(optimizer)
+        ranges.append((least if low is None else low, most if high is None else high))
+    for index, (low, high) in enumerate(ranges):
+        if not low < high:
+            at = f"[{index}]" if len(ranges) > 1 else ""
+            raise ValueError(f"min_lr{at}={low!r}: must be below max_lr{at}={high!r}")
+    return ranges
+
+
+def _peak_factors(arguments: Mapping[str, Any], ranges: Sequence[tuple[float, float]], warmup_steps: int) -> list[float]:
+    """`peak_factor` of each optimizer."""
+    factors = []
+    own = zip(parts(arguments["optimizer"]), ranges, _for_each("peak_factor", arguments), strict=True)
+    for optimizer, ends, given in own:
+        span = decades(*ends, arguments["warmup_type"])
+        lag = min(peak_lag(optimizer) * span / warmup_steps, MAX_LAG) if span else 0.0
+        factors.append(peak_factor(optimizer) * 10**-lag if given is None else given)
+    return factors
 
 
 def check_together(config: Mapping[str, Any]) -> None:
@@ -288,6 +361,9 @@ def check_together(config: Mapping[str, Any]) -> None:
     steps, limit, origin = (config[name] for name in ("warmup_steps", "warmup_limit", "warmup_origin"))
     if not config["min_lr"] < config["max_lr"]:
         raise ValueError(f"min_lr={config['min_lr']!r}: must be below max_lr={config['max_lr']!r}")
+    for index, (low, high, _) in enumerate(config.get("others", ())):
+        if not low < high:
+            raise ValueError(f"others[{index}]={(low, high)!r}: must be an LR and a higher one")
     total, start, again = (config[name] for name in ("total_steps", "cooldown_start", "replanned_at"))
     if (total is None) != (start is None):
         raise ValueError(f"total_steps={total!r}, cooldown_start={start!r}: must both be known, or neither")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autowu.config import Config
-from autowu.phases import MAX_SETBACKS, Event, State, Switch, base_lr, first_switch, peak_lr, phase_at
+from autowu.phases import MAX_SETBACKS, Event, State, Switch, all_lrs, each_config, each_lr, first_switch, peak_lrs, phase_at
 from autowu.ranks import Ranks
 
-__all__ = ["EventLog", "back_at", "divergence_message", "doubt_message", "loss_changed_message", "resume_message", "switch_message"]
+__all__ = [
+    *("EventLog", "back_at", "divergence_message", "doubt_message", "in_words", "loss_changed_message", "resume_message"),
+    "switch_message",
+]
 
 _logger = logging.getLogger("autowu")
 
@@ -103,6 +106,11 @@ def _inform(message: str) -> None:
             last.emit(record)
 
 
+def in_words(lrs: Sequence[float]) -> str:
+    """The LR of the one optimizer, or those of all."""
+    return " and ".join(f"{lr:.4g}" for lr in lrs)
+
+
 def switch_message(config: Config, switch: Switch, ended_by: str, restored: int | None) -> str:
     """What is said of a switch. `ended_by`: why the warm-up ended where no test did; `restored`: step of the copy put back."""
     found = "no curve was fitted; LR from the optimizer's own"
@@ -110,7 +118,7 @@ def switch_message(config: Config, switch: Switch, ended_by: str, restored: int 
         why = f" (probability {switch.probability:.3f})" if switch.by_test else ended_by
         found = f"the loss was lowest at step {switch.minimum:.0f}{why}"
     of = "" if config.total_steps is None else f" of {config.total_steps}"
-    where = f"AutoWU switched at step {switch.step}{of}: LR {switch.lr:.4g}"
+    where = f"AutoWU switched at step {switch.step}{of}: LR {in_words(switch.lrs)}"
     return f"{where}, {found}{_back_at(restored)}"
 
 
@@ -118,8 +126,9 @@ def doubt_message(config: Config, switch: Switch) -> str | None:
     """What is to be doubted of the LR that a switch goes on with; None for nothing."""
     if switch.minimum is None:
         cure = "pass a finite loss with every scheduler.step, or train for more steps"
-        return f"no loss curve could be fitted in the warm-up; the LR {switch.lr:.4g} is the optimizer's own and untested; {cure}"
-    if switch.lr <= config.min_lr:
+        own = f"the LR {in_words(switch.lrs)} is the optimizer's own and untested"
+        return f"no loss curve could be fitted in the warm-up; {own}; {cure}"
+    if any(lr <= one.min_lr for one, lr in zip(each_config(config), switch.lrs, strict=True)):
         cure = "see whether the loss falls at all, or pass a lower min_lr"
         return f"the loss was lowest so near the start of the warm-up that no LR was found; the peak is held at min_lr; {cure}"
     return None
@@ -127,7 +136,7 @@ def doubt_message(config: Config, switch: Switch) -> str | None:
 
 def divergence_message(state: State, restored: int | None) -> str:
     """What is said of a divergence, after which the run has `state`. `restored`: step of the copy that was put back."""
-    lowered = f"training has diverged ({state.setbacks} of {MAX_SETBACKS}); the peak LR is now {peak_lr(state):.4g}"
+    lowered = f"training has diverged ({state.setbacks} of {MAX_SETBACKS}); the peak LR is now {in_words(peak_lrs(state))}"
     alone = "" if state.setbacks < MAX_SETBACKS else "; from here on the run is left alone"
     return f"{lowered}{_back_at(restored)}{alone}"
 
@@ -143,9 +152,9 @@ def resume_message(config: Config, state: State, step: int, planned: Config) -> 
         cure = f"scheduler.extend(total_steps={planned.total_steps}) gives it one"
         return f"the run of this state has no fixed end, that of the arguments given now ends at step {planned.total_steps}; {cure}"
     if step >= total:
-        lr = base_lr(config, state, total)
+        lr = in_words(each_lr(all_lrs(config, state, total)))
         cure = "more total_epochs, or total_steps, than the state's extend it, as scheduler.extend does"
-        return f"the run of this state is over, its {total} steps are taken; the LR stays at {lr:.4g}; {cure}"
+        return f"the run of this state is over, its {total} steps are taken; the LR stays at {lr}; {cure}"
     if planned.total_steps is None:  # a run whose end was open, and came
         return None
     end, own, other = planned.total_steps, config.steps_per_epoch, planned.steps_per_epoch
@@ -164,7 +173,9 @@ def resume_message(config: Config, state: State, step: int, planned: Config) -> 
 
 def _lr_at(config: Config, state: State, step: int) -> str:
     """The LR of a later step, where it is known: after the switch."""
-    return "" if state.switch is None else f" ({base_lr(config, state, step):.4g}, in {phase_at(config, state, step)})"
+    if state.switch is None:
+        return ""
+    return f" ({in_words(each_lr(all_lrs(config, state, step)))}, in {phase_at(config, state, step)})"
 
 
 def loss_changed_message(state: State, now: float, before: float, risen: float | None = None) -> str:
@@ -175,7 +186,7 @@ def loss_changed_message(state: State, now: float, before: float, risen: float |
     found = f"the loss is {now:.4g} on the weights of the copy, too, and was {before:.4g} when it was made"
     if risen is not None:
         found = f"the loss rose from {before:.4g} by {risen:.4g}, and what it did then is not what weights do at a lower LR"
-    return f"{found}: the loss has changed, training has not diverged; the peak LR is {peak_lr(state):.4g} again"
+    return f"{found}: the loss has changed, training has not diverged; the peak LR is {in_words(peak_lrs(state))} again"
 
 
 def _back_at(restored: int | None) -> str:

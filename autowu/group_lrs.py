@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["GroupLRs"]
+__all__ = ["GroupLRs", "GroupLRsOfSeveral", "group_lrs_of"]
 
 
 class GroupLRs:
@@ -31,6 +32,7 @@ class GroupLRs:
         self._lr: float | None = None  # that the groups' LRs were set by; None where they may be anything
         self._set: list[float | Tensor] = []  # the very objects that were set
         self._loaded = False
+        self.counts = 0, 0  # of groups: those that were known when a state was loaded, and those of the state
         self._tensors: dict[int, tuple[int, int]] = {}  # identity and version of the tensor LRs as they were set
 
     @property
@@ -108,11 +110,16 @@ class GroupLRs:
         kept = ", ".join(f"{ratio:.4g}" for ratio in ratios.values())
         return f"{which}; it is kept as a share of the schedule's LR: {kept}"
 
-    def join(self, optimizer: Optimizer) -> list[float | Tensor]:
-        """Give the groups added since the last step their ratio: of their LR to the first group's now; their initial LRs."""
+    @property
+    def number(self) -> int:
+        """Of the groups that are known."""
+        return len(self._ratios)
+
+    def join(self, optimizer: Optimizer, base_lrs: list[float | Tensor]) -> None:
+        """Give the groups added since the last step their ratio: of their LR to the first group's now. `base_lrs` gets theirs."""
         groups = optimizer.param_groups
         if len(self._ratios) == len(groups):
-            return []
+            return
         _part(optimizer)
         late = groups[len(self._ratios) :]
         first, default = float(groups[0]["lr"]), optimizer.defaults.get("lr")
@@ -124,7 +131,7 @@ class GroupLRs:
             ratio = 1.0 if plain or first <= 0 or not 0 <= lr < math.inf else lr / first
             self._ratios.append(ratio * self._ratios[0] * group.get("lr_scale", 1.0))
             group.setdefault("initial_lr", group["lr"])
-        return [group["initial_lr"] for group in late]
+        base_lrs += [group["initial_lr"] for group in late]
 
     def write(self, optimizer: Optimizer, lr: float) -> list[float | Tensor]:
         """Set the LRs of the groups where that of the group with the largest is `lr`; copies of them."""
@@ -148,16 +155,103 @@ class GroupLRs:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state; groups that it does not know keep their ratio to the first."""
         saved = state["ratios"]
+        self.counts = len(self._ratios), len(saved)
         scale = saved[0] / (self._ratios[0] or 1.0)
         self._ratios = [*saved, *(ratio * scale for ratio in self._ratios[len(saved) :])]
         self.largest = state["largest"]
         self._lr, self._loaded, self._set = None, True, []
 
+    def base_lrs(self, saved: list[Any], own: list[Any]) -> list[Any]:
+        """Those that were `saved` with the state that was loaded last, then those of the groups that it does not know."""
+        return [*saved, *own[len(saved) :]]
 
-def _part(optimizer: Optimizer) -> None:
+
+class GroupLRsOfSeveral:
+    """The same of several optimizers, each with an LR of its own: it keeps a :class:`GroupLRs` for each, in their order."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        _part(*optimizers)
+        self._optimizers = list(optimizers)
+        self._each = [GroupLRs(optimizer) for optimizer in optimizers]
+
+    @property
+    def largest(self) -> tuple[float, ...]:
+        """The largest LR that a group of each optimizer was given at first."""
+        return tuple(groups.largest for groups in self._each)
+
+    @largest.setter
+    def largest(self, lrs: Sequence[float]) -> None:
+        for groups, lr in zip(self._each, lrs, strict=True):
+            groups.largest = lr
+
+    @property
+    def resting(self) -> list[int]:
+        """As of one, counted through all optimizers."""
+        begins = accumulate((groups.number for groups in self._each), initial=0)
+        return [begin + index for groups, begin in zip(self._each, begins, strict=False) for index in groups.resting]
+
+    def of(self, lrs: Sequence[float]) -> list[float | Tensor]:
+        """The LR of each group, by that of each optimizer."""
+        return [own for groups, lr in zip(self._each, lrs, strict=True) for own in groups.of(lr)]
+
+    def renew(self, _: Optimizer, lrs: Sequence[float]) -> list[float | Tensor] | None:
+        """As of one; None where one of them gives None, and all are to be written."""
+        written: list[float | Tensor] = []
+        for optimizer, groups, lr in zip(self._optimizers, self._each, lrs, strict=True):
+            if (own := groups.renew(optimizer, lr)) is None:
+                return None
+            written += own
+        return written
+
+    def adopt(self, _: Optimizer) -> str | None:
+        """As of one, told of the first optimizer whose LRs were edited."""
+        told = [groups.adopt(optimizer) for optimizer, groups in zip(self._optimizers, self._each, strict=True)]
+        return next((f"optimizer {index}: {words}" for index, words in enumerate(told) if words), None)
+
+    def join(self, _: Optimizer, base_lrs: list[float | Tensor]) -> None:
+        """As of one; each optimizer's groups stay together."""
+        rest = _divided(base_lrs, [groups.number for groups in self._each])
+        for optimizer, groups, own in zip(self._optimizers, self._each, rest, strict=True):
+            groups.join(optimizer, own)
+        base_lrs[:] = chain.from_iterable(rest)
+
+    def write(self, _: Optimizer, lrs: Sequence[float]) -> list[float | Tensor]:
+        """As of one."""
+        each = zip(self._optimizers, self._each, lrs, strict=True)
+        return [own for optimizer, groups, lr in each for own in groups.write(optimizer, lr)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the first, with those of the others."""
+        first, *others = (groups.state_dict() for groups in self._each)
+        return {**first, "others": others}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As of one."""
+        for groups, own in zip(self._each, [state, *state["others"]], strict=True):
+            groups.load_state_dict(own)
+
+    def base_lrs(self, saved: list[Any], own: list[Any]) -> list[Any]:
+        """As of one."""
+        known, loaded = zip(*(groups.counts for groups in self._each), strict=True)
+        each = zip(self._each, _divided(saved, loaded), _divided(own, known), strict=True)
+        return [lr for groups, of_state, of_run in each for lr in groups.base_lrs(of_state, of_run)]
+
+
+def group_lrs_of(optimizers: Sequence[Optimizer]) -> GroupLRs | GroupLRsOfSeveral:
+    """The room for one optimizer, or for several."""
+    return GroupLRs(optimizers[0]) if len(optimizers) == 1 else GroupLRsOfSeveral(optimizers)
+
+
+def _divided(values: list[Any], counts: Sequence[int]) -> list[list[Any]]:
+    """The next so many values for each of `counts`."""
+    rest = iter(values)
+    return [list(islice(rest, count)) for count in counts]
+
+
+def _part(*optimizers: Optimizer) -> None:
     """Give every parameter group a tensor LR of its own: groups that took the optimizer's default share one."""
     seen: set[int] = set()
-    for group in optimizer.param_groups:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         if isinstance(group["lr"], Tensor):
             if id(group["lr"]) in seen:
                 group["lr"] = group["lr"].clone()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, Final
 
 import numpy as np
@@ -20,14 +20,14 @@ from autowu.events import EventLog
 from autowu.gp import MIN_LENGTHSCALE, ClosedFormGP, CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import GPyTorchGP, PublishedGP
 from autowu.history import MISSING, LossHistory
-from autowu.phases import State, Verdict, verdict
+from autowu.phases import State, Verdict, verdict, verdict_of
 from autowu.ranks import Heard, Ranks
-from autowu.schedules import decades
 from autowu.switching import MIN_LOSSES, SwitchDecision, decide
 
 __all__ = ["Judge", "engine"]
 
-_WIDTH: Final = len(fields(Verdict))
+_WIDTH: Final = len(fields(Verdict)) - 1
+"""Numbers of a verdict on one optimizer; each other one adds its LR."""
 
 
 class Judge:
@@ -71,8 +71,8 @@ class Judge:
         if self._ranks.alone:
             self._drop_repeats()
             self._next = self._verdict(config, state, step)
-        words = None if self._next is None else [float(value) for value in astuple(self._next)]
-        heard = self._ranks.exchange(self.history.staged, words, _WIDTH, sound, flag)
+        words = None if self._next is None else self._next.numbers
+        heard = self._ranks.exchange(self.history.staged, words, _WIDTH + len(config.others), sound, flag)
         self._drop_repeats()
         self.history.fold()
         if heard.missing and self._ranks.is_first:
@@ -80,8 +80,7 @@ class Judge:
             self._log.once("rank", step, f"{few}; the mean is over the others")
         self._next, found = None, None
         if heard.words:
-            switch, votes, probability, lr, minimum = heard.words
-            found = self.last = Verdict(bool(switch), int(votes), probability, lr, minimum)
+            found = self.last = Verdict.of(heard.words)
         return found, heard
 
     def _drop_repeats(self) -> None:
@@ -126,7 +125,7 @@ class Judge:
         return verdict(config, step, decision)
 
     def _decide(self, config: Config, state: State) -> tuple[CurvePosterior, SwitchDecision]:
-        span = decades(config.min_lr, config.max_lr, config.warmup_type)
+        span = config.decades
         curve = self.history.curve(config.warmup_steps)
         device = self.device or curve.sums.device
         posterior = self.gp.posterior(curve.to("cpu" if device.type == "mps" else device))  # MPS has no float64
@@ -173,7 +172,7 @@ class Judge:
         """
         self.gp = _loaded_engine(self.gp, state["gp"])
         self.history = LossHistory.from_state_dict(state["history"])
-        self.last, self._next = (None if state[key] is None else Verdict(**state[key]) for key in ("last", "next"))
+        self.last, self._next = (None if state[key] is None else verdict_of(state[key]) for key in ("last", "next"))
         self._previous = torch.tensor(state["previous"], dtype=torch.float64)
         self._repeated, self._varied = torch.tensor(state["repeated"]), torch.tensor(state["varied"])
         decision, posterior = state["decision"], state["posterior"]
@@ -193,7 +192,7 @@ def engine(gp: str | LossCurveGP, config: Config, seed: int) -> LossCurveGP:
     if not isinstance(gp, str):
         return gp
     lengthscale = 0.2
-    if span := decades(config.min_lr, config.max_lr, config.warmup_type):
+    if span := config.decades:
         lengthscale = min(lengthscale, max(0.5 / span, MIN_LENGTHSCALE))  # half a decade
     return ClosedFormGP(lengthscale) if gp == "closed-form" else GPyTorchGP(lengthscale=lengthscale, seed=seed)
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from torch.optim import Optimizer
 
-__all__ = ["FAMILIES", "chain", "family_of", "scale_free", "wrapped_optimizer"]
+__all__ = ["FAMILIES", "chain", "everyone", "family_of", "parts", "scale_free", "several", "wrapped_optimizer"]
 
 FAMILIES: Final[dict[str, tuple[str, ...]]] = {
     "lars": ("lars", "larc", "tvlars", "wars"),
@@ -73,9 +73,10 @@ def wrapped_optimizer(optimizer: Optimizer) -> Optimizer | None:
 
     Under an attribute of a usual name, else under any from where it steps all that the wrapper has.
     """
+    if several(optimizer):
+        return None
     usual = [getattr(optimizer, name, None) for name in _WRAPPED]
-    others = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
-    inside = [*usual, *(other for other in others if _parameters(optimizer) <= _parameters(other))]
+    inside = [*usual, *(other for other in _held(optimizer) if _parameters(optimizer) <= _parameters(other))]
     return next((inner for inner in inside if isinstance(inner, Optimizer) and inner is not optimizer), None)
 
 
@@ -87,6 +88,39 @@ def chain(optimizer: Optimizer) -> list[Optimizer]:
         found.append(inner)
         inner = wrapped_optimizer(inner)
     return found
+
+
+def several(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers among which one has divided all of its parameters, to step them together; none for any other."""
+    if len(held := _held(optimizer)) < 2:
+        return []
+    own, shares = _parameters(optimizer), [_parameters(one) for one in held]
+    return held if all(shares) and sum(map(len, shares)) == len(own) and set.union(*shares) == own else []
+
+
+def parts(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers of one that steps several, however deep they lie; of any other itself alone."""
+    for each in chain(optimizer):
+        if inside := several(each):
+            return [part for one in inside for part in parts(one)]
+    return [optimizer]
+
+
+def everyone(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer and all that it steps, as :func:`chain` has them; those of one that steps several stand before it."""
+    found: list[Optimizer] = []
+    for each in chain(optimizer):
+        found += [*(one for inside in several(each) for one in everyone(inside)), each]
+    return found
+
+
+def _held(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that one has, under an attribute or in a list, tuple or dictionary there."""
+    held: dict[int, Optimizer] = {}
+    for value in vars(optimizer).values():
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        held.update((id(one), one) for one in inside if isinstance(one, Optimizer) and one is not optimizer)
+    return list(held.values())
 
 
 def _parameters(optimizer: Optimizer) -> set[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autowu.kin import chain
+from autowu.kin import everyone
 
 __all__ = ["Key", "Label", "LiveRun", "Seen", "local"]
 
@@ -62,8 +62,8 @@ class LiveRun:
         self._moving: set[Label] = set()
 
     def optimizers(self) -> list[Optimizer]:
-        """The optimizer, and what it wraps, one in the other."""
-        return [optimizer for optimizer in chain(self.optimizer) if hasattr(optimizer, "state")]
+        """The optimizer, and what it wraps, one in the other; of one that steps several these before it."""
+        return [optimizer for optimizer in everyone(self.optimizer) if hasattr(optimizer, "state")]
 
     def optimized(self) -> list[Tensor]:
         """The optimizer's parameters, those of its first group first."""

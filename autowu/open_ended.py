@@ -9,9 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from autowu.config import Config, cooldown_start
-from autowu.group_lrs import GroupLRs
+from autowu.events import in_words
 from autowu.horizon import Horizon
-from autowu.phases import State, base_lr, phase_at
+from autowu.phases import State, all_lrs, each_config, lower, phase_at
 from autowu.plans import rewarmed
 from autowu.stages import Rooms, Stage, WarmUp, stage_of
 
@@ -26,7 +26,7 @@ class OpenEnded:
     _state: State
     _stage: Stage
     _horizon: Horizon
-    _groups: GroupLRs
+    _groups: Any  # the room of one optimizer or of several, which differ in what an LR is
     _rooms: Rooms
 
     @property
@@ -172,12 +172,13 @@ class OpenEnded:
             'warmup'
         """
         config = rewarmed(self.config, self._state, self.last_epoch, fraction)
-        self._groups.largest = base_lr(self.config, self._state, self.last_epoch)  # to go on with where no curve can be fitted
+        self._groups.largest = all_lrs(self.config, self._state, self.last_epoch)  # to go on with where no curve can be fitted
         self._state = State()
         self._stage = stage_of(config, self._state, self._rooms, self._groups.largest)
         self._plan(config)
         self._write_lrs()
-        message = f"AutoWU searches again from step {self.last_epoch} on: LR {config.min_lr:.4g}"
+        lrs = in_words([one.min_lr for one in each_config(config)])
+        message = f"AutoWU searches again from step {self.last_epoch} on: LR {lrs}"
         self._rooms.log.tell("rewarm", self.last_epoch, message)
 
     def cooldown_start(self, cooldown_fraction: float) -> int:
@@ -236,7 +237,7 @@ class OpenEnded:
         if not isinstance(self._stage, WarmUp):
             return
         if config.warmup_origin + config.warmup_limit == self.last_epoch + 1:  # cut short: no LR that was not tried
-            tried = base_lr(before, self._state, self.last_epoch)
-            self._stage.fallback_lr = min(self._stage.fallback_lr, tried)
+            tried = all_lrs(before, self._state, self.last_epoch)
+            self._stage.fallback_lr = lower(self._stage.fallback_lr, tried)
         if config.warmup_origin != before.warmup_origin:
             self._rooms.begin_again(config, before)

@@ -13,9 +13,10 @@ from typing import Any, Final
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from autowu.events import EventLog
-from autowu.kin import chain, family_of
+from autowu.kin import chain, family_of, parts, several
 
 __all__ = ["OptimizerCalls"]
 
@@ -36,9 +37,10 @@ class OptimizerCalls:
 
     def __init__(self, optimizer: Optimizer, log: EventLog) -> None:
         self.skipped = 0
-        # With what it wraps: the steps of SAM are those of its inner one. Not what LARS wraps: a hook would cost that its kernels.
-        inside = [inner for outer, inner in pairwise(chain(optimizer)) if family_of(type(outer)) != "lars"]
-        self._hooked, self._log = [optimizer, *inside], log
+        self._hooked, self._log = [optimizer, *_inside(optimizer)], log
+        self._parts = found if len(found := parts(optimizer)) > 1 else []  # of one that steps several
+        for part in self._parts:
+            _Flag(part)
         self._hooks = [_Calls() for _ in self._hooked]
         self._sees_calls = False  # after a step that trained something
         self._sees_past_wrapper = False
@@ -56,6 +58,9 @@ class OptimizerCalls:
         if calls >= _MANY or self._crowded:
             self._tell_of_many(calls, step)
         is_wrapped = hasattr(optimizer.step, "_wrapped_by_lr_sched")
+        if self._parts:
+            calls = max(calls, _read(self._parts))
+            is_wrapped = all(hasattr(part.step, "_wrapped_by_lr_sched") for part in self._parts)
         if calls or getattr(optimizer, "_opt_called", False) is True:
             optimizer._opt_called = _READ  # type: ignore[attr-defined]
             if not self._sees_calls:
@@ -123,6 +128,29 @@ class OptimizerCalls:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.skipped = state["skipped"]
+
+
+def _inside(optimizer: Optimizer) -> list[Optimizer]:
+    """What it steps: the steps of SAM are those of its inner one. Not what LARS wraps: a hook would cost that its kernels."""
+    found = [inner for outer, inner in pairwise(chain(optimizer)) if family_of(type(outer)) != "lars"]
+    for one in (one for each in chain(optimizer) for one in several(each)):
+        found += [one, *_inside(one)]
+    return found
+
+
+def _read(optimizers: list[Optimizer]) -> bool:
+    """Whether any of `optimizers` bears torch's flag, which is marked as read."""
+    called = [optimizer for optimizer in optimizers if getattr(optimizer, "_opt_called", False) is True]
+    for optimizer in called:
+        optimizer._opt_called = _READ  # type: ignore[attr-defined]
+    return bool(called)
+
+
+class _Flag(LRScheduler):
+    """Has torch set the flag of an optimizer that this one's scheduler does not have itself; it sets no LR."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        return [group["lr"] for group in self.optimizer.param_groups]
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:

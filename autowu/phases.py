@@ -8,32 +8,39 @@ and the state alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
-from autowu.config import Config
+from autowu.config import Config, brief
 from autowu.schedules import cooldown_factor, warmup_lr
 from autowu.switching import MIN_LOSSES, SwitchDecision
 
 __all__ = [
     "Config",
     "Event",
+    "LRs",
     "Phase",
     "State",
     "Switch",
     "Verdict",
     "after_test",
+    "all_lrs",
     "base_lr",
+    "common_lr",
     "cooldown_begin",
     "cooldown_progress",
+    "copy_share",
+    "each_config",
+    "each_lr",
     "end_plateau_epoch",
     "exploded",
     "falls",
     "first_switch",
     "is_test_due",
+    "lower",
     "next_test",
-    "peak_lr",
+    "peak_lrs",
     "phase_at",
     "plateau_epoch_due",
     "set_back",
@@ -41,11 +48,14 @@ __all__ = [
     "switched",
     "undo_set_backs",
     "verdict",
+    "verdict_of",
     "warmup_lr_at",
     "watch_is_over",
 ]
 
 Phase = Literal["warmup", "stable", "cooldown", "done"]
+LRs: TypeAlias = "float | tuple[float, ...]"
+"""Of one optimizer its LR, of several one LR each."""
 
 FALLING: Final = 0.8
 """A test that finds the minimum past with less than this probability says that the loss still falls."""
@@ -85,10 +95,11 @@ class Switch:
 
     Attributes:
         step: optimizer step that is the first at the peak LR, in steps from 0; as many losses had been seen.
-        lr: the peak LR, of the parameter group with the largest LR.
+        lr: the peak LR, of the parameter group with the largest LR; of several optimizers that of the first.
         probability: of the minimum being past, as the last test put it, in [0, 1]; None where no test succeeded.
         minimum: where the fitted curve is lowest, in steps, fractional; None where no test succeeded.
         by_test: False where the warm-up reached its limit without a switch, or a loss that exploded ended it.
+        others: the peak LRs of the other optimizers, where there are several.
     """
 
     step: int
@@ -96,11 +107,19 @@ class Switch:
     probability: float | None
     minimum: float | None
     by_test: bool
+    others: tuple[float, ...] = ()
+
+    @property
+    def lrs(self) -> tuple[float, ...]:
+        """The peak LR of each optimizer."""
+        return self.lr, *self.others
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of a test in the five numbers that all processes of a run must share.
+    """Outcome of a test in the numbers that all processes of a run must share.
 
     Attributes:
         switch: whether to switch.
@@ -109,6 +128,7 @@ class Verdict:
         lr: the peak LR that follows: `peak_factor` times the LR at the far edge of the minimum's valley, the mean over the
             subsamples, at least `min_lr`.
         minimum: where the fitted curve is lowest, in steps, fractional.
+        others: the peak LRs of the other optimizers, where there are several.
     """
 
     switch: bool
@@ -116,6 +136,18 @@ class Verdict:
     probability: float
     lr: float
     minimum: float
+    others: tuple[float, ...] = ()
+
+    @property
+    def numbers(self) -> list[float]:
+        """As numbers alone."""
+        return [float(value) for value in (self.switch, self.votes, self.probability, self.lr, self.minimum, *self.others)]
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Verdict:
+        """The verdict that :attr:`numbers` were taken of."""
+        switch, votes, probability, lr, minimum, *others = numbers
+        return cls(bool(switch), int(votes), probability, lr, minimum, tuple(others))
 
 
 @dataclass(frozen=True)
@@ -140,10 +172,17 @@ class State:
     watched: bool = True
 
 
+def verdict_of(saved: Mapping[str, Any]) -> Verdict:
+    """The verdict that :func:`dataclasses.asdict` was taken of."""
+    return Verdict(**(dict(saved) | {"others": tuple(saved.get("others", ()))}))
+
+
 def state_of(saved: Mapping[str, Any]) -> State:
     """The state that :func:`dataclasses.asdict` was taken of."""
     switch = saved["switch"]
-    return State(**(dict(saved) | {"switch": None if switch is None else Switch(**switch)}))
+    if switch is not None:
+        switch = Switch(**(dict(switch) | {"others": tuple(switch.get("others", ()))}))
+    return State(**(dict(saved) | {"switch": switch}))
 
 
 def phase_at(config: Config, state: State, step: int) -> Phase:
@@ -175,6 +214,37 @@ def base_lr(config: Config, state: State, step: int) -> float:
     if step < start:
         return lr
     return lr * cooldown_factor(cooldown_progress(config, start, step), config.cooldown_type)
+
+
+def all_lrs(config: Config, state: State, step: int) -> LRs:
+    """LRs of optimizer step `step`: that of the one optimizer, as :func:`base_lr` says, or those of all."""
+    first = base_lr(config, state, step)
+    if not config.others:
+        return first
+    if state.switch is None or step < state.switch.step:
+        position = max(min(step, config.end - 1) - config.warmup_origin, 0)
+        return first, *(warmup_lr_at(one, position) for one in each_config(config)[1:])
+    share = first / state.switch.lr
+    return first, *(share * peak for peak in state.switch.others)
+
+
+def each_lr(lrs: LRs) -> tuple[float, ...]:
+    """Those of several optimizers; of one its own."""
+    return lrs if isinstance(lrs, tuple) else (lrs,)
+
+
+def lower(some: LRs, others: LRs) -> LRs:
+    """The lower LR, of several optimizers for each."""
+    least = tuple(map(min, each_lr(some), each_lr(others)))
+    return least if isinstance(some, tuple) else least[0]
+
+
+def each_config(config: Config) -> list[Config]:
+    """The configuration as one of each optimizer alone."""
+    if not config.others:
+        return [config]
+    own = ((config.min_lr, config.max_lr, config.peak_factor), *config.others)
+    return [replace(config, min_lr=low, max_lr=high, peak_factor=factor, others=()) for low, high, factor in own]
 
 
 def cooldown_begin(config: Config, switch: Switch) -> float:
@@ -228,9 +298,14 @@ def verdict(config: Config, step: int, decision: SwitchDecision) -> Verdict:
     minima, edges = (
         [min(m * config.warmup_steps, float(step - origin)) for m in places] for places in (decision.minima, decision.edges)
     )
-    lr = config.peak_factor * sum(warmup_lr_at(config, edge) for edge in edges) / len(edges)
+    lr, *others = (max(_peak(one, edges), one.min_lr) for one in each_config(config))
     minimum = origin + sum(minima) / len(minima)
-    return Verdict(decision.switch, decision.votes, decision.probability, max(lr, config.min_lr), minimum)
+    return Verdict(decision.switch, decision.votes, decision.probability, lr, minimum, tuple(others))
+
+
+def _peak(config: Config, places: Sequence[float]) -> float:
+    """The peak LR that follows from these places in the warm-up, the mean over them."""
+    return config.peak_factor * sum(warmup_lr_at(config, place) for place in places) / len(places)
 
 
 def falls(verdict: Verdict | None) -> bool:
@@ -246,15 +321,17 @@ def after_test(config: Config, state: State, step: int, verdict: Verdict | None)
     return switched(config, after, step, verdict, 0.0) if verdict.switch else after
 
 
-def switched(config: Config, state: State, step: int, verdict: Verdict | None, fallback_lr: float) -> State:
+def switched(config: Config, state: State, step: int, verdict: Verdict | None, fallback_lr: LRs) -> State:
     """The state of a run whose warm-up ends at `step`, to go on from where `verdict` saw the minimum.
 
     With no verdict at all it goes on at `fallback_lr`, brought into the LR range.
     """
     if verdict is None:
-        lr = min(max(fallback_lr, config.min_lr), config.max_lr)
-        return replace(state, votes=0, switch=Switch(step, lr, None, None, by_test=False))
-    switch = Switch(step, verdict.lr, verdict.probability, verdict.minimum, by_test=verdict.switch)
+        each = zip(each_config(config), each_lr(fallback_lr), strict=True)
+        lr, *others = (min(max(own, one.min_lr), one.max_lr) for one, own in each)
+        return replace(state, votes=0, switch=Switch(step, lr, None, None, by_test=False, others=tuple(others)))
+    found = verdict.lr, verdict.probability, verdict.minimum
+    switch = Switch(step, *found, by_test=verdict.switch, others=verdict.others)
     return replace(state, votes=verdict.votes, switch=switch)
 
 
@@ -266,14 +343,42 @@ def exploded(config: Config, state: State) -> State:
     switch = state.switch
     if not config.min_rise or switch is None or switch.minimum is None:
         return state
-    lr = config.peak_factor * warmup_lr_at(config, switch.minimum - config.warmup_origin)
-    return replace(state, switch=replace(switch, lr=max(lr, config.min_lr)))
+    place = switch.minimum - config.warmup_origin
+    lr, *others = (max(_peak(one, [place]), one.min_lr) for one in each_config(config))
+    return replace(state, switch=replace(switch, lr=lr, others=tuple(others)))
 
 
-def peak_lr(state: State) -> float:
-    """The peak LR as divergences have left it, of the parameter group with the largest LR, after the switch."""
+def common_lr(config: Config, switch: Switch) -> float:
+    """The LR of the first optimizer at which, in the warm-up, no optimizer was above its peak LR yet."""
+    if not switch.others:
+        return switch.lr
+    least = min(_share(one, lr) for one, lr in zip(each_config(config), switch.lrs, strict=True))
+    shape = "linear" if config.warmup_type == "linear" else "exp"
+    return min(switch.lr, warmup_lr(least, 1, config.min_lr, config.max_lr, shape))
+
+
+def copy_share(config: Config) -> float:
+    """`peak_factor`; of several optimizers the one that lies furthest back in the warm-up, in the LR of the first."""
+    if not config.others:
+        return config.peak_factor
+    return math.exp(min(math.log(one.peak_factor) / _span(one) for one in each_config(config)) * _span(config))
+
+
+def _span(config: Config) -> float:
+    return math.log(config.max_lr / config.min_lr)
+
+
+def _share(config: Config, lr: float) -> float:
+    """How far an LR lies in the range of a warm-up: 0 at `min_lr`, 1 at `max_lr`."""
+    if config.warmup_type == "linear":
+        return (lr - config.min_lr) / (config.max_lr - config.min_lr)
+    return math.log(lr / config.min_lr) / _span(config)
+
+
+def peak_lrs(state: State) -> tuple[float, ...]:
+    """The peak LR of each optimizer as divergences have left it, of the parameter group with the largest LR, after the switch."""
     assert state.switch is not None
-    return state.switch.lr * SETBACK_FACTOR**state.setbacks
+    return tuple(lr * SETBACK_FACTOR**state.setbacks for lr in state.switch.lrs)
 
 
 def set_back(state: State) -> State:

@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 
 from autowu.checks import fraction as fraction_of
 from autowu.config import BUDGETS, Config, configure, lengthened, warmup_share
-from autowu.phases import State, base_lr, cooldown_begin, cooldown_progress, phase_at
-from autowu.schedules import decades
+from autowu.phases import State, all_lrs, cooldown_begin, cooldown_progress, each_config, each_lr, phase_at
 
 __all__ = ["cooled", "larger", "longer", "measured", "opened", "rewarmed", "spent"]
 
@@ -93,19 +92,25 @@ def longer(config: Config, state: State, step: int, total_epochs: int | None, to
 def rewarmed(config: Config, state: State, step: int, fraction: float) -> Config:
     """The plan of a run that begins its warm-up anew at `step`, from a `fraction` of the LR that it has there.
 
-    The LR grows at the pace of the end of the first warm-up, up to the same `max_lr`.
+    The LR grows at the pace of the end of the first warm-up, up to the same `max_lr`; of several optimizers the one that has
+    furthest to go does, the others come to theirs at the same step.
 
     Raises:
         TypeError, ValueError: unless the fraction is above 0 and below 1, and the run in its stable phase.
     """
-    low = fraction_of("fraction", fraction) * base_lr(config, state, step)
+    share = fraction_of("fraction", fraction)
     if (phase := phase_at(config, state, step)) != "stable":
         cure = {"warmup": "its search is still going on"}.get(phase, "make it longer first, with extend")
         raise ValueError(f"fraction={fraction!r}: a warm-up begins anew in the stable phase, the run is in {phase!r}; {cure}")
-    pace = decades(config.min_lr, config.max_lr, config.warmup_type) or math.log10(config.max_lr / config.min_lr)
-    steps = max(1, round(config.warmup_steps * math.log10(config.max_lr / low) / pace))
+    lows, needed = [share * lr for lr in each_lr(all_lrs(config, state, step))], []
+    for one, low in zip(each_config(config), lows, strict=True):
+        pace = one.decades or math.log10(one.max_lr / one.min_lr)
+        needed.append(max(1, round(config.warmup_steps * math.log10(one.max_lr / low) / pace)))
+    steps = max(needed)
     limit = int(min(steps, config.cooldown_from - step))
-    return replace(config, min_lr=low, warmup_type="exp", warmup_steps=steps, warmup_limit=limit, warmup_origin=step)
+    others = tuple((low, high, factor) for low, (_, high, factor) in zip(lows[1:], config.others, strict=True))
+    plan: dict[str, Any] = {"warmup_type": "exp", "warmup_steps": steps, "warmup_limit": limit, "warmup_origin": step}
+    return replace(config, min_lr=lows[0], others=others, **plan)
 
 
 def measured(config: Config, given: Mapping[str, Any], optimizer: Optimizer, total: float, step: int) -> Config:
@@ -116,9 +121,11 @@ def measured(config: Config, given: Mapping[str, Any], optimizer: Optimizer, tot
         step: optimizer steps taken; the last of them, at `min_lr`, is the first of the axis.
     """
     steps = max(1, int(min(warmup_share(given["max_warmup_fraction"], total) * total, _FARTHEST)))
+    low, high = zip(*((one.min_lr, one.max_lr) for one in each_config(config)), strict=True)
     arguments = {**vars(config), **given, **_NO_BUDGET, "optimizer": optimizer, "total_epochs": None, "max_warmup_steps": steps}
+    arguments |= {"min_lr": low, "max_lr": high}
     like = configure(arguments | {"total_steps": None})
-    names = ("warmup_steps", "warmup_limit", "test_interval", "peak_factor")
+    names = ("warmup_steps", "warmup_limit", "test_interval", "peak_factor", "others")
     return replace(config, warmup_origin=step - 1, **{name: getattr(like, name) for name in names})
 
 

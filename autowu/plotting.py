@@ -27,6 +27,8 @@ _LONGEST_NAME = 40
 _BLUE, _ORANGE, _GREEN, _RED, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 _COLORS = (_BLUE, _RED, _GREEN, _PURPLE, _ORANGE, "#56B4E9", "#000000")
 
+_LR_COLORS = ("black", "#56B4E9", _ORANGE, _PURPLE)  # of several optimizers
+
 _WARMUP_SHARE: Final = 0.45
 """Of the width, at least, for the warm-up: all is decided there."""
 _BAND: Final = 1.96
@@ -286,26 +288,31 @@ def _draw_lr(axes: Axes, report: Report, lrs: Sequence[float] | None) -> None:
     marks += [mark for course in report.courses for mark in (course.until - 1, course.until)]
     steps = np.unique([step for step in (*np.linspace(0, last - 1, _POINTS).round(), *marks) if 0 <= step < last]).astype(int)
     taken, coming = steps[steps <= report.step], steps[steps >= report.step]
-    if lrs is None:
-        axes.plot(taken, [report.lr(int(step)) for step in taken], color="black", linewidth=1.5)
-    else:
-        axes.plot(np.arange(len(lrs)), lrs, color="black", linewidth=1.5)
-    if len(coming) > 1:
-        axes.plot(coming, [report.lr(int(step)) for step in coming], color="black", linestyle=":", linewidth=1.2, label="to come")
+    number = len(report.lrs(0))
+    for index in range(number):
+        color, label = _LR_COLORS[index % len(_LR_COLORS)], None if number == 1 else f"optimizer {index}"
+        if lrs is None or index:
+            axes.plot(taken, [report.lrs(int(step))[index] for step in taken], color=color, linewidth=1.5, label=label)
+        else:
+            axes.plot(np.arange(len(lrs)), lrs, color=color, linewidth=1.5, label=label)
+        if len(coming) > 1:
+            values = [report.lrs(int(step))[index] for step in coming]
+            axes.plot(coming, values, color=color, linestyle=":", linewidth=1.2, label=None if index else "to come")
     axes.set(ylabel="LR", yscale="log")
 
 
 def _draw_switch(panels: Sequence[Axes], report: Report, lrs: Sequence[float] | None) -> None:
     if (switch := report.state.switch) is None:
         return
-    peak, at_minimum = f"switch, to LR {switch.lr:.3g}", report.lr_at_minimum
+    at_minimum = report.lrs_at_minimum
     if switch.minimum is not None and lrs is not None and len(lrs):
-        at_minimum = float(np.interp(switch.minimum, np.arange(len(lrs)), lrs))
+        at_minimum = float(np.interp(switch.minimum, np.arange(len(lrs)), lrs)), *at_minimum[1:]
+    peak, lowest_at = (" and ".join(f"{lr:.3g}" for lr in values) for values in (switch.lrs, at_minimum))
     for panel in panels:
         if switch.minimum is not None:
-            lowest = f"minimum, at LR {at_minimum:.3g}" if panel is panels[-1] else None
+            lowest = f"minimum, at LR {lowest_at}" if panel is panels[-1] else None
             panel.axvline(switch.minimum, color=_GREEN, linestyle="--", linewidth=1.3, label=lowest)
-        panel.axvline(switch.step, color=_RED, linewidth=1.3, label=peak if panel is panels[-1] else None)
+        panel.axvline(switch.step, color=_RED, linewidth=1.3, label=f"switch, to LR {peak}" if panel is panels[-1] else None)
 
 
 def _draw_events(panels: Sequence[Axes], report: Report) -> None:

@@ -9,10 +9,21 @@ from typing import Any
 import numpy as np
 
 from autowu.config import Config
-from autowu.events import back_at
+from autowu.events import back_at, in_words
 from autowu.gp import FloatArray
 from autowu.history import LossHistory
-from autowu.phases import MAX_SETBACKS, Event, State, base_lr, cooldown_begin, phase_at, state_of, warmup_lr_at
+from autowu.phases import (
+    MAX_SETBACKS,
+    Event,
+    State,
+    all_lrs,
+    cooldown_begin,
+    each_config,
+    each_lr,
+    phase_at,
+    state_of,
+    warmup_lr_at,
+)
 from autowu.record import Course, Record, Test
 from autowu.states import readable
 
@@ -63,7 +74,7 @@ class Report:
             TypeError, ValueError: in one line, if it is none, incomplete or damaged.
         """
         name = state.get("class") if isinstance(state, Mapping) else ""
-        return cls.of_parts(readable(state, name if isinstance(name, str) else "", groups=2**53))
+        return cls.of_parts(readable(state, name if isinstance(name, str) else ""))
 
     @classmethod
     def of_parts(cls, parts: Mapping[str, Any]) -> Report:
@@ -85,12 +96,19 @@ class Report:
         return cls(*told, loss_steps, losses, band)
 
     def lr(self, step: int) -> float:
-        """LR of optimizer step `step`, as it was or, after the present, will be: of the parameter group with the largest LR."""
+        """LR of optimizer step `step`, as it was or, after the present, will be: of the parameter group with the largest LR.
+
+        Of several optimizers that of the first; :meth:`lrs` has all.
+        """
+        return self.lrs(step)[0]
+
+    def lrs(self, step: int) -> tuple[float, ...]:
+        """The same of each optimizer."""
         for course in self.courses:
             if step < course.until:
                 config = replace(self.config, total_steps=course.total_steps, cooldown_start=course.cooldown_start)
-                return base_lr(config, replace(self.state, plateau_factor=course.factor, setbacks=0), step)
-        return base_lr(self.config, self.state, step)
+                return each_lr(all_lrs(config, replace(self.state, plateau_factor=course.factor, setbacks=0), step))
+        return each_lr(all_lrs(self.config, self.state, step))
 
     @property
     def phases(self) -> dict[str, tuple[int, int]]:
@@ -111,20 +129,24 @@ class Report:
 
     @property
     def lr_at_minimum(self) -> float | None:
-        """LR of the warm-up where the fitted curve was lowest; None where it is not known."""
+        """LR of the warm-up where the fitted curve was lowest; None where it is not known. Of several optimizers of the first."""
+        return next(iter(self.lrs_at_minimum), None)
+
+    @property
+    def lrs_at_minimum(self) -> tuple[float, ...]:
+        """The same of each optimizer; none where it is not known."""
         switch = self.state.switch
-        return (
-            None
-            if switch is None or switch.minimum is None
-            else warmup_lr_at(self.config, switch.minimum - self.config.warmup_origin)
-        )
+        if switch is None or switch.minimum is None:
+            return ()
+        place = switch.minimum - self.config.warmup_origin
+        return tuple(warmup_lr_at(one, place) for one in each_config(self.config))
 
     def decided(self) -> list[tuple[str, str]]:
         """What was decided, as rows of a table: what, and the words."""
         config, state, switch = self.config, self.state, self.state.switch
         end = "" if config.total_steps is None else f" of {config.total_steps}"
         phase = phase_at(config, state, self.step).replace("warmup", "warm-up")
-        rows = [("phase", f"{phase}, step {self.step}{end}"), ("LR", f"{self.lr(self.step):.4g}")]
+        rows = [("phase", f"{phase}, step {self.step}{end}"), ("LR", in_words(self.lrs(self.step)))]
         if switch is None:
             rows.append(("switch", f"not yet; by step {config.warmup_origin + config.warmup_limit} at the latest"))
             if self.tests:
@@ -134,9 +156,9 @@ class Report:
         else:
             rows.append(("switch", f"step {switch.step}{'' if switch.by_test else ', not by test'}"))
             if switch.minimum is not None and switch.probability is not None:
-                lowest = f"step {switch.minimum:.0f}, LR {self.lr_at_minimum:.4g}"
+                lowest = f"step {switch.minimum:.0f}, LR {in_words(self.lrs_at_minimum)}"
                 rows.append(("minimum", f"{lowest}; past with probability {switch.probability:.3f}"))
-            rows.append(("peak LR", f"{switch.lr:.4g}"))
+            rows.append(("peak LR", in_words(switch.lrs)))
             if state.setbacks:
                 rows.append(("setbacks", f"{state.setbacks} of {MAX_SETBACKS}"))
         rows += [("went back", f"at step {step}, to the copy of step {to}") for step, to in self.returns]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,12 +17,13 @@ from autowu import checks
 from autowu.config import PUBLISHED, Config, checked, configure, extended
 from autowu.gp import LossCurveGP
 from autowu.gpytorch_engine import PublishedGP
-from autowu.group_lrs import GroupLRs
+from autowu.group_lrs import group_lrs_of
 from autowu.horizon import Horizon
+from autowu.kin import parts
 from autowu.micro_batches import MicroBatches
 from autowu.open_ended import OpenEnded
 from autowu.optimizer_calls import OptimizerCalls
-from autowu.phases import State, base_lr, phase_at, state_of
+from autowu.phases import LRs, State, all_lrs, base_lr, phase_at, state_of
 from autowu.plotting import Drawn
 from autowu.rescale import rescaled
 from autowu.shown import Shown
@@ -41,7 +42,8 @@ class AutoWU(Shown, OpenEnded, Drawn):
     docs/how-it-works.md tells what happens in a step, docs/arguments.md more of each argument.
 
     Args:
-        optimizer: any torch optimizer; the ratios between the LRs of its parameter groups (and timm's ``lr_scale``) are kept.
+        optimizer: any torch optimizer; the ratios between the LRs of its parameter groups (and timm's ``lr_scale``) are kept. A
+            list of them, each with parameters of its own, has one schedule in which each has a peak LR of its own.
         steps_per_epoch: optimizer steps per epoch, 1 or more.
         total_epochs: epochs in the run, 1 or more; T is their product.
         total_steps: T, in place of the two counts. With no length at all the LR is held until :meth:`start_cooldown`.
@@ -52,7 +54,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         cooldown_type: "cosine", "half_cosine", "linear" or "sqrt"; see :func:`autowu.schedules.cooldown_factor`.
         cooldown_fraction: share of T, in (0, 1), for a cooldown that is not immediate.
         min_lr: LR of step 0, above 0, and the lowest peak; None: by the optimizer's family, see
-            :data:`autowu.families.LR_RANGES`.
+            :data:`autowu.families.LR_RANGES`. Of several optimizers, as `max_lr` and `peak_factor`, one for all or a list.
         max_lr: LR that a full warm-up would reach, above `min_lr`; None: by the optimizer's family.
         max_warmup_fraction: length W of a full warm-up as a share of T, in (0, 1]. None: 0.32, or 9.4 / sqrt(T) if that is less.
         max_warmup_steps: W itself, 1 or more; None: by the share, or 600 where the run has no length.
@@ -101,7 +103,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         steps_per_epoch: int | None = None,
         total_epochs: int | None = None,
         *,
@@ -112,8 +114,8 @@ class AutoWU(Shown, OpenEnded, Drawn):
         immediate_cooldown: bool = False,
         cooldown_type: str = "linear",
         cooldown_fraction: float = 0.6,
-        min_lr: float | None = None,
-        max_lr: float | None = None,
+        min_lr: float | Sequence[float | None] | None = None,
+        max_lr: float | Sequence[float | None] | None = None,
         max_warmup_fraction: float | None = None,
         max_warmup_steps: int | None = None,
         warmup_type: str = "two_speed",
@@ -125,7 +127,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         confidence: float = 0.95,
         min_contrast: float = 6.0,
         min_rise: float = 0.2,
-        peak_factor: float | None = None,
+        peak_factor: float | Sequence[float | None] | None = None,
         gp: str | LossCurveGP = "closed-form",
         device: torch.device | str | int | None = None,
         seed: int = 0,
@@ -137,22 +139,27 @@ class AutoWU(Shown, OpenEnded, Drawn):
         process_group: ProcessGroup | None = None,
     ) -> None:
         arguments = checked(locals())
+        stepped: Optimizer = arguments["optimizer"]
         self.config: Config = configure(arguments)
         self._state = State()
         self._rooms = rooms_of(self.config, arguments)
         self._micro_batches = MicroBatches()
-        self._calls = OptimizerCalls(optimizer, self._rooms.log)
+        self._calls = OptimizerCalls(stepped, self._rooms.log)
         self._horizon = Horizon(self.config, arguments, self._rooms.ranks, self._rooms.log)
-        self._groups = GroupLRs(optimizer)
+        self._groups = group_lrs_of(parts(stepped))
         if self._groups.resting:
             told = f"parameter groups {self._groups.resting} have an LR of 0, and keep it until it is set"
             self._rooms.log.once("frozen", 0, told)
         self._stage: Stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
-        super().__init__(optimizer)
+        super().__init__(stepped)
 
     @classmethod
     def paper(
-        cls, optimizer: Optimizer, steps_per_epoch: int | None = None, total_epochs: int | None = None, **overrides: Any
+        cls,
+        optimizer: Optimizer | Sequence[Optimizer],
+        steps_per_epoch: int | None = None,
+        total_epochs: int | None = None,
+        **overrides: Any,
     ) -> AutoWU:
         """AutoWU as published, for those who reproduce the paper (Kim et al. 2021 and its code); docs/paper.md compares.
 
@@ -171,13 +178,13 @@ class AutoWU(Shown, OpenEnded, Drawn):
     def get_lr(self) -> list[float | Tensor]:
         """LR of the coming optimizer step for each parameter group, as torch's schedulers compute it inside `step`."""
         self._meet_groups()
-        return self._groups.of(self.lr_at(self.last_epoch))
+        lrs: list[float | Tensor] = self._groups.of(all_lrs(self.config, self._state, self.last_epoch))
+        return lrs
 
     def _meet_groups(self) -> None:
         if told := self._groups.adopt(self.optimizer):
             self._rooms.log.once("lr", self.last_epoch, told)
-        if late := self._groups.join(self.optimizer):
-            self.base_lrs += late
+        self._groups.join(self.optimizer, self.base_lrs)
 
     def observe(self, loss: float | Tensor) -> None:
         """Record the loss of one micro-batch; the loss of an optimizer step is the mean of those observed since the last one.
@@ -259,7 +266,9 @@ class AutoWU(Shown, OpenEnded, Drawn):
 
     def _write_lrs(self) -> None:
         """Set the LRs of the coming step: a restored run must not depend on the order in which its parts were restored."""
-        lr = base_lr(self.config, self._state, self.last_epoch)
+        lr: LRs = base_lr(self.config, self._state, self.last_epoch)
+        if self.config.others:
+            lr = all_lrs(self.config, self._state, self.last_epoch)
         if (written := self._groups.renew(self.optimizer, lr)) is None:
             self._meet_groups()
             written = self._groups.write(self.optimizer, lr)
@@ -314,7 +323,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
                 scheduler, of a version that is not read, of more parameter groups than the optimizer has, or of an engine that was
                 not given and that AutoWU cannot build. This object is then as it was.
         """
-        state = readable(state_dict, type(self).__name__, len(self.optimizer.param_groups))
+        state = readable(state_dict, type(self).__name__, *(len(part.param_groups) for part in parts(self.optimizer)))
         with whole_or_not([self, *self._named_rooms().values()], self.gp):
             self._take_over(rescaled(state, self.config), saved=state)
         self._rooms.ranks.compared = False
@@ -324,7 +333,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
             room.load_state_dict(state[name])
         config, self._state, self.last_epoch = Config(**state["config"]), state_of(state["state"]), state["last_epoch"]
         self._step_count = state["step_count"]
-        self.base_lrs = [*state["base_lrs"], *self.base_lrs[len(state["base_lrs"]) :]]
+        self.base_lrs = self._groups.base_lrs(state["base_lrs"], self.base_lrs)
         planned = config if self._horizon.moved else self.config
         self.config = extended(config, planned)
         self._rooms.record.steer(self.last_epoch, config, self._state, self.config, self._state)

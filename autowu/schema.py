@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, Final
 
 import torch
@@ -24,7 +24,7 @@ from autowu.phases import Event, State
 from autowu.record import MOST
 from autowu.watch import BLOCK, HUGE, LossWatch
 
-__all__ = ["check_state", "shown"]
+__all__ = ["check_state", "group_counts", "shown"]
 
 _LARGEST: Final = 2**53
 """No step, and no count, is larger: beyond it a float does not tell two apart."""
@@ -82,17 +82,18 @@ def _mapping(path: str, value: Any) -> Mapping[Any, Any]:
     return value
 
 
-def _record(entries: Mapping[str, Check], more: bool = False) -> Check:
-    """The check of a dictionary with these entries, and no other unless there may be `more`."""
+def _record(entries: Mapping[str, Check], more: bool = False, may: Mapping[str, Check] | None = None) -> Check:
+    """The check of a dictionary with these entries, those that it `may` have, and no other unless there may be `more`."""
+    optional_ones = may or {}
 
     def run(path: str, value: Any) -> None:
         _mapping(path, value)
         if missing := [key for key in entries if key not in value]:
             others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(f"{path} without {', '.join(map(repr, missing[:3]))}{others}: the state is incomplete")
-        if not more and (unknown := [key for key in value if key not in entries]):
+        if not more and (unknown := [key for key in value if key not in entries and key not in optional_ones]):
             raise ValueError(f"{path}[{shown(unknown[0])}]: must not be there; known are {', '.join(entries)}")
-        for key, check in entries.items():
+        for key, check in (*entries.items(), *((key, check) for key, check in optional_ones.items() if key in value)):
             check(f'{path}["{key}"]', value[key])
 
     return run
@@ -141,6 +142,11 @@ def _list_of(check: Check, most: int = _LARGEST) -> Check:
     return run
 
 
+def _each(check: Check) -> Check:
+    """The check of a value, or of a list of one for each optimizer."""
+    return lambda path, value: (_list_of(check) if isinstance(value, list | tuple) else check)(path, value)
+
+
 _DTYPES: Final[Mapping[str, tuple[torch.dtype, ...]]] = {
     "": (),  # any
     "float": (torch.float64, torch.float32),
@@ -176,15 +182,36 @@ _loss_or_inf = _plain(between(f"between {-HUGE:g} and {HUGE:g}, or inf", lambda 
 _number = _plain(between("or NaN", lambda value: True))
 _flag, _positive, _share = _plain(flag), _plain(positive), _plain(share)
 
+_MOST_OPTIMIZERS: Final = 1000
+"""Of one run; more are none."""
+
+
+def _others(path: str, value: Any) -> None:
+    """LR range and peak factor of each optimizer but the first."""
+    _list_of(_list_of(_lr, 3), _MOST_OPTIMIZERS)(path, value)
+    for index, own in enumerate(value):
+        if len(own) != 3 or own[2] > 1:
+            raise ValueError(f"{path}[{index}]={shown(own)}: must be two LRs, and a factor above 0 and at most 1")
+
+
+_LRS: Final = {"others": _list_of(_lr, _MOST_OPTIMIZERS)}
+"""What a switch and a verdict may have besides, of several optimizers."""
+
 _CONFIG: Final = _record(
-    {field.name: _plain(ARGUMENTS[field.name]) if field.name in ARGUMENTS else _anything for field in fields(Config)}
+    {
+        field.name: _plain(ARGUMENTS[field.name]) if field.name in ARGUMENTS else _anything
+        for field in fields(Config)
+        if field.default is MISSING
+    }
     | dict.fromkeys(("warmup_steps", "warmup_limit", "test_interval"), _plain(count))
     | {"total_steps": optional(_whole(1)), "warmup_origin": _whole(0), "min_lr": _lr, "max_lr": _lr, "peak_factor": _share}
-    | {"cooldown_start": optional(_whole(0)), "replanned_at": optional(_whole(0)), "replanned_progress": _probability}
+    | {"cooldown_start": optional(_whole(0)), "replanned_at": optional(_whole(0)), "replanned_progress": _probability},
+    may={"others": _others},
 )
 
 _SWITCH: Final = _record(
-    {"step": _whole(0), "lr": _lr, "probability": optional(_probability), "minimum": optional(_at_least_0), "by_test": _flag}
+    {"step": _whole(0), "lr": _lr, "probability": optional(_probability), "minimum": optional(_at_least_0), "by_test": _flag},
+    may=_LRS,
 )
 
 _STATE: Final = _record(
@@ -200,7 +227,9 @@ _STATE: Final = _record(
     }
 )
 
-_VERDICT: Final = _record({"switch": _flag, "votes": _whole(0), "probability": _probability, "lr": _lr, "minimum": _at_least_0})
+_VERDICT: Final = _record(
+    {"switch": _flag, "votes": _whole(0), "probability": _probability, "lr": _lr, "minimum": _at_least_0}, may=_LRS
+)
 
 _HISTORY: Final = _record(
     {
@@ -293,10 +322,12 @@ _BUDGET: Final = _record(
         "used": _at_least_0,
         "own": _at_least_0,
         "over": _flag,
-        "given": optional(_record({name: _plain(ARGUMENTS[name]) for name in GIVEN})),
+        "given": optional(_record({name: _each(_plain(ARGUMENTS[name])) for name in GIVEN})),
         "recent": _list_of(_at_least_0, MEASURED),
     }
 )
+
+_GROUPS: Final = {"ratios": _list_of(_lr_or_0), "largest": _lr_or_0}
 
 _TABLE: Final = _record(
     {
@@ -319,7 +350,7 @@ _TABLE: Final = _record(
                 "posterior": optional(_POSTERIOR),
             }
         ),
-        "groups": _record({"ratios": _list_of(_lr_or_0), "largest": _lr_or_0}),
+        "groups": _record(_GROUPS, may={"others": _list_of(_record(_GROUPS), _MOST_OPTIMIZERS)}),
         "micro_batches": _record({"sum": _number, "count": _whole(0)}),
         "calls": _record({"skipped": _whole(0)}, more=True),
         "events": _list_of(_record({field.name: _text for field in fields(Event)} | {"step": _whole(0)})),
@@ -358,6 +389,7 @@ def check_state(name: str, state: Any) -> None:
     _config_agrees(f'{name}["config"]', state["config"])
     _position_agrees(name, state)
     _judge_agrees(f'{name}["judge"]', state["judge"], state)
+    _several_agree(name, state)
     _rest_agrees(name, state)
 
 
@@ -426,12 +458,28 @@ def _history_agrees(path: str, history: Mapping[str, Any], state: Mapping[str, A
         raise ValueError(f'{path}["losses"]: must have between 0 and {width} losses in a bin')
 
 
+def group_counts(state: Mapping[str, Any]) -> list[int]:
+    """Number of parameter groups of each optimizer."""
+    groups = state["groups"]
+    return [len(own["ratios"]) for own in (groups, *groups.get("others", ()))]
+
+
+def _several_agree(name: str, state: Mapping[str, Any]) -> None:
+    """All that has an entry for each optimizer must have as many."""
+    number = len(state["config"].get("others", ()))
+    switch, judge = state["state"]["switch"], state["judge"]
+    found = {'["groups"]': state["groups"], '["state"]["switch"]': switch, '["judge"]["last"]': judge["last"]}
+    for path, value in (found | {'["judge"]["next"]': judge["next"]}).items():
+        if value is not None and len(others := value.get("others", ())) != number:
+            raise ValueError(f'{name}{path}["others"] of {len(others)} entries: must have {number}, as the configuration has')
+
+
 def _rest_agrees(name: str, state: Mapping[str, Any]) -> None:
     if any(state["config"][budget] is not None for budget in BUDGETS) and not state["horizon"]["opened"]:
         raise ValueError(f'{name}["horizon"]["opened"]=False: must be True in a run with a budget')
     taken, groups = state["last_epoch"], len(state["base_lrs"])
-    if not groups or len(state["groups"]["ratios"]) != groups:
-        ratios = len(state["groups"]["ratios"])
+    ratios = sum(group_counts(state))
+    if not groups or ratios != groups:
         raise ValueError(f'{name}["groups"]["ratios"] of {ratios} groups: must be as many as base_lrs, {groups}, and 1 or more')
     observed = state["micro_batches"]
     if observed["count"] == 0 and observed["sum"] != 0:

@@ -7,9 +7,10 @@ from torch.distributed import ProcessGroup
 from torch.optim.lr_scheduler import LRScheduler
 
 from autowu.config import Config
+from autowu.events import in_words
 from autowu.gp import CurvePosterior, LossCurveGP
 from autowu.history import LossHistory
-from autowu.phases import Event, Phase, State, Switch, base_lr, phase_at
+from autowu.phases import Event, Phase, State, Switch, all_lrs, each_config, each_lr, phase_at
 from autowu.stages import Rooms
 from autowu.switching import SwitchDecision
 
@@ -68,19 +69,23 @@ class Shown(LRScheduler):
         """The ranks that train together; None for the default group."""
         return self._rooms.ranks.group
 
-    def lr_at(self, step: int) -> float:
+    def lr_at(self, step: int, optimizer: int = 0) -> float:
         """LR of optimizer step `step` by all that is known now, of the parameter group with the largest LR.
+
+        Args:
+            optimizer: which, where there are several: its place in the list, from 0.
 
         Past the present the warm-up is taken to go on to its limit, and the LR of a stable phase to stay. Of steps before a warm-up
         that was begun anew nothing is known any longer, and of those of a cooldown before it was replanned only about.
         """
-        return base_lr(self.config, self._state, step)
+        return each_lr(all_lrs(self.config, self._state, step))[optimizer]
 
     def __repr__(self) -> str:
         config, switch = self.config, self.switch
-        found = f"lr_range=({config.min_lr:g}, {config.max_lr:g})"
+        found = "lr_range=" + " and ".join(f"({one.min_lr:g}, {one.max_lr:g})" for one in each_config(config))
         if switch is not None:
-            found = f"switch=(step={switch.step}, lr={switch.lr:.4g})"
+            found = f"switch=(step={switch.step}, lr={in_words(switch.lrs)})"
         end = "" if config.total_steps is None else f"/{config.total_steps}"
-        where = f"phase={self.phase!r}, step={self.last_epoch}{end}, lr={self.lr_at(self.last_epoch):.4g}"
+        lr = in_words(each_lr(all_lrs(config, self._state, self.last_epoch)))
+        where = f"phase={self.phase!r}, step={self.last_epoch}{end}, lr={lr}"
         return f"{type(self).__name__}({where}, {found}, cooldown_type={config.cooldown_type!r}, gp={self.gp!r})"

@@ -20,10 +20,13 @@ from autowu.judge import Judge, engine
 from autowu.live import LiveRun
 from autowu.phases import (
     MAX_SETBACKS,
+    LRs,
     State,
     Switch,
     Verdict,
     after_test,
+    common_lr,
+    copy_share,
     end_plateau_epoch,
     exploded,
     falls,
@@ -104,13 +107,13 @@ class WarmUp:
     """The LR grows; tests ask whether the minimum is past; copies are taken as long as the loss falls.
 
     Args:
-        fallback_lr: the LR to go on with if no test ever had a fit.
+        fallback_lr: the LR to go on with if no test ever had a fit, of several optimizers one each.
 
     Attributes:
         busy_at: up to this step nothing is due, and a loss that may wait for the watch is only kept; 0 where that is not known.
     """
 
-    def __init__(self, config: Config, rooms: Rooms, fallback_lr: float) -> None:
+    def __init__(self, config: Config, rooms: Rooms, fallback_lr: LRs) -> None:
         self.config, self.rooms, self.fallback_lr = config, rooms, fallback_lr
         self.busy_at = 0
 
@@ -157,10 +160,10 @@ class WarmUp:
         found, all_sound = self._verdict(step, state)
         after = after_test(self.config, state, step, found)
         if after.switch is not None:
-            return self._leave(after, "", self._go_back_if_past(step, after.switch.lr))
+            return self._leave(after, "", self._go_back_if_past(step, after.switch))
         if at_limit:
             after = self._ended(step, state, found)
-            return self._leave(after, " (warm-up at its limit)", self._go_back_if_past(step, _switch(after).lr))
+            return self._leave(after, " (warm-up at its limit)", self._go_back_if_past(step, _switch(after)))
         self.rooms.judge.prepare(self.config, after, step)
         nothing_known = self.rooms.judge.last is None or (self.rooms.rollback.able and self.rooms.rollback.held is None)
         if all_sound and (nothing_known or falls(found)):
@@ -187,7 +190,7 @@ class WarmUp:
 
     def _copy(self, step: int) -> None:
         level = self.rooms.reader.watch.level
-        lr, spacing = warmup_lr_at(self.config, step - self.config.warmup_origin), self.config.peak_factor
+        lr, spacing = warmup_lr_at(self.config, step - self.config.warmup_origin), copy_share(self.config)
         if self.config.min_rise:  # else the peak follows from the minimum
             spacing = min(1.0, _SPACING * spacing)
         self.rooms.rollback.take(step, lr, level, spacing)
@@ -197,7 +200,7 @@ class WarmUp:
         self.rooms.log.warn("explosion", step, "the loss has exploded, which ends the warm-up")
         found, _ = self._verdict(step, state)
         after = exploded(self.config, self._ended(step, state, found))
-        restored = self._go_back(step, _switch(after).lr)
+        restored = self._go_back(step, _switch(after))
         if restored is None and self.rooms.rollback.lost(step):
             after = replace(after, watched=False)
         return self._leave(after, "", restored)
@@ -211,16 +214,16 @@ class WarmUp:
             found, _ = self._verdict(step, state)
         return switched(self.config, state, step, found or judge.last, self.fallback_lr)
 
-    def _go_back(self, step: int, peak: float) -> Restored | None:
+    def _go_back(self, step: int, switch: Switch) -> Restored | None:
         """Undo the steps at too high an LR."""
-        self.rooms.rollback.keep_one(peak)
+        self.rooms.rollback.keep_one(common_lr(self.config, switch))
         return self.rooms.rollback.put_back(step)
 
-    def _go_back_if_past(self, step: int, peak: float) -> Restored | None:
+    def _go_back_if_past(self, step: int, switch: Switch) -> Restored | None:
         """The same, unless the loss still falls."""
         last = self.rooms.judge.last
         if last is not None and not falls(last):
-            return self._go_back(step, peak)
+            return self._go_back(step, switch)
         self.rooms.rollback.keep_one()
         return None
 
@@ -372,7 +375,7 @@ class AfterSwitch:
 Stage: TypeAlias = "WarmUp | AfterSwitch"
 
 
-def stage_of(config: Config, state: State, rooms: Rooms, fallback_lr: float) -> Stage:
+def stage_of(config: Config, state: State, rooms: Rooms, fallback_lr: LRs) -> Stage:
     """The stage of a run in `state`."""
     return WarmUp(config, rooms, fallback_lr) if state.switch is None else AfterSwitch(config, rooms)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from autowu.config import BUDGETS, Config
 from autowu.history import LossHistory
 from autowu.phases import SETBACK_FACTOR, warmup_lr_at
 from autowu.record import MOST
-from autowu.schema import check_state, shown
+from autowu.schema import check_state, group_counts, shown
 from autowu.watch import BLOCK, LossWatch
 
 __all__ = ["VERSION", "readable", "whole_or_not"]
@@ -32,8 +32,11 @@ _FIXED: Final[dict[str, Any]] = {
 _NO_BUDGET: Final[dict[str, Any]] = {"used": 0.0, "own": 0.0, "over": False, "given": None, "recent": []}
 
 
-def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
+def readable(state: Any, name: str, *groups: int) -> Mapping[str, Any]:
     """A saved state of a scheduler of class `name`, as one of :data:`VERSION`, every entry checked.
+
+    Args:
+        groups: number of parameter groups of each optimizer that is to go on with it; none to read it only.
 
     Raises:
         TypeError, ValueError: in one line, if it is no state, of another class, of a version that is not read, incomplete or
@@ -55,9 +58,16 @@ def readable(state: Any, name: str, groups: int) -> Mapping[str, Any]:
         except Exception as error:
             raise _damaged(error) from None
     check_state(path, state)
-    if (saved := len(state["base_lrs"])) > groups:
-        cure = "add the groups that were added during the run before the state is loaded"
-        raise ValueError(f"state_dict of {saved} parameter groups: the optimizer has {groups}; {cure}")
+    counts = group_counts(state)
+    if groups and len(counts) != len(groups):
+        cure = "build it with the same ones in the same order, as AutoWU([first, second], ...)"
+        cure = cure if len(counts) > 1 else "build it with that one"
+        raise ValueError(f"state_dict of {len(counts)} optimizers: this scheduler has {len(groups)}; {cure}")
+    for index, (saved, own) in enumerate(zip(counts, groups, strict=False)):
+        if saved > own:
+            cure = "add the groups that were added during the run before the state is loaded"
+            which = "the optimizer" if len(groups) == 1 else f"optimizer {index}"
+            raise ValueError(f"state_dict of {saved} parameter groups: {which} has {own}; {cure}")
     read: Mapping[str, Any] = state
     return read
 
@@ -68,12 +78,13 @@ def _damaged(error: Exception) -> ValueError:
 
 
 @contextlib.contextmanager
-def whole_or_not(rooms: Iterable[Any], engine: Any) -> Iterator[None]:
+def whole_or_not(rooms: Sequence[Any], engine: Any) -> Iterator[None]:
     """What is loaded within is loaded whole: where that fails `rooms`, what of ours they hold, and `engine` are as they were.
 
     An error that speaks of the state goes on; any other says that the state is damaged.
     """
-    held = [inner for room in rooms for inner in (room, *vars(room).values()) if hasattr(inner, "__dict__")]
+    values = [value for room in rooms for own in vars(room).values() for value in (own if isinstance(own, list) else [own])]
+    held = [inner for inner in (*rooms, *values) if hasattr(inner, "__dict__")]
     before = [(room, vars(room).copy()) for room in held if type(room).__module__.startswith("autowu.")]
     of_engine = copy.deepcopy(engine.state_dict()) if hasattr(engine, "state_dict") else None
     try:

@@ -109,6 +109,25 @@ class OtherArithmetic(ClosedFormGP):
         return posterior
 
 
+def two_optimizers(rank, size):
+    """Each with a peak of its own, on ranks whose arithmetic differs."""
+    optimizers = [torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), torch.optim.AdamW([nn.Parameter(torch.ones(2))])]
+    own = {"min_lr": [1e-5, 1e-6], "max_lr": [1.0, 0.01], "peak_factor": [0.5, 0.25]}
+    scheduler = AutoWU(optimizers, total_steps=STEPS, gp=OtherArithmetic(0.1), watch=False, rollback=False, **own)
+    lrs = []
+    for loss in curve(rank).tolist():
+        lrs.append(scheduler.get_last_lr())
+        scheduler.optimizer.step()
+        scheduler.step(loss)
+    other = AutoWU(optimizers, total_steps=STEPS, rollback=False, min_lr=[1e-5, 1e-6 * (1 + rank)])
+    try:
+        other.optimizer.step()
+        other.step(1.0)
+    except ValueError as error:
+        return result(scheduler, lrs, refused=str(error))
+    return result(scheduler, lrs, refused="")
+
+
 def ranks_that_round_otherwise(rank, size):
     scheduler = scheduler_of(gp=OtherArithmetic(0.1))
     lrs, _ = run(scheduler, curve(rank).tolist())
@@ -308,6 +327,7 @@ CASES = {
     "different_losses": different_losses,
     "a_rank_of_nans_and_a_silent_one": a_rank_of_nans_and_a_silent_one,
     "ranks_that_round_otherwise": ranks_that_round_otherwise,
+    "two_optimizers": two_optimizers,
     "no_switch_by_test": no_switch_by_test,
     "groups_of_one": groups_of_one,
     "groups_of_two": groups_of_two,

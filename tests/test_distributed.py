@@ -1,6 +1,7 @@
 """Ranks that agree: real gloo processes, each with losses of its own. What they run is in rank_runs.py."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -56,6 +57,17 @@ def assert_agree_and_switch(ranks, case):
 @pytest.mark.parametrize("case", sorted(set(CASES) - {"groups_of_one", "groups_of_two"}))
 def test_ranks_run_at_the_same_lr_at_every_step(ranks, case):
     assert_agree_and_switch(ranks, case)
+
+
+def test_each_of_two_optimizers_has_its_peak_on_all_ranks_and_ranks_with_other_ranges_are_refused(ranks):
+    for rank in ranks:
+        run = rank["two_optimizers"]
+        (first, second), (low, high) = zip(*run["lrs"], strict=True), (run["switch"]["lr"], run["switch"]["others"][0])
+        assert (first[run["switch"]["step"]], second[run["switch"]["step"]]) == (low, high)
+        assert first[0] == pytest.approx(10 * second[0])
+        assert "others=((1e-06, 1.0, 0.4),) on rank 0, ((2e-06, 1.0, 0.4),) on rank 1" in re.sub(
+            r"0\.\d+\)", "0.4)", run["refused"]
+        )
 
 
 @pytest.mark.parametrize("case", sorted(set(OF_FOUR) - {"groups_of_two"}))

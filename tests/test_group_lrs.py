@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from autowu import AutoWU
-from autowu.group_lrs import GroupLRs
+from autowu.group_lrs import GroupLRs, GroupLRsOfSeveral
 
 
 def groups(*options, lr=0.1):
@@ -70,11 +70,13 @@ def test_a_late_group_joins_once_in_the_ratio_of_its_lr_to_the_first_groups_now(
     lrs.write(optimizer, 0.01)  # the first is now at 0.005
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.001})
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})  # at the optimizer's own LR: as the first
-    assert lrs.join(optimizer) == [0.001, 0.1]
-    assert lrs.join(optimizer) == []
+    base_lrs = [0.1, 0.2]
+    lrs.join(optimizer, base_lrs)
+    lrs.join(optimizer, base_lrs)
+    assert base_lrs == [0.1, 0.2, 0.001, 0.1]
     assert lrs.of(1.0) == pytest.approx([0.5, 1.0, 0.1, 0.5])
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.001, "lr_scale": 0.5})
-    lrs.join(optimizer)
+    lrs.join(optimizer, [])
     assert lrs.of(1.0)[-1] == pytest.approx(0.05)
 
 
@@ -82,7 +84,7 @@ def test_a_late_group_beside_a_first_one_at_nothing_is_as_that():
     optimizer = groups({"lr": 0.0})
     lrs = GroupLRs(optimizer)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.3})
-    lrs.join(optimizer)
+    lrs.join(optimizer, [])
     assert lrs.of(1.0) == [1.0, 1.0]
 
 
@@ -248,3 +250,41 @@ def test_a_group_that_joins_with_no_lr_that_can_be_set_trains_at_that_of_the_fir
     scheduler.step(2.0)
     first, late = scheduler.get_last_lr()
     assert late == first
+
+
+# ---------------------------------------------------------------- several optimizers
+
+
+def test_of_several_optimizers_each_has_its_lr_and_ratios_and_groups_that_join_stay_with_their_optimizer():
+    first, second = groups({"lr": 0.1}, {"lr": 0.2}), groups({"lr": 0.01}, {"lr": 0.0})
+    lrs = GroupLRsOfSeveral([first, second])
+    assert (lrs.largest, lrs.resting) == ((0.2, 0.01), [3])
+    assert lrs.write(None, (1.0, 0.5)) == [0.5, 1.0, 0.5, 0.0]
+    first.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.25})
+    assert lrs.renew(None, (2.0, 1.0)) is None
+    base_lrs = [0.1, 0.2, 0.01, 0.0]
+    lrs.join(None, base_lrs)
+    assert base_lrs == [0.1, 0.2, 0.25, 0.01, 0.0]
+    written = lrs.write(None, (2.0, 1.0))
+    assert written == [group["lr"] for one in (first, second) for group in one.param_groups]
+    assert lrs.renew(None, (2.0, 1.0)) == written
+    second.param_groups[0]["lr"] = 0.5
+    assert lrs.adopt(None).startswith("optimizer 1: the LR of parameter group 0 was set from outside; it is kept")
+
+
+def test_a_state_of_several_optimizers_with_fewer_groups_leaves_each_its_own_later_ones():
+    def fresh(*late):
+        return GroupLRsOfSeveral([groups({"lr": 0.1}, *({"lr": lr} for lr in late)), groups({"lr": 0.01}, {"lr": 0.02})])
+
+    lrs = fresh(0.4)
+    lrs.load_state_dict(fresh().state_dict())
+    assert lrs.base_lrs(["a", "c", "d"], ["A", "B", "C", "D"]) == ["a", "B", "c", "d"]
+    assert lrs.of((1.0, 1.0)) == pytest.approx([1.0, 4.0, 0.5, 1.0])
+
+
+def test_a_tensor_lr_that_optimizers_share_is_parted():
+    lr = torch.tensor(0.1)
+    first, second = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=lr) for _ in range(2))
+    lrs = GroupLRsOfSeveral([first, second])
+    lrs.write(None, (1.0, 0.5))
+    assert [float(one.param_groups[0]["lr"]) for one in (first, second)] == [1.0, 0.5]

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -429,6 +430,31 @@ def test_the_example_learns_in_two_processes():
     assert (
         float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) > 75
     )  # chance is 10; the last digits differ between machines
+
+
+def test_two_optimizers_under_one_schedule_learn_and_resume(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["muon_lightning.py", "--epochs", "6"])
+    names = runpy.run_path(str(ROOT / "examples" / "muon_lightning.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert re.search(r"peak LRs \S+ and \S+ from step \d+ of 126", said)
+    assert float(re.search(r"test accuracy ([\d.]+)%", said)[1]) > 75
+
+    def trained(epochs, **more):
+        L.seed_everything(0)
+        module = names["Digits"]()
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(accelerator="cpu", max_steps=30 * epochs, default_root_dir=tmp_path, **quiet)
+        trainer.fit(module, DataLoader(TensorDataset(*digits()), 90), **more)
+        return trainer, module
+
+    trainer, first = trained(1)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    _, resumed = trained(2, ckpt_path=tmp_path / "first.ckpt")
+    assert resumed.autowu.last_epoch == 60
+    assert resumed.autowu.switch == first.autowu.switch
+    state = [value for one in resumed.autowu.optimizer.optimizers for value in one.state.values()]
+    assert len(state) == len(list(resumed.parameters()))
+    assert max(float(value["step"]) for value in state if "step" in value) == 60
 
 
 if __name__ == "__main__":
