@@ -141,6 +141,7 @@ class Judge:
             min_contrast=config.min_contrast,
             min_rise=config.min_rise,
             reach=1 / span if span else math.inf,  # a decade of LR
+            waves=span > 0 and config.min_rise > 0,
             silent=silent,
         )
         if behind and not silent:  # no loss came: neither a vote nor the end of the votes in a row

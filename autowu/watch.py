@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from math import inf, sqrt
 from typing import Any, Final
 
-__all__ = ["BLOCK", "HUGE", "LossWatch"]
+__all__ = ["BLOCK", "HUGE", "LATER", "LossWatch"]
 
 _START: Final = 10
 """Losses whose mean is where the run started."""
@@ -35,8 +35,12 @@ _AT_ONCE: Final = 0.6
 """Share of a rise by which a loss falls at once that has changed back."""
 _AGAIN: Final = 5
 """Equal losses in a row that are one, at least. A run with more, and more than twice as many as ever before, is stuck."""
+_ALIKE: Final = 0.25
+"""Share of its height by which a rise at once may differ from the one before, to be the same."""
 _TOLERANCE: Final = 1.5
 """Times a change of the loss that a later rise must amount to, to be more than another such change."""
+LATER: Final = ("bottom", "foot", "plateau", "stayed", "top", "visits")
+"""Entries of a saved state that may be missing: nothing was known of leaps."""
 BLOCK: Final = 10
 """Losses that are read together, at most."""
 _FADED: Final = math.sqrt(_NOISE_DECAY**BLOCK)
@@ -66,15 +70,16 @@ class LossWatch:
             then all is measured anew. Whoever heeds it takes it down.
         halved: alarms that were none if it has.
         returned: what the loss was before it rose.
+        rise: by how much it had risen from there.
 
     Equal losses in a row are one loss: a metric that is logged now and then is passed again in between. Those that are 0, or all
     losses so far, are what they are.
     """
 
     __slots__ = (
-        *("above", "again", "before", "best", "changed", "count", "doubt", "fell", "halved", "high", "kept", "last", "level"),
-        *("longest", "lowest", "mean", "noise", "pace", "previous", "returned", "rise", "settling", "silent", "slack", "start"),
-        *("trial",),
+        *("above", "again", "before", "best", "bottom", "changed", "count", "doubt", "fell", "foot", "halved", "high", "kept"),
+        *("last", "level", "longest", "lowest", "mean", "noise", "pace", "plateau", "previous", "returned", "rise", "settling"),
+        *("silent", "slack", "start", "stayed", "top", "trial", "visits"),
     )
 
     def __init__(self) -> None:
@@ -101,6 +106,10 @@ class LossWatch:
         self.changed = False
         self.slack = 0.0  # what must be lost, at least, in a run whose loss has changed before
         self.kept = 0.0  # progress made before it did
+        self.foot = self.bottom = self.top = 0.0  # the loss before the last high ones, the lowest and the highest of these
+        self.plateau = 0.0  # height of the last rise that was an alarm, where it was at once
+        self.visits = 0  # such alarms in a row, of the same height
+        self.stayed = False  # whether a loss on the weights of the copy was as high
 
     def push(self, loss: float) -> None:
         """Take the loss of one step; -inf stands for one that is missing and says nothing."""
@@ -125,9 +134,12 @@ class LossWatch:
         elif self.count == before:
             return
         elif self.trial:
+            half = self.returned + max(self.rise, LOST * self.progress) / 2
+            self.stayed = self.stayed or (self.trial == _TRIAL and loss > half)
             self.trial -= 1
             self.lowest = min(self.lowest, loss)
-            if self.trial == 0 and self.lowest - self.returned > max(self.rise, LOST * self.progress) / 2:
+            if self.trial == 0 and (self.lowest > half or self._visited):
+                self.lowest = max(self.lowest, self.returned + self.plateau)
                 self._measure_anew()
         else:
             height = max(self.rise, last - self.returned)
@@ -167,7 +179,26 @@ class LossWatch:
         self.kept = self.progress
         self.mean = self.level = self.last
         self.start, self.noise, self.best = 0.0, 0.0, math.inf
-        self.count = self.above = self.high = self.settling = 0
+        self.count = self.above = self.high = self.settling = self.visits = 0
+
+    def _falls_back(self, leapt: float) -> None:
+        """The loss has leapt by so much, and back, where nothing was done: alarms of that height were none."""
+        if self.visits and not self.on_trial and self._is_again(leapt):
+            self.changed, self.halved, self.visits, self.rise = True, self.visits, 0, leapt
+
+    def _is_again(self, leapt: float) -> bool:
+        return leapt > 0 and abs(leapt - self.plateau) <= _ALIKE * self.plateau
+
+    @property
+    def _visited(self) -> bool:
+        """Whether the last alarms were of a level that the loss leaps to and from, as of sources that alternate."""
+        return self.visits > 1 and self.stayed
+
+    @property
+    def _leapt(self) -> float:
+        """Height of the last high losses, if there were enough, the first was one at once, and they stayed there; else 0."""
+        height = self.top - self.foot
+        return height if self.high >= IN_A_ROW and self.bottom - self.foot > _AT_ONCE * height else 0.0
 
     def _begin(self, loss: float) -> None:
         """Take one of the losses that say where the run starts."""
@@ -227,7 +258,19 @@ class LossWatch:
             allowed = sure if sure > LOST * progress else LOST * progress
             if slack > allowed:
                 allowed = slack
-            high = high + 1 if loss > best + allowed else 0
+            if loss > best + allowed:
+                if high == 0:
+                    self.foot, self.bottom, self.top = last, loss, loss
+                elif loss < self.bottom:
+                    self.bottom = loss
+                elif loss > self.top:
+                    self.top = loss
+                high += 1
+            elif high:
+                self.high, high = high, 0
+                if (leapt := self._leapt) and last - loss > _AT_ONCE * leapt:  # by itself: weights do not find back so
+                    self.slack = slack = max(slack, (1 + _ALIKE) * leapt)
+                    self._falls_back(leapt)
             far = loss > start + 2 * progress + SURE * error
             above = above + 1 if far else 0
             level += _QUICK * (loss - level)
@@ -250,7 +293,7 @@ class LossWatch:
 
         That holds for any of a block that has not been taken yet, none of which is below `low`.
         """
-        if self.count < _START or self.settling or self.on_trial:
+        if self.count < _START or self.settling or self.on_trial or (self.high and self.visits):
             return -math.inf
         error = _FADED * math.sqrt(self.noise)
         far = self.start + 2 * self.progress + SURE * error
@@ -314,7 +357,11 @@ class LossWatch:
 
     def _begin_trial(self, level: float | None, again: bool) -> None:
         if level is not None:
-            self.trial, self.halved, self.returned = _TRIAL, 1, level
+            leapt = self._leapt
+            alike = self._is_again(leapt)
+            self.visits, self.plateau = self.visits + 1 if alike else int(leapt > 0), leapt
+            self.stayed = self.stayed and alike
+            self.trial, self.halved, self.returned = _TRIAL, max(1, self.visits), level
         elif again:
             self.doubt, self.halved = _DOUBT, self.halved + 1
         else:
@@ -328,5 +375,6 @@ class LossWatch:
         return {name: getattr(self, name) for name in self.__slots__}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        fresh = LossWatch()
         for name in self.__slots__:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(fresh, name)))
