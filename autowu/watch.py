@@ -268,7 +268,7 @@ class LossWatch:
                 high += 1
             elif high:
                 self.high, high = high, 0
-                if (leapt := self._leapt) and last - loss > _AT_ONCE * leapt:  # by itself: weights do not find back so
+                if not doubt and (leapt := self._leapt) and last - loss > _AT_ONCE * leapt:  # by itself, as weights do not
                     self.slack = slack = max(slack, (1 + _ALIKE) * leapt)
                     self._falls_back(leapt)
             far = loss > start + 2 * progress + SURE * error
