@@ -22,7 +22,7 @@ from autowu.config import ARGUMENTS, BUDGETS, Config, check_together
 from autowu.gp import MIN_LENGTHSCALE
 from autowu.phases import Event, State
 from autowu.record import MOST
-from autowu.watch import BLOCK, HUGE, LATER, LossWatch
+from autowu.watch import BLOCK, HUGE, Leaps, LossWatch
 
 __all__ = ["check_state", "shown"]
 
@@ -272,7 +272,7 @@ _OF_WATCH: Final = {name: _like(fresh) for name, fresh in LossWatch().state_dict
 
 
 def _watch(path: str, value: Any) -> None:
-    missing = [name for name in LATER if name not in _mapping(path, value)]
+    missing = [name for name in Leaps.__slots__ if name not in _mapping(path, value)]
     _record({name: check for name, check in _OF_WATCH.items() if name not in missing}, more=True)(path, value)
 
 

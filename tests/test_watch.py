@@ -636,6 +636,16 @@ def test_a_loss_that_changes_leaves_the_peak(change):
     assert run.accuracy() > 0.9
 
 
+def test_sources_that_alternate_every_few_steps_leave_the_peak():
+    run = Run(500, **STABLE)
+    run.also = lambda scheduler: 1.5 * (scheduler.switch is not None and (scheduler.last_epoch - scheduler.switch.step) // 6 % 2)
+    run.advance(500)
+    assert run.kinds().count("divergence") <= 2
+    assert run.scheduler._state.setbacks == 0
+    assert run.lrs[349] == pytest.approx(run.scheduler.switch.lr)
+    assert run.accuracy() > 0.9
+
+
 # A ramp that never ends does not settle: without a copy it looks as a divergence does.
 SETTLING = [change for name, change in CHANGES.items() if name != "a term ramps up"]
 
