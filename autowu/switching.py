@@ -16,7 +16,7 @@ MIN_LOSSES = 10
 """With fewer finite losses a test has no vote: one can draw any curve through a handful of points."""
 MIN_FALL = 1.0
 """Standard deviations that a curve must have fallen to its minimum: less is the noise of a curve that only rises."""
-EARLY: Final = 0.35
+EARLY: Final = 0.28
 """Share of the planned warm-up in which a valley may be one period of a wave, as the order of the data makes them."""
 STANDS: Final = 0.3
 """Share of the planned warm-up for which such a valley must stand: a wave falls again by then."""
@@ -175,7 +175,7 @@ def decide(
         min_rise: share of its largest fall by which the curve must have risen from its minimum, 0 or more: less is a first dip, or
             noise on a plateau. Unless 0, what counts of a valley is its far edge.
         reach: how far past the minimum that edge is looked for, as a fraction of the planned warm-up.
-        waves: whether a valley in the first third of the warm-up may be one of a wave. It has a vote once it has stood for another
+        waves: whether a valley in the first quarter of the warm-up may be one of a wave. It has a vote once it has stood for a
             third, and a rise that the curve has come back from is no rise.
         silent: whether losses came since the test before and none was finite: a run that has blown up is past its best.
 

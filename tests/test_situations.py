@@ -174,10 +174,16 @@ def test_a_wave_on_a_flat_start_is_no_valley(periods, height, phase):
 
 
 def test_a_valley_near_the_start_is_found_once_it_has_stood():
-    scheduler = fed(lambda step, lr, noise: by_lr(lr, lowest=0.002) + noise, 600)
+    scheduler = fed(lambda step, lr, noise: 1 + 0.3 * abs(math.log10(lr / 0.002)) ** 1.2 + noise, 600)
     switch, config = scheduler.switch, scheduler.config
-    assert 0.3 < (switch.step - switch.minimum) / config.warmup_steps < 0.4
-    assert 2e-4 < switch.lr < 2e-3
+    assert 0.3 < (switch.step - switch.minimum) / config.warmup_steps < 0.45
+    assert 2e-4 < switch.lr < 3e-3
+
+
+def test_a_valley_near_the_start_that_ends_in_an_explosion_is_found_at_once():
+    scheduler = fed(lambda step, lr, noise: by_lr(lr, lowest=0.002) + noise, 600)
+    assert kinds(scheduler) == ["explosion", "switch"]
+    assert 4e-4 < scheduler.switch.lr < 2e-3
 
 
 # ---------------------------------------------------------------- calls that are missing, or too many
