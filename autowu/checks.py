@@ -146,9 +146,11 @@ def process_group(name: str, value: Any) -> ProcessGroup:
 
 
 def loss(value: Any) -> float | Tensor:
-    """One floating-point number, or a tensor of one."""
+    """One floating-point number, or a tensor or array of one."""
     if type(value) is float:  # as a rule
         return value
+    if isinstance(value, np.ndarray) and value.size == 1 and np.issubdtype(value.dtype, np.floating):
+        return float(value.item())
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"loss has shape {tuple(value.shape)}: pass the mean loss of the step, a tensor of one element")

@@ -140,6 +140,8 @@ class Judge:
             min_contrast=config.min_contrast,
             min_rise=config.min_rise,
             reach=1 / span if span else math.inf,  # a decade of LR
+            # One that is begun anew starts near the minimum, as a linear one does.
+            waves=span > 0 and config.min_rise > 0 and config.warmup_origin == 0,
             silent=silent,
         )
         if behind and not silent:  # no loss came: neither a vote nor the end of the votes in a row

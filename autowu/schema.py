@@ -22,7 +22,7 @@ from autowu.config import ARGUMENTS, BUDGETS, Config, check_together
 from autowu.gp import MIN_LENGTHSCALE
 from autowu.phases import Event, State
 from autowu.record import MOST
-from autowu.watch import BLOCK, HUGE, LossWatch
+from autowu.watch import BLOCK, HUGE, Leaps, LossWatch
 
 __all__ = ["check_state", "group_counts", "shown"]
 
@@ -295,11 +295,15 @@ def _like(fresh: float) -> Check:
     return _loss_or_inf if fresh == math.inf else _loss
 
 
-_WATCH: Final = _record(
-    {name: _like(fresh) for name, fresh in LossWatch().state_dict().items() if isinstance(fresh, (int, float))}
-    | {"noise": _plain(between(f"from 0 to {HUGE**2:g}", lambda value: 0 <= value <= HUGE**2))},
-    more=True,
-)
+_OF_WATCH: Final = {name: _like(fresh) for name, fresh in LossWatch().state_dict().items() if isinstance(fresh, (int, float))} | {
+    "noise": _plain(between(f"from 0 to {HUGE**2:g}", lambda value: 0 <= value <= HUGE**2))
+}
+
+
+def _watch(path: str, value: Any) -> None:
+    missing = [name for name in Leaps.__slots__ if name not in _mapping(path, value)]
+    _record({name: check for name, check in _OF_WATCH.items() if name not in missing}, more=True)(path, value)
+
 
 _COPY: Final = _record(
     {"step": _whole(0), "lr": _lr_or_0, "level": _loss, "tensors": _by_place(_tensor()), "rest": _by_place(_anything)}, more=True
@@ -356,7 +360,7 @@ _TABLE: Final = _record(
         "events": _list_of(_record({field.name: _text for field in fields(Event)} | {"step": _whole(0)})),
         "reader": _record(
             {
-                "watch": _WATCH,
+                "watch": _watch,
                 "looked_at": _whole(0),
                 "unread": _list_of(_number, BLOCK),
                 "pending": optional(_list_of(_number, BLOCK + 1)),

@@ -349,7 +349,8 @@ class AfterSwitch:
         watch = self.rooms.reader.watch
         state = undo_set_backs(state, watch.halved)
         watch.changed = False
-        risen = watch.rise if self.rooms.rollback.held is None else None
+        back = watch.level < watch.returned + watch.rise / 2  # it has leapt up and back
+        risen = watch.rise if back or self.rooms.rollback.held is None else None
         self.rooms.log.warn("loss_changed", step, loss_changed_message(state, watch.level, watch.returned, risen))
         return state
 

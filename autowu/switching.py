@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
@@ -15,6 +16,14 @@ MIN_LOSSES = 10
 """With fewer finite losses a test has no vote: one can draw any curve through a handful of points."""
 MIN_FALL = 1.0
 """Standard deviations that a curve must have fallen to its minimum: less is the noise of a curve that only rises."""
+EARLY: Final = 0.28
+"""Share of the planned warm-up in which a valley may be one period of a wave, as the order of the data makes them."""
+STANDS: Final = 0.3
+"""Share of the planned warm-up for which such a valley must stand: a wave falls again by then."""
+_WAVE: Final = 1.25
+"""Times a rise from such a valley that the curve has come back from, that a later one must amount to."""
+_INTO: Final = 0.25
+"""Share of that rise by which the curve must have fallen into the valley: noise before a first rise is none."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,26 @@ def rise_share(fit: CurvePosterior) -> float:
     return float(rise / fall) if fall > 0 else math.inf
 
 
+def lost_rise(fit: CurvePosterior) -> float:
+    """The largest rise of one fit, S = 1, from an early valley that it has come back from, in units of the loss; 0 for none."""
+    mean = fit.mean[0]
+    places = np.arange(len(mean))
+    lowest = np.minimum.accumulate(mean)
+    at = np.maximum.accumulate(np.where(mean == lowest, places, 0))
+    into = np.maximum.accumulate(mean)[at] - lowest
+    come_back = mean - np.minimum.accumulate(mean[::-1])[::-1]
+    rise = np.minimum(mean - lowest, come_back)
+    return float(np.where((into >= _INTO * rise) & (fit.grid[at] < EARLY), rise, 0.0).max())
+
+
+def _stands(fit: CurvePosterior) -> bool:
+    """Whether the valley of one fit, S = 1, is none of a wave, as far as can be told."""
+    mean = fit.mean[0]
+    lowest = mean.argmin()
+    waited = fit.grid[lowest] >= EARLY or fit.grid[-1] - fit.grid[lowest] >= STANDS
+    return bool(waited and mean[-1] - mean[lowest] >= _WAVE * lost_rise(fit))
+
+
 def far_edge(fit: CurvePosterior, reach: float = math.inf) -> float:
     """The last position at which one fit, S = 1, is no higher than its minimum by a standard deviation, `reach` past it at most.
 
@@ -131,6 +160,7 @@ def decide(
     min_contrast: float = 0.0,
     min_rise: float = 0.0,
     reach: float = math.inf,
+    waves: bool = False,
     silent: bool = False,
 ) -> SwitchDecision:
     """Count the vote of one test.
@@ -145,6 +175,8 @@ def decide(
         min_rise: share of its largest fall by which the curve must have risen from its minimum, 0 or more: less is a first dip, or
             noise on a plateau. Unless 0, what counts of a valley is its far edge.
         reach: how far past the minimum that edge is looked for, as a fraction of the planned warm-up.
+        waves: whether a valley in the first quarter of the warm-up may be one of a wave. It has a vote once it has stood for a
+            third, and a rise that the curve has come back from is no rise.
         silent: whether losses came since the test before and none was finite: a run that has blown up is past its best.
 
     The test votes "past" where most subsamples do: where the medians exceed `confidence`, `min_contrast` and `min_rise`.
@@ -162,6 +194,7 @@ def decide(
     probability = float(np.median([probability_past_minimum(fit)[0] for fit in fits]))
     past = probability > confidence and (min_contrast == 0 or contrast > min_contrast)
     past = past and (min_rise == 0 or float(np.median([rise_share(fit) for fit in fits])) > min_rise)
+    past = past and (not waves or 2 * sum(_stands(fit) for fit in fits) > len(fits))
     if silent:
         probability, past = 1.0, True
     past = past and enough

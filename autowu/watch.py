@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from math import inf, sqrt
 from typing import Any, Final
 
-__all__ = ["BLOCK", "HUGE", "LossWatch"]
+__all__ = ["BLOCK", "HUGE", "Leaps", "LossWatch"]
 
 _START: Final = 10
 """Losses whose mean is where the run started."""
@@ -35,6 +35,8 @@ _AT_ONCE: Final = 0.6
 """Share of a rise by which a loss falls at once that has changed back."""
 _AGAIN: Final = 5
 """Equal losses in a row that are one, at least. A run with more, and more than twice as many as ever before, is stuck."""
+_ALIKE: Final = 0.25
+"""Share of its height by which a rise at once may differ from the one before, to be the same."""
 _TOLERANCE: Final = 1.5
 """Times a change of the loss that a later rise must amount to, to be more than another such change."""
 BLOCK: Final = 10
@@ -54,6 +56,51 @@ NEAR_SURE: Final = 4.0
 """Standard errors that may be lost in a run that is worth copying."""
 
 
+class Leaps:
+    """High losses in a row: whether the first of them was so at once, as of sources that alternate, and has been before.
+
+    Attributes:
+        foot, bottom, top: the loss before the last high ones, the lowest and the highest of these.
+        plateau: height of the last rise that was an alarm, where it was at once; else 0.
+        visits: such alarms in a row, of the same height.
+        stayed: whether a loss on the weights of the copy was as high.
+    """
+
+    __slots__ = ("bottom", "foot", "plateau", "stayed", "top", "visits")
+
+    def __init__(self) -> None:
+        self.foot = self.bottom = self.top = self.plateau = 0.0
+        self.visits = 0
+        self.stayed = False
+
+    def follow(self, loss: float, last: float, high: int) -> None:
+        """Take a high loss, after `last` and so many other high ones."""
+        if high == 0:
+            self.foot, self.bottom, self.top = last, loss, loss
+        self.bottom, self.top = min(self.bottom, loss), max(self.top, loss)
+
+    def height(self, high: int) -> float:
+        """Of the last high losses, if there were enough, the first was one at once, and they stayed there; else 0."""
+        height = self.top - self.foot
+        return height if high >= IN_A_ROW and self.bottom - self.foot > _AT_ONCE * height else 0.0
+
+    def is_again(self, height: float) -> bool:
+        """Whether the last alarm was of this height."""
+        return height > 0 and abs(height - self.plateau) <= _ALIKE * self.plateau
+
+    def alarm(self, high: int) -> None:
+        """The last losses, of which so many were high, are an alarm."""
+        height = self.height(high)
+        again = self.is_again(height)
+        self.visits = self.visits + 1 if again else int(height > 0)
+        self.plateau, self.stayed = height, self.stayed and again
+
+    @property
+    def known(self) -> bool:
+        """Whether the last alarms were of a level that the loss leaps to and from, whatever the weights."""
+        return self.visits > 1 and self.stayed
+
+
 class LossWatch:
     """Follows the losses of a run one by one and says whether it has exploded or diverged.
 
@@ -66,15 +113,16 @@ class LossWatch:
             then all is measured anew. Whoever heeds it takes it down.
         halved: alarms that were none if it has.
         returned: what the loss was before it rose.
+        rise: by how much it had risen from there.
 
     Equal losses in a row are one loss: a metric that is logged now and then is passed again in between. Those that are 0, or all
     losses so far, are what they are.
     """
 
     __slots__ = (
-        *("above", "again", "before", "best", "changed", "count", "doubt", "fell", "halved", "high", "kept", "last", "level"),
-        *("longest", "lowest", "mean", "noise", "pace", "previous", "returned", "rise", "settling", "silent", "slack", "start"),
-        *("trial",),
+        *("above", "again", "before", "best", "changed", "count", "doubt", "fell", "halved", "high", "kept", "last", "leaps"),
+        *("level", "longest", "lowest", "mean", "noise", "pace", "previous", "returned", "rise", "settling", "silent", "slack"),
+        *("start", "trial"),
     )
 
     def __init__(self) -> None:
@@ -101,6 +149,7 @@ class LossWatch:
         self.changed = False
         self.slack = 0.0  # what must be lost, at least, in a run whose loss has changed before
         self.kept = 0.0  # progress made before it did
+        self.leaps = Leaps()
 
     def push(self, loss: float) -> None:
         """Take the loss of one step; -inf stands for one that is missing and says nothing."""
@@ -125,9 +174,12 @@ class LossWatch:
         elif self.count == before:
             return
         elif self.trial:
+            half = self.returned + max(self.rise, LOST * self.progress) / 2
+            self.leaps.stayed = self.leaps.stayed or (self.trial == _TRIAL and loss > half)
             self.trial -= 1
             self.lowest = min(self.lowest, loss)
-            if self.trial == 0 and self.lowest - self.returned > max(self.rise, LOST * self.progress) / 2:
+            if self.trial == 0 and (self.lowest > half or self.leaps.known):
+                self.lowest = max(self.lowest, self.returned + self.leaps.plateau)
                 self._measure_anew()
         else:
             height = max(self.rise, last - self.returned)
@@ -167,7 +219,19 @@ class LossWatch:
         self.kept = self.progress
         self.mean = self.level = self.last
         self.start, self.noise, self.best = 0.0, 0.0, math.inf
-        self.count = self.above = self.high = self.settling = 0
+        self.count = self.above = self.high = self.settling = self.leaps.visits = 0
+
+    def _follow_leap(self, loss: float, last: float, high: int, is_high: bool) -> int:
+        """Follow high losses, or the one after them; how many there are in a row."""
+        if is_high:
+            self.leaps.follow(loss, last, high)
+            return high + 1
+        height = self.leaps.height(high)
+        if height and not self.doubt and last - loss > _AT_ONCE * height:  # by itself, as weights do not
+            self.slack = max(self.slack, (1 + _ALIKE) * height)
+            if self.leaps.visits and not self.trial and self.leaps.is_again(height):  # those alarms were none either
+                self.changed, self.halved, self.leaps.visits, self.rise = True, self.leaps.visits, 0, height
+        return 0
 
     def _begin(self, loss: float) -> None:
         """Take one of the losses that say where the run starts."""
@@ -225,11 +289,11 @@ class LossWatch:
             progress = start - best if start > best else 0.0
             sure = _SURE_OF_MEAN * error
             allowed = sure if sure > LOST * progress else LOST * progress
-            if slack > allowed:
-                allowed = slack
-            high = high + 1 if loss > best + allowed else 0
-            far = loss > start + 2 * progress + SURE * error
-            above = above + 1 if far else 0
+            allowed = slack if slack > allowed else allowed
+            if (is_high := loss > best + allowed) or high:
+                high = self._follow_leap(loss, last, high, is_high)
+                slack = self.slack
+            above = above + 1 if (far := loss > start + 2 * progress + SURE * error) else 0
             level += _QUICK * (loss - level)
             capped = best + IN_A_ROW * allowed  # so that one loss, however large, is no divergence
             mean += _SLOW * ((loss if loss < capped or settling or doubt else capped) - mean)
@@ -250,7 +314,7 @@ class LossWatch:
 
         That holds for any of a block that has not been taken yet, none of which is below `low`.
         """
-        if self.count < _START or self.settling or self.on_trial:
+        if self.count < _START or self.settling or self.on_trial or (self.high and self.leaps.visits):
             return -math.inf
         error = _FADED * math.sqrt(self.noise)
         far = self.start + 2 * self.progress + SURE * error
@@ -314,7 +378,8 @@ class LossWatch:
 
     def _begin_trial(self, level: float | None, again: bool) -> None:
         if level is not None:
-            self.trial, self.halved, self.returned = _TRIAL, 1, level
+            self.leaps.alarm(self.high)
+            self.trial, self.halved, self.returned = _TRIAL, max(1, self.leaps.visits), level
         elif again:
             self.doubt, self.halved = _DOUBT, self.halved + 1
         else:
@@ -325,8 +390,13 @@ class LossWatch:
         self.mean = max(self.mean, self.level)  # which lags behind
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        state = {name: getattr(self, name) for name in self.__slots__ if name != "leaps"}
+        return state | {name: getattr(self.leaps, name) for name in Leaps.__slots__}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self.__slots__:
-            setattr(self, name, state[name])
+        self.leaps = Leaps()
+        for name in self.state_dict():
+            if name not in Leaps.__slots__:
+                setattr(self, name, state[name])
+            elif name in state:  # else nothing was known of leaps
+                setattr(self.leaps, name, state[name])

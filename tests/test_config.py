@@ -143,7 +143,9 @@ def test_a_loss_is_one_floating_point_number():
     assert checks.loss(1.5) == checks.loss(np.float32(1.5)) == 1.5
     loss = torch.ones(1, 1, dtype=torch.bfloat16)
     assert checks.loss(loss) is loss
-    for wrong in (1, True, None, "low", torch.ones(2), torch.ones(1, dtype=torch.int64)):
+    assert checks.loss(np.array(1.5)) == checks.loss(np.full((1, 1), 1.5, dtype=np.float16)) == 1.5
+    arrays = (np.ones(2), np.array(1), np.array(1j), np.array([]))
+    for wrong in (1, True, None, "low", 1j, *arrays, torch.ones(2), torch.ones(1, dtype=torch.int64), torch.tensor(1j)):
         with pytest.raises((TypeError, ValueError), match="loss"):
             checks.loss(wrong)
 

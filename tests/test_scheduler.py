@@ -308,6 +308,8 @@ AS_LOSS = {
     "float": float,
     "numpy float64": np.float64,
     "numpy float32": np.float32,
+    "numpy array": np.array,
+    "numpy array of one element": lambda v: np.array([v], dtype=np.float32),
     "float64": lambda v: torch.tensor(v, dtype=torch.float64),
     "float32": lambda v: torch.tensor(v, dtype=torch.float32),
     "float16": lambda v: torch.tensor(v, dtype=torch.float16),

@@ -1,5 +1,7 @@
 """Whole schedules in the situations that users bring: losses that come seldom or again and again, that rise first, or change."""
 
+import functools
+import itertools
 import math
 
 import numpy as np
@@ -132,6 +134,56 @@ def test_the_lr_of_a_run_without_any_loss_is_said_to_be_untested(loss):
     assert scheduler.switch.lr == 0.1
     assert kinds(scheduler)[-1] == "peak"
     assert "untested" in scheduler.events[-1].message
+
+
+# ---------------------------------------------------------------- waves
+
+
+def flat_first(lr):
+    """A loss that stays, falls by 1 from an LR of 0.02 to one of 0.3, and rises steeply beyond."""
+    off = math.log10(lr / 0.3)
+    return 2 - np.clip((off + 1.18) / 1.18, 0, 1) + (3 * max(0.0, off - 0.1)) ** 2
+
+
+def waves(periods, height, phase, steps=192):
+    """So many periods in the warm-up of a run of 600 steps."""
+    return lambda step, lr, noise: flat_first(lr) + height * math.sin(2 * math.pi * (step * periods / steps + phase)) + noise
+
+
+@functools.cache
+def without_waves():
+    return fed(waves(1, 0.0, 0), 600).switch.lr
+
+
+QUICK = [(2, 0.1, 0.5), (3, 0.1, 0.25), (4, 0.3, 0.0), (7, 0.3, 0.5), (10, 0.3, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("periods", "height", "phase"),
+    [
+        *QUICK,
+        *(
+            pytest.param(*of, marks=pytest.mark.slow)
+            for of in itertools.product([3, 4, 5, 7, 10], [0.1, 0.3], [0.0, 0.25, 0.5, 0.75])
+            if of not in QUICK
+        ),
+    ],
+)
+def test_a_wave_on_a_flat_start_is_no_valley(periods, height, phase):
+    assert 0.08 < fed(waves(periods, height, phase), 600).switch.lr / without_waves() < 2
+
+
+def test_a_valley_near_the_start_is_found_once_it_has_stood():
+    scheduler = fed(lambda step, lr, noise: 1 + 0.3 * abs(math.log10(lr / 0.002)) ** 1.2 + noise, 600)
+    switch, config = scheduler.switch, scheduler.config
+    assert 0.3 < (switch.step - switch.minimum) / config.warmup_steps < 0.45
+    assert 2e-4 < switch.lr < 3e-3
+
+
+def test_a_valley_near_the_start_that_ends_in_an_explosion_is_found_at_once():
+    scheduler = fed(lambda step, lr, noise: by_lr(lr, lowest=0.002) + noise, 600)
+    assert kinds(scheduler) == ["explosion", "switch"]
+    assert 4e-4 < scheduler.switch.lr < 2e-3
 
 
 # ---------------------------------------------------------------- calls that are missing, or too many

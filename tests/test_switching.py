@@ -1,5 +1,7 @@
 """The vote of a test, and how votes add up to a switch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,17 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import norm
 
 from autowu.gp import CurvePosterior
-from autowu.switching import MIN_LOSSES, decide, far_edge, probability_past_minimum, rise_share, valley_contrast
+from autowu.switching import (
+    EARLY,
+    MIN_LOSSES,
+    STANDS,
+    decide,
+    far_edge,
+    lost_rise,
+    probability_past_minimum,
+    rise_share,
+    valley_contrast,
+)
 
 
 def posterior_of(mean, difference_variance, num_losses=100):
@@ -185,6 +197,39 @@ def test_a_rise_alone_is_enough_for_the_published_rule():
 def test_a_dip_is_no_minimum(mean, votes):
     assert decide(curve_of(mean, 0.05), 0, **RULE, min_rise=0.2).votes == votes
     assert decide(curve_of(mean, 0.05), 0, **RULE).votes == 1
+
+
+@pytest.mark.parametrize(
+    ("mean", "rise"),
+    [
+        ([5, 4, 3, 2, 1, 0, 2], 0),
+        ([5, 1, 3, 1, 0, 0, 0, 0, 0, 0, 2], 2),  # up by 2 and back
+        ([5, 1, 3, 2, 2.5, 3.5, 4, 4, 4, 4, 4], 1),  # half of the way
+        ([1, 5, 3, 2, 1, 0, 0, 0, 0, 0, 2], 0),  # a first rise comes after no fall
+        ([9, 8, 7, 6, 5, 4, 3, 2, 4, 1, 0], 0),  # not early
+    ],
+)
+def test_what_a_curve_has_risen_by_and_come_back_from(mean, rise):
+    assert lost_rise(curve_of(mean)) == rise
+
+
+def test_an_early_valley_has_a_vote_once_it_has_stood_and_is_no_wave():
+    def votes(mean, waves=True):
+        return decide(curve_of(mean, 0.05), 0, **RULE, min_rise=0.2, waves=waves).votes
+
+    def valley(at, end):
+        """A curve that is lowest at that share of the warm-up, and ends where the axis does, at 1."""
+        x = np.linspace(0, end, 101)
+        return replace(curve_of(4 * np.abs(x - at), 0.05), grid=x, end=end)
+
+    for at in (0.1, EARLY - 0.05, EARLY + 0.05):
+        for since in (STANDS - 0.05, STANDS + 0.05):
+            posterior = valley(at, at + since)
+            assert decide(posterior, 0, **RULE, min_rise=0.2, waves=True).votes == (at > EARLY or since > STANDS)
+            assert decide(posterior, 0, **RULE, min_rise=0.2).votes == 1
+    assert votes([5, 1, 3, 0, 1, 2.4]) == 0  # no more than it has come back from
+    assert votes([5, 1, 3, 0, 1, 2.6]) == 1
+    assert votes([5, 1, 3, 0, 1, 2.4], waves=False) == 1
 
 
 @given(posteriors, st.floats(1e-3, 1e3), st.floats(-10, 10))

@@ -24,7 +24,7 @@ from torch import nn
 
 from autowu.training.build import build_parts
 from autowu.training.checkpoints import Checkpoints, read_checkpoint, write_checkpoint
-from autowu.training.config import UsageError, parse_args
+from autowu.training.config import RunError, UsageError, parse_args
 from autowu.training.console import Console, NullConsole
 from autowu.training.cooldowns import first_steps
 from autowu.training.data import find_data, make_loaders
@@ -32,6 +32,7 @@ from autowu.training.evaluation import evaluate
 from autowu.training.folder import RunFolder
 from autowu.training.generators import random_state, seed_epoch, set_random_state
 from autowu.training.loop import Loop, train_step
+from autowu.training.main import told_as_run_errors
 from autowu.training.process import Process
 from autowu.training.progress import Begun, EpochSteps, Progress, StepRow
 from autowu.training.records import NullRecorder, Recorder, epoch_row, summarize
@@ -713,6 +714,9 @@ def test_a_folder_is_begun_in_once_and_gone_on_with_under_its_options(tmp_path):
     RunFolder(replace(config, workers=1, resume=True), 1).check_resumable()
     with pytest.raises(UsageError, match="number of processes is 2, but the run was started with 1"):
         RunFolder(config, 2).check_resumable()
+    folder.write_json("config.json", folder.config | {"epochs": "two"})
+    with pytest.raises(UsageError, match="--epochs is 3, but the run was started with two"):
+        folder.check_resumable()
 
 
 def test_a_folder_is_used_by_one_process_until_it_dies(tmp_path):
@@ -780,6 +784,9 @@ def test_a_row_cut_anywhere_is_no_row(tmp_path, name):
     for length in range(last, len(whole)):
         (folder.path / name).write_bytes(whole[:length])
         assert folder.rows(name) == rows[:-1]
+    (folder.path / name).write_bytes(whole + whole.splitlines(keepends=True)[0] + b"\0,x\n")
+    assert folder.rows(name) == rows
+    (folder.path / name).write_bytes(whole[:-3])
     folder.start(12)
     assert folder.rows(name) == rows[:-1]
     (folder.path / name).unlink()
@@ -794,6 +801,14 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, file_limit):
         write_checkpoint({"weights": torch.zeros(10_000)}, path)
     assert read_checkpoint(path) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_gone_is_one_line_and_what_is_elsewhere_is_not(tmp_path):
+    config = configured(tmp_path / "run")
+    with pytest.raises(RunError, match=r"metrics\.csv: cannot be written: No such file"), told_as_run_errors(config):
+        RunFolder(config, 1).add_steps([])
+    with pytest.raises(FileNotFoundError), told_as_run_errors(config):
+        (tmp_path / "elsewhere").read_bytes()
 
 
 # Several processes

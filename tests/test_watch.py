@@ -422,6 +422,51 @@ def test_a_loss_that_rises_on_or_ends_in_nan_has_diverged(end):
     assert halved_at_alarms(trained(), 1 + 0.02 * np.arange(400) + noise(400))[1] == 0
 
 
+def set_back_at_alarms(watch, losses):
+    """As `halved_at_alarms`, with a copy that is renewed in good times, and whose weights do not change the losses."""
+    alarms = undone = 0
+    level = watch.level
+    for step, loss in enumerate(losses):
+        watch.push(float(loss))
+        if watch.changed:
+            watch.changed, undone = False, undone + watch.halved
+        if watch.diverged and alarms - undone < 3:
+            alarms += 1
+            watch.go_back(level, trial=True)
+        elif step % 9 == 0 and watch.near_best:
+            level = watch.level
+    return alarms, undone
+
+
+@pytest.mark.parametrize("every", [3, 5, 6, 7, 8, 9, 10, 20])
+@pytest.mark.parametrize("height", [0.5, 1.5, 5.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sources_that_alternate_leave_no_halving_where_copies_are_put_back(every, height, seed):
+    losses = 1 + height * (np.arange(400) // every % 2) - 0.0005 * np.arange(400) + noise(400, seed)
+    alarms, undone = set_back_at_alarms(trained(), losses)
+    assert alarms == undone
+
+
+def test_what_has_leapt_up_and_back_by_itself_is_no_divergence_and_what_leaps_higher_is_one():
+    watch = trained()
+    followed([*about(3.0, 4), *about(1.0, 20)], watch)
+    assert first(followed([*about(3.2, 40), *about(1.0, 20)], watch), DIVERGED) is None
+    assert first(followed(about(5.0, 20), watch), DIVERGED) is not None
+
+
+@pytest.mark.parametrize("top", [2.0, 4.0])
+def test_leaps_that_going_back_ends_are_divergences(top):
+    """A run that dies in one step, and does so again at each lower LR."""
+    watch = trained()
+    for _ in range(3):
+        assert first(followed(1 + noise(30), watch), DIVERGED) is None
+        dead = iter(top + noise(30))
+        while not watch.diverged:
+            watch.push(float(next(dead)))
+        watch.go_back(1.0, trial=True)
+        assert not watch.changed
+
+
 def test_a_doubt_is_saved_and_loaded():
     watch, other = trained(), LossWatch()
     losses = 2 + noise(100)
@@ -587,6 +632,16 @@ def test_a_loss_that_changes_leaves_the_peak(change):
     assert kinds[1:] == ["divergence", "loss_changed"] * (len(kinds) // 2)
     assert 1 <= len(kinds) // 2 <= 4
     assert "the loss has changed" in run.scheduler.events[2].message
+    assert run.lrs[349] == pytest.approx(run.scheduler.switch.lr)
+    assert run.accuracy() > 0.9
+
+
+def test_sources_that_alternate_every_few_steps_leave_the_peak():
+    run = Run(500, **STABLE)
+    run.also = lambda scheduler: 1.5 * (scheduler.switch is not None and (scheduler.last_epoch - scheduler.switch.step) // 6 % 2)
+    run.advance(500)
+    assert run.kinds().count("divergence") <= 2
+    assert run.scheduler._state.setbacks == 0
     assert run.lrs[349] == pytest.approx(run.scheduler.switch.lr)
     assert run.accuracy() > 0.9
 

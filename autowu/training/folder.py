@@ -134,7 +134,8 @@ class RunFolder:
             raise UsageError(f"--resume: {path} cannot be read: {error}") from None
         names = ("world_size", *self.config)  # first, as the size of a batch may follow from it
         for name in (name for name in names if name not in _FREE_TO_CHANGE):
-            if name == "epochs" and self._can_be_extended and before[name] < self.config[name]:
+            can_grow = name == "epochs" and self._can_be_extended and isinstance(before[name], int)
+            if can_grow and before[name] < self.config[name]:
                 continue
             if before.get(name) != self.config[name]:
                 option = "number of processes" if name == "world_size" else f"--{name.replace('_', '-')}"
@@ -159,13 +160,13 @@ class RunFolder:
                 writer.writerows(kept)
 
     def rows(self, name: str) -> list[dict[str, str]]:
-        """The rows of a CSV file of this run, but for one that was cut while it was written.
+        """The rows of a CSV file of this run, but for one that was cut while it was written, and what is of no step.
 
         Raises:
             UsageError: if the file cannot be read.
         """
         try:
-            return read_rows(self.path / name, _FIELDS[name])
+            return [row for row in read_rows(self.path / name, _FIELDS[name]) if row["step"].isdecimal()]
         except OSError as error:
             raise UsageError(f"{self.path / name}: cannot be read: {error.strerror or error}") from None
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from autowu.training.process import Process, join
 from autowu.training.run import train_run
 from autowu.training.signals import Stopped
 
-__all__ = ["main", "train"]
+__all__ = ["main", "told_as_run_errors", "train"]
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
@@ -86,7 +87,7 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
     if config.dry_run:
         return without_training(config, process, data)
     try:
-        with _told_as_run_errors(config):
+        with told_as_run_errors(config):
             if isinstance(config.cooldown_fraction, list):
                 summary = train_cooldowns(config, process, data, folder, started)
             else:
@@ -99,12 +100,13 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
 
 
 @contextmanager
-def _told_as_run_errors(config: TrainConfig) -> Iterator[None]:
-    """Raise a RunError in the place of what a full disk, or a loader process that dies, raises."""
+def told_as_run_errors(config: TrainConfig) -> Iterator[None]:
+    """Raise a RunError in the place of what a full disk, a run folder that is gone, or a loader process that dies, raises."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK:
+        in_folder = error.filename is not None and Path(str(error.filename)).is_relative_to(config.run_dir)
+        if error.errno not in _DISK and not in_folder:
             raise
         raise RunError(f"{error.filename or config.run_dir}: cannot be written: {error.strerror}") from None
     except RuntimeError as error:  # torch has no class of its own for it
