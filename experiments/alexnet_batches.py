@@ -32,11 +32,13 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from autowu.optim import LARS, linear_scaled_lr, param_groups, sqrt_scaled_lr
+from autowu.training.optimizers import HAND_SET_LR
 from autowu.training.process import Process
 
 WEIGHT_DECAY = 5e-4
-HAND_SET = {"sgd": 0.1, "momentum": 0.01, "adam": 1e-3, "lars": 3.0}
-"""LRs at a batch of 64."""
+HAND_SET = {"sgd": 0.1, "momentum": 0.01, "adam": 1e-3, "lars": HAND_SET_LR["lars"]}
+"""LRs at a batch of 64, conventions that are not tuned here: AlexNet's own for momentum, ten times that for SGD without it, Adam's
+default, and for LARS that of train.py."""
 TITLES = {"sgd": "SGD", "momentum": "SGD, momentum", "adam": "Adam", "lars": "LARS"}
 SCHEDULES = {"hand-set": "lars-warm", "autowu": "autowu"}
 
@@ -166,7 +168,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--optimizers", nargs="+", default=[*TITLES], choices=[*TITLES])
     parser.add_argument("--schedules", nargs="+", default=[*SCHEDULES], choices=[*SCHEDULES])
     parser.add_argument("--lr", type=float, help="at a batch of 64, in place of those of HAND_SET")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[64, 128, 256, 512], help="of a step (default: 64 to 512)")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[64, 256, 1024], help="of a step (default: 64 256 1024)")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="of weights and order (default: 0 1 2)")
     parser.add_argument("--workers", type=int, default=4, help="loader processes, but for the digits")

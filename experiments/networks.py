@@ -37,7 +37,7 @@ def small_encoder() -> tuple[nn.Module, int]:
     def conv(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
         return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.GroupNorm(8, outputs), nn.ReLU()
 
-    layers = (*conv(1, 16, 1), *conv(16, 32, 2), *conv(32, 64, 1))
+    layers = (*conv(1, 16, 1), *conv(16, 32, 2), *conv(32, 64, 2))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 64
 
 
@@ -66,10 +66,10 @@ class _SmallAlexNet(nn.Sequential):
 
         super().__init__(
             *(*conv(1, 16), nn.MaxPool2d(2)),
-            *(*conv(16, 48), nn.MaxPool2d(2)),
-            *(*conv(48, 96), *conv(96, 64), *conv(64, 64), nn.Flatten()),
-            *(nn.Dropout(), nn.Linear(256, 256), nn.ReLU()),
-            *(nn.Dropout(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, classes)),
+            *(*conv(16, 32), nn.MaxPool2d(2)),
+            *(*conv(32, 64), *conv(64, 48), *conv(48, 48), nn.Flatten()),
+            *(nn.Dropout(), nn.Linear(192, 128), nn.ReLU()),
+            *(nn.Dropout(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, classes)),
         )
         for layer in self:
             if isinstance(layer, (nn.Conv2d, nn.Linear)):

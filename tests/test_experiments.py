@@ -4,6 +4,9 @@ import importlib
 import itertools
 import json
 import pickle
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -298,3 +301,23 @@ def test_what_cannot_be_is_said_in_one_line(module, tmp_path, capsys, script, op
 
 
 # ---------------------------------------------------------------- the page
+
+
+def blocks():
+    """The arguments of every command of the page: script, those of its report, and the figure."""
+    found = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for words in map(shlex.split, found):
+        assert words[0] == "python"
+        assert words[-3:-1] == ["--report", "--figure"]
+        yield Path(words[1]).stem, words[2:-2], ROOT / words[-1]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_page_has_the_tables_and_the_figure_of_the_results(module, capsys, number):
+    script, arguments, figure = list(blocks())[number]
+    assert module(script).main(arguments) == 0
+    text = PAGE.read_text()
+    for table in capsys.readouterr().out.strip().split("\n\n"):
+        assert table in text
+    assert figure.stat().st_size > 10_000
+    assert f"]({figure.relative_to(HERE)})" in text
