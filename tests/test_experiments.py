@@ -312,12 +312,32 @@ def blocks():
         yield Path(words[1]).stem, words[2:-2], ROOT / words[-1]
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_the_page_has_the_tables_and_the_figure_of_the_results(module, capsys, number):
-    script, arguments, figure = list(blocks())[number]
+@pytest.mark.parametrize(
+    ("script", "arguments", "figure"), blocks(), ids=lambda value: value.stem if isinstance(value, Path) else ""
+)
+def test_the_page_has_the_tables_and_the_figure_of_the_results(module, capsys, script, arguments, figure):
     assert module(script).main(arguments) == 0
     text = PAGE.read_text()
     for table in capsys.readouterr().out.strip().split("\n\n"):
         assert table in text
     assert figure.stat().st_size > 10_000
     assert f"]({figure.relative_to(HERE)})" in text
+
+
+def test_the_features_of_barlow_twins_are_ahead_of_random_ones():
+    rows = rows_of(HERE / "results" / "tvlars_bt.jsonl")
+    assert {row["opt"] for row in rows} == {"lars", "tvlars"}
+    assert len({row["seed"] for row in rows}) >= 3
+    for which in ("all", "few"):
+        assert min(row[f"trained_{which}"] for row in rows) > max(row[f"random_{which}"] for row in rows)
+    assert max(row["seconds"] for row in rows) < 120
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opt", ["lars", "tvlars"])
+def test_they_are_so_again_on_another_seed(module, tmp_path, opt):
+    command = ("--mode", "bt", "--opt", opt, "--sd", "autowu", "--batch-size", "128", "--epochs", "40", "--seed", "7")
+    code, (row,) = call(module("tvlars"), tmp_path, *command, "--device", "cpu")
+    assert code == 0
+    assert row["trained_all"] > row["random_all"]
+    assert row["trained_few"] > row["random_few"] + 0.03
