@@ -306,7 +306,7 @@ def test_what_cannot_be_is_said_in_one_line(module, tmp_path, capsys, script, op
 def blocks():
     """The arguments of every command of the page: script, those of its report, and the figure."""
     found = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    for words in map(shlex.split, found):
+    for words in (shlex.split(command.replace("\\\n", " ")) for command in found):
         assert words[0] == "python"
         assert words[-3:-1] == ["--report", "--figure"]
         yield Path(words[1]).stem, words[2:-2], ROOT / words[-1]
