@@ -59,7 +59,7 @@ class Job(NamedTuple):
 def jobs(args: argparse.Namespace) -> list[Job]:
     """All runs that are asked for."""
     data = name_of(args.data_root)
-    found = {}
+    found: dict[Job, None] = {}
     for seed, size, name, schedule in itertools.product(args.seed, args.batch_size, args.optimizers, args.schedules):
         scaled = sqrt_scaled_lr if name == "adam" else linear_scaled_lr
         lr = None if schedule == "autowu" else float(f"{scaled((args.lr or HAND_SET)[name], size, 64):.6g}")
@@ -85,10 +85,8 @@ def run(job: Job, args: argparse.Namespace, process: Process) -> Row:
     steps = job.epochs * len(loaders.train)
     optimizer = make_optimizer(job.optimizer, model, 1.0 if job.lr is None else job.lr)
     scheduler = make_schedule(SCHEDULES[job.schedule], optimizer, model, steps)
-    seconds = train(
-        *(forward, lambda inputs, labels: F.cross_entropy(forward(inputs), labels)),
-        *(optimizer, scheduler, loaders, job.epochs, process.device),
-    )
+    device, epochs = process.device, job.epochs
+    seconds = train(forward, lambda x, y: F.cross_entropy(forward(x), y), optimizer, scheduler, loaders, epochs, device)
     facts = {"steps": steps, **found_by(scheduler, job.lr), "seconds_per_epoch": float(f"{statistics.median(seconds):.4g}")}
     return {**job._asdict(), **facts, **evaluate(model, loaders, process), "torch": torch.__version__}
 

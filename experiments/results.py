@@ -90,7 +90,7 @@ def read(path: Path) -> list[Row]:
 
 
 def median(rows: Iterable[Row], key: str) -> float:
-    return statistics.median(row[key] for row in rows)
+    return float(statistics.median(row[key] for row in rows))
 
 
 def spread(rows: Iterable[Row], key: str) -> str:

@@ -16,7 +16,7 @@ import itertools
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,6 @@ from results import main as run_experiment
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
-from torch.utils.data import DataLoader
 
 from autowu.optim import LAMB, LARS, TVLARS, param_groups
 from autowu.training.evaluation import average_batch_norm
@@ -75,10 +74,10 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     data = name_of(args.data_root)
     model = args.model or ("small" if data == "digits" else "resnet18")
     twins = (args.bt_lmbda, "-".join(map(str, args.projector))) if args.mode == "bt" else (None, None)
-    found = {}
+    found: dict[Job, None] = {}
     for seed, size, opt, sd, lr, lmbda in itertools.product(args.seed, args.batch_size, args.opt, args.sd, args.lr, args.lmbda):
-        own = (None if sd == "autowu" else lr, lmbda if opt.startswith("tvlars") else None)
-        found[Job(data, args.mode, model, opt, sd, *own, size, args.epochs, args.img_size, *twins, seed)] = None
+        rate, decay = None if sd == "autowu" else lr, lmbda if opt.startswith("tvlars") else None
+        found[Job(data, args.mode, model, opt, sd, rate, decay, size, args.epochs, args.img_size, *twins, seed)] = None
     return list(found)
 
 
@@ -187,7 +186,7 @@ def _probes(images: Images, features: nn.Module, name: str) -> Row:
 
 
 @torch.no_grad()
-def _features(model: nn.Module, loader: DataLoader[Any], device: torch.device) -> tuple[Tensor, Tensor]:
+def _features(model: nn.Module, loader: Iterable[Any], device: torch.device) -> tuple[Tensor, Tensor]:
     model.eval()
     parts = [(model(images.to(device)), labels.to(device)) for images, labels in loader]
     model.train()
