@@ -73,11 +73,12 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     """All runs that are asked for: AutoWU takes no LR, and only TVLARS has a lmbda."""
     data = name_of(args.data_root)
     model = args.model or ("small" if data == "digits" else "resnet18")
-    twins = (args.bt_lmbda, "-".join(map(str, args.projector))) if args.mode == "bt" else (None, None)
+    weight = args.bt_lmbda if args.mode == "bt" else None
+    widths = "-".join(map(str, args.projector)) if args.mode == "bt" else None
     found: dict[Job, None] = {}
     for seed, size, opt, sd, lr, lmbda in itertools.product(args.seed, args.batch_size, args.opt, args.sd, args.lr, args.lmbda):
         rate, decay = None if sd == "autowu" else lr, lmbda if opt.startswith("tvlars") else None
-        found[Job(data, args.mode, model, opt, sd, rate, decay, size, args.epochs, args.img_size, *twins, seed)] = None
+        found[Job(data, args.mode, model, opt, sd, rate, decay, size, args.epochs, args.img_size, weight, widths, seed)] = None
     return list(found)
 
 
@@ -196,8 +197,8 @@ def _features(model: nn.Module, loader: Iterable[Any], device: torch.device) -> 
 
 KINDS = ("trained", "random", "pixels")
 """What is probed: the trained features, the same before the training, the images themselves."""
-COLORS = ("#000000", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#56B4E9", "#CC79A7", "#999999")
-"""Those of Okabe and Ito."""
+COLORS = ("#000000", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#56B4E9", "#CC79A7", "#999999", "#7F3F00")
+"""Those of Okabe and Ito, and two more."""
 TITLES = {"lars": "LARS", "tvlars": "TVLARS", "tvlars-reference": "TVLARS.reference", "lamb": "LAMB"}
 
 
