@@ -147,6 +147,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             spans += [[own[-1] - m for m, own in zip(middle, values, strict=True)]]
             panel.errorbar(x, middle, spans, color=color, marker=mark, linewidth=1, markersize=5, label=TITLES[name])
         panel.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
+        panel.set_xlim(-0.5, len(sizes) - 0.5)
         panel.set(xlabel="batch size", title="LR set by hand" if schedule == "hand-set" else "AutoWU, no LR given", yscale="log")
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
