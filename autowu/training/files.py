@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["link", "read_rows", "replacing"]
+__all__ = ["link", "read_rows", "remove", "replacing", "sync_folder"]
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # or a machine that goes down could keep the move and lose the content
         partial.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -46,7 +46,15 @@ def link(path: Path, name: Path) -> None:
             shutil.copyfile(path, partial)
 
 
-def _sync_folder(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
     """See that the names in it outlive a machine that goes down, where the system can."""
     with suppress(OSError):
         folder = os.open(path, os.O_RDONLY)
