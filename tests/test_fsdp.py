@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import zlib
@@ -146,6 +147,21 @@ def test_a_damaged_sharded_checkpoint_is_set_aside_by_all_processes(tmp_path, un
     assert rows(tmp_path) == rows(uncut)
     assert_same(states(tmp_path)["model"], states(uncut)["model"])
     assert (tmp_path / "run" / "checkpoint.broken").is_dir()
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_later(tmp_path, capsys):
+    command = [*MODEL, "--fsdp", "--batch-size", "256", "--epochs", "1", "--max-warmup-fraction", "0.5", "--run-dir"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert main([*command, str(tmp_path / "run")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py")]
+    assert len(said) == 1
+    assert "cannot be written: File too large" in said[0]
+    assert main([*command, str(tmp_path / "run"), "--resume"]) == 0  # alone: a group of one
 
 
 # What two processes with halves of a small model do, beside one that has all of it.

@@ -847,7 +847,7 @@ MAY_USE = {
     "folder": "batches config files progress",
     "console": "config process",
     "signals": "process",
-    "shards": "errors process",
+    "shards": "errors files process",
     "pretrained": "errors",
     "models": "config data pretrained",
     "optimizers": "config",

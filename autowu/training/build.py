@@ -105,7 +105,7 @@ class Parts:
 
     def synced(self, now: bool) -> AbstractContextManager[None]:
         """Whether the backward pass within averages gradients over the processes, which accumulated ones wait for."""
-        parallel = getattr(self.forward, "_orig_mod", self.forward)  # inside of torch.compile
+        parallel: Any = getattr(self.forward, "_orig_mod", self.forward)  # inside of torch.compile
         if self.fsdp:
             parallel.set_requires_gradient_sync(now)
         if now or not isinstance(parallel, nn.parallel.DistributedDataParallel):
@@ -160,9 +160,9 @@ class Parts:
             self.scheduler.step()
 
 
-def allow_tf32(device: torch.device) -> None:
-    """Let matrices of float32 be multiplied in TensorFloat32 from here on, on a GPU; convolutions are, as torch has it."""
-    if device.type == "cuda":
+def allow_tf32(asked: bool, device: torch.device) -> None:
+    """Let matrices of float32 be multiplied in TensorFloat32 where it is asked for, on a GPU; convolutions are, as torch has it."""
+    if asked and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autowu.training.build import Parts
 from autowu.training.config import TrainConfig, UsageError
-from autowu.training.files import link, remove, replacing, sync_folder
+from autowu.training.files import link, remove, replacing, save, sync_folder
 from autowu.training.folder import RunFolder
 from autowu.training.generators import random_state
 from autowu.training.process import Process
@@ -192,7 +192,7 @@ class Checkpoints:
         if not self._process.is_main:
             return
         with replacing(self._folder.checkpoint_path) as partial:
-            _write(state, partial)
+            save(state, partial)
             if rank is not None and rank > self._best_rank():
                 link(partial, self._folder.best_path)
                 self._best = rank
@@ -267,17 +267,7 @@ def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
         OSError: if it cannot be written.
     """
     with replacing(path) as partial:
-        _write(state, partial)
-
-
-def _write(state: Mapping[str, Any], path: Path) -> None:
-    with path.open("wb") as file:
-        try:
-            torch.save(dict(state), file)
-        except RuntimeError as error:  # torch's own, after that of a file that cannot be written
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+        save(state, partial)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

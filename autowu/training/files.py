@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-__all__ = ["link", "read_rows", "remove", "replacing", "sync_folder"]
+import torch
+
+__all__ = ["link", "read_rows", "remove", "replacing", "save", "sync_folder"]
 
 
 @contextmanager
@@ -44,6 +47,21 @@ def link(path: Path, name: Path) -> None:
             os.link(path, partial)
         except OSError:
             shutil.copyfile(path, partial)
+
+
+def save(state: Mapping[str, Any], path: Path) -> None:
+    """Write a file of torch.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:  # torch's own, after that of a file that cannot be written
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def remove(path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -82,8 +82,7 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
     config = replace(config, run_dir=run_dir, batch_size=size, grad_accum=accum)
     check_board(config)
     check_trackers(config)
-    if config.tf32:
-        allow_tf32(process.device)
+    allow_tf32(config.tf32, process.device)
     data = find_data(config, process)
     if config.eval is not None:
         return without_training(config, process, data)
@@ -97,8 +96,9 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
                 summary = train_cooldowns(config, process, data, folder, started)
             else:
                 parts, loaders = build(config, process, data)
-                process.on_main(folder.claim)
-                summary = train_run(config, process, parts, loaders, folder, started)
+                with closing(loaders):
+                    process.on_main(folder.claim)
+                    summary = train_run(config, process, parts, loaders, folder, started)
     finally:
         folder.release()
     return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +36,8 @@ def without_training(config: TrainConfig, process: Process, data: Data) -> dict[
     numbers: dict[str, Any] = {}
     if config.eval is not None:
         load_model(config.eval, parts.tested)
-        loss, accuracy = evaluate(parts, loaders.test, process)
+        with closing(loaders):
+            loss, accuracy = evaluate(parts, loaders.test, process)
         numbers = {"test_loss": loss, "test_accuracy": accuracy}
         lines = [f"{config.eval}: test accuracy {accuracy:.2%}  test loss {loss:.4f}"]
     else:

@@ -99,8 +99,7 @@ def join(device: str | None, *, group: bool = False) -> Iterator[Process]:
             dist.barrier()
     except (UsageError, RunError) as error:
         if _is_first(store, str(error)):
-            who = f"rank {rank}: " if world_size > 1 else ""
-            print(f"train.py: error: {who}{error}", file=sys.stderr, flush=True)
+            print(f"train.py: error: {f'rank {rank}: ' * (world_size > 1)}{error}", file=sys.stderr, flush=True)
         raise
     except Exception as error:
         if _has_failed(store):  # the group breaks where one process leaves it
@@ -116,7 +115,7 @@ def join(device: str | None, *, group: bool = False) -> Iterator[Process]:
 
 
 def _start_group(place: torch.device, store: Any, rank: int, world_size: int) -> None:
-    store = dist.HashStore() if store is None else store
+    store = dist.HashStore() if store is None else store  # type: ignore[attr-defined]
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from autowu.training.errors import UsageError
+from autowu.training.files import save
 from autowu.training.process import Process
 
 __all__ = ["clip_adaptively", "consolidated", "is_sharded", "read_shards", "shard", "write_shards"]
@@ -40,16 +41,21 @@ def shard(model: nn.Module, process: Process) -> None:
         UsageError: if this torch cannot, or a parameter is of a layout that cannot be split.
     """
     try:
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
     except ImportError:
         raise UsageError("--fsdp: needs torch 2.6 or later") from None
-    mesh = init_device_mesh(process.device.type, (process.world_size,))
+    mesh = _mesh(process)
     try:
         for module in [*_blocks(model), model]:
             fully_shard(module, mesh=mesh)
     except NotImplementedError as error:
         raise UsageError(f"--fsdp: {error}") from None
+
+
+def _mesh(process: Process) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(process.device.type, (process.world_size,))
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -96,19 +102,21 @@ def write_shards(state: Mapping[str, Any], folder: Path, process: Process) -> Pa
     Raises:
         OSError: if it cannot be written.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
     partial = folder.with_name(f"{folder.name}.partial")
     process.on_main(lambda: _emptied(partial))
     tensors: dict[str, Tensor] = {}
     rest = _taken_out(state, tensors, "")
     try:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial))
-    except dcp.api.CheckpointException as error:
+        save_shards(tensors, storage_writer=FileSystemWriter(partial))
+    except CheckpointException as error:
         raise next((e for e, _ in error.failures.values() if isinstance(e, OSError)), error) from None
     own = partial / f"rank-{process.rank}.pt"
-    with own.open("wb") as file:
-        torch.save(rest, file)
+    save(rest, own)
+    with own.open("rb") as file:
         os.fsync(file.fileno())
     mine = [own, *partial.glob(f"__{process.rank}_*.distcp"), *([partial / ".metadata"] if process.is_main else [])]
     sums = process.gather({path.name: _checksum(path) for path in mine})
@@ -129,7 +137,8 @@ def read_shards(folder: Path, process: Process | None) -> dict[str, Any]:
     Raises:
         UsageError: if a file is missing, damaged or none of such a checkpoint.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     state: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
@@ -137,7 +146,7 @@ def read_shards(folder: Path, process: Process | None) -> dict[str, Any]:
     try:
         names = _checked(folder, process)
         state = _rest(folder, sum(name.startswith("rank-") for name in names), process)
-        state = _with_room(state, tensors, process)
+        state = _with_room(state, tensors, None if process is None else _mesh(process))
     except Exception as raised:  # whatever is raised on bytes of any kind
         error = _damaged(folder, raised)
     if error := next(filter(None, [error] if process is None else process.gather(error)), None):
@@ -145,8 +154,8 @@ def read_shards(folder: Path, process: Process | None) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that there is no group, where none is wanted
-            dcp.load(tensors, storage_reader=_reader(folder), no_dist=process is None)
-    except dcp.api.CheckpointException as raised:
+            load(tensors, storage_reader=_reader(folder), no_dist=process is None)
+    except CheckpointException as raised:
         raise _damaged(folder, raised) from None
     return state
 
@@ -173,23 +182,21 @@ def _taken_out(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     return value
 
 
-def _with_room(value: Any, tensors: dict[str, Tensor], process: Process | None) -> Any:
+def _with_room(value: Any, tensors: dict[str, Tensor], mesh: Any) -> Any:
     """What :func:`_taken_out` gave with room for the sharded tensors, which `tensors` has too."""
     if isinstance(value, dict) and _SHARDED in value:
-        tensors[value[_SHARDED]] = room = _room(value["shape"], value["dtype"], value["dim"], process)
+        tensors[value[_SHARDED]] = room = _room(value["shape"], value["dtype"], value["dim"], mesh)
         return room
     if isinstance(value, dict):
-        return {key: _with_room(item, tensors, process) for key, item in value.items()}
-    return [_with_room(item, tensors, process) for item in value] if isinstance(value, list) else value
+        return {key: _with_room(item, tensors, mesh) for key, item in value.items()}
+    return [_with_room(item, tensors, mesh) for item in value] if isinstance(value, list) else value
 
 
-def _room(shape: list[int], dtype: torch.dtype, dim: int, process: Process | None) -> Tensor:
-    if process is None:
+def _room(shape: list[int], dtype: torch.dtype, dim: int, mesh: Any) -> Tensor:
+    if mesh is None:
         return torch.zeros(shape, dtype=dtype)
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, zeros
 
-    mesh = init_device_mesh(process.device.type, (process.world_size,))
     return zeros(shape, dtype=dtype, device_mesh=mesh, placements=[Shard(dim)])
 
 
@@ -238,7 +245,7 @@ class _Metadata(pickle.Unpickler):
 
 
 def _reader(folder: Path) -> Any:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
