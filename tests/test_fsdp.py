@@ -13,10 +13,11 @@ import torch
 from processes import ranks, ranks_started
 from test_checkpoints import Refused
 from test_restart import RUN, SMALL, rows, run
+from torch import nn
 
 from autowu.training.config import UsageError
 from autowu.training.main import main
-from autowu.training.shards import read_shards
+from autowu.training.shards import _blocks, read_shards
 
 OPTIONS = [
     "--batch-size",
@@ -51,19 +52,20 @@ def assert_same(one, other):
         assert torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else str(value) == str(other[name]), name
 
 
+@pytest.mark.slow
 def test_a_sharded_model_trains_as_a_whole_one(tmp_path, uncut):
     run(tmp_path, 2, *OPTIONS)
     one, other = rows(tmp_path), rows(uncut)
-    assert len(one) == len(other) == 20
+    assert len(one) == len(other) == 10
     for key in ("lr", "loss"):
-        assert [float(row[key]) for row in other[:12]] == pytest.approx([float(row[key]) for row in one[:12]], rel=1e-3)
+        assert [float(row[key]) for row in other[:8]] == pytest.approx([float(row[key]) for row in one[:8]], rel=1e-3)
     whole, state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True), states(uncut)
     assert whole["model"].keys() == state["model"].keys()
     assert {len(list((uncut / "run" / "checkpoint").glob(f"{name}*"))) for name in ("__0_", "__1_", "rank-0", "rank-1")} == {1}
 
 
 def test_a_sharded_run_that_was_cut_goes_on_bit_for_bit(tmp_path, uncut):
-    run(tmp_path, 2, "--fsdp", *OPTIONS, cut_at=13)
+    run(tmp_path, 2, "--fsdp", *OPTIONS, cut_at=4)
     assert "begun" in states(tmp_path)
     run(tmp_path, 2, "--fsdp", *OPTIONS)
     assert rows(tmp_path) == rows(uncut)
@@ -80,7 +82,7 @@ def test_a_sharded_run_goes_on_with_other_processes(tmp_path, uncut, processes, 
     if options is not OPTIONS:
         run(tmp_path / "whole", 2, "--fsdp", *options)
     whole = uncut if options is OPTIONS else tmp_path / "whole"
-    run(tmp_path, 2, "--fsdp", *options, cut_at=13)
+    run(tmp_path, 2, "--fsdp", *options, cut_at=4)
     run(tmp_path, processes, "--fsdp", *options)
     for key in ("lr", "loss"):
         assert [float(row[key]) for row in rows(tmp_path)] == pytest.approx([float(row[key]) for row in rows(whole)], rel=2e-2)
@@ -140,6 +142,7 @@ def test_a_damaged_or_malicious_sharded_checkpoint_is_refused(tmp_path, uncut, d
     assert not (tmp_path / "checkpoint" / "executed").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_sharded_checkpoint_is_set_aside_by_all_processes(tmp_path, uncut):
     shutil.copytree(uncut / "run", tmp_path / "run")
     flipped(tmp_path / "run" / "checkpoint")
@@ -149,6 +152,7 @@ def test_a_damaged_sharded_checkpoint_is_set_aside_by_all_processes(tmp_path, un
     assert (tmp_path / "run" / "checkpoint.broken").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blank_figures")
 def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_later(tmp_path, capsys):
     command = [*MODEL, "--fsdp", "--batch-size", "256", "--epochs", "1", "--max-warmup-fraction", "0.5", "--run-dir"]
@@ -212,6 +216,18 @@ with join("cpu", group=True) as process:
         assert found[1] == expected[1] and abs(found[0] - expected[0]) < 1e-4, (found, expected)
     del parts
 """
+
+
+def test_each_block_that_a_model_repeats_is_a_unit():
+    import timm
+
+    for name, kind, number in (("resnet50", "Bottleneck", 16), ("test_vit", "Block", 6), ("test_convnext", "ConvNeXtBlock", 6)):
+        model = timm.create_model(name)
+        blocks = _blocks(model)
+        assert {type(block).__name__ for block in blocks} == {kind}
+        assert len(blocks) == len(set(blocks)) == number
+    mixed = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
+    assert len(_blocks(nn.ModuleList([mixed, mixed]))) == 4  # each once, none in another
 
 
 def test_a_step_of_a_sharded_model_is_that_of_the_whole_under_every_option(tmp_path):

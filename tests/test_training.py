@@ -711,7 +711,7 @@ def test_a_folder_is_begun_in_once_and_gone_on_with_under_its_options(tmp_path):
         RunFolder(configured(tmp_path / "nowhere"), 1).check_resumable()
     folder.check_resumable()
     RunFolder(replace(config, workers=1, resume=True), 1).check_resumable()
-    with pytest.raises(UsageError, match="number of processes is 2, but the run was started with 1"):
+    with pytest.raises(UsageError, match="a step of 2 processes takes 256 images, but the run was started with 128 on 1"):
         RunFolder(config, 2).check_resumable()
 
 

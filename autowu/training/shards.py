@@ -13,7 +13,7 @@ import shutil
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,17 @@ def _mesh(process: Process) -> Any:
     return init_device_mesh(process.device.type, (process.world_size,))
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """What a model repeats: modules of one class that stand in a row."""
-    for row in model.modules():
-        if isinstance(row, nn.Sequential | nn.ModuleList):
-            kinds = Counter(type(module) for module in row)
-            for module in row:
-                nested = any(isinstance(part, nn.Sequential | nn.ModuleList) and len(part) > 1 for part in module.children())
-                if kinds[type(module)] > 1 and not nested and any(True for _ in module.parameters()):
-                    yield module
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """What a model repeats: modules of one class that stand in a row, and have no such row within."""
+    rows = {row: _repeated(row) for row in model.modules() if isinstance(row, nn.Sequential | nn.ModuleList)}
+    found = dict.fromkeys(block for blocks in rows.values() for block in blocks)
+    return [block for block in found if not any(rows.get(part) for part in block.modules())]
+
+
+def _repeated(row: Iterable[nn.Module]) -> list[nn.Module]:
+    blocks = [module for module in row if any(True for _ in module.parameters())]
+    kinds = Counter(type(block) for block in blocks)
+    return [block for block in blocks if kinds[type(block)] > 1]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -103,7 +105,6 @@ def write_shards(state: Mapping[str, Any], folder: Path, process: Process) -> Pa
         OSError: if it cannot be written.
     """
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
     partial = folder.with_name(f"{folder.name}.partial")
@@ -111,7 +112,7 @@ def write_shards(state: Mapping[str, Any], folder: Path, process: Process) -> Pa
     tensors: dict[str, Tensor] = {}
     rest = _taken_out(state, tensors, "")
     try:
-        save_shards(tensors, storage_writer=FileSystemWriter(partial))
+        save_shards(tensors, storage_writer=_writer(partial))
     except CheckpointException as error:
         raise next((e for e, _ in error.failures.values() if isinstance(e, OSError)), error) from None
     own = partial / f"rank-{process.rank}.pt"
@@ -242,6 +243,21 @@ class _Metadata(pickle.Unpickler):
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
+
+
+def _writer(folder: Path) -> Any:
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    class Writer(FileSystemWriter):
+        def write_data(self, *args: Any) -> Any:
+            try:
+                return super().write_data(*args)
+            except RuntimeError as error:  # torch's own, after that of a file that cannot be written
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+    return Writer(folder)
 
 
 def _reader(folder: Path) -> Any:
