@@ -60,7 +60,9 @@ def _mesh(process: Process) -> Any:
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """What a model repeats: modules of one class that stand in a row, and have no such row within."""
-    rows = {row: _repeated(row) for row in model.modules() if isinstance(row, nn.Sequential | nn.ModuleList)}
+    rows: dict[nn.Module, list[nn.Module]] = {
+        row: _repeated(row) for row in model.modules() if isinstance(row, nn.Sequential | nn.ModuleList)
+    }
     found = dict.fromkeys(block for blocks in rows.values() for block in blocks)
     return [block for block in found if not any(rows.get(part) for part in block.modules())]
 
