@@ -188,3 +188,13 @@ def test_the_grid_of_the_hard_suite_is_kept_whole_and_its_page_says_what_was_mea
     ):
         assert f"{what} | {rows['0.1.0'][column]} | {rows['default'][column]} |" in page
     assert rows["default"][1:3] == ["17", "34"]
+
+
+@pytest.mark.slow
+def test_the_loop_of_train_py_is_measured_beside_a_bare_one(tmp_path):
+    out = tmp_path / "train.json"
+    options = ["--settings", "test_resnet, digits", "--repeats", "2", "--steps", "2", "--out", out]
+    subprocess.run([sys.executable, "benchmarks/bench_train.py", *options], cwd=ROOT, check=True, capture_output=True, text=True)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["sched"] for row in rows] == ["autowu", "cosine"]
+    assert all(0.2 < row["ratio"] < 5 and row["batch"] == 64 for row in rows)

@@ -395,10 +395,34 @@ def test_arguments_of_the_optimizer_are_those_of_before_when_a_run_goes_on(tmp_p
         RunFolder(configured(tmp_path / "run", "--opt", "adamw", "--opt-kwargs", "betas=(0.9,0.95)", "--resume"), 1).check()
 
 
-def test_another_number_of_processes_is_said_before_the_batch_that_follows_from_it(tmp_path):
-    folder = RunFolder(configured(tmp_path / "run"), 1)
-    folder.claim()
-    folder.start(0)
-    folder.release()
-    with pytest.raises(UsageError, match="number of processes is 2, but the run was started with 1"):
-        RunFolder(configured(tmp_path / "run", "--batch-size", "3", "--resume"), 2).check()
+def test_a_run_goes_on_with_other_processes_only_by_steps_of_as_many_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    RunFolder(config := configured(tmp_path / "run", "--batch-size", "12", "--grad-accum", "2"), 4).claim()
+    RunFolder(config, 4).start(0)
+    splits = []
+    for processes, options in (
+        (4, ["--grad-accum", "2"]),
+        (2, []),
+        (8, []),
+        (3, ["--batch-size", "12"]),
+        (1, ["--batch-size", "50"]),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        config = configured(tmp_path / "run", "--batch-size", "12", *options, "--resume", "auto")
+        RunFolder(config, processes).check()
+        splits.append((config.batch_size, config.grad_accum))
+    assert splits == [(12, 2), (12, 4), (12, 1), (8, 4), (48, 2)]
+    for processes, options, said in (
+        (5, [], "a step of the run takes 96 images, which 5 processes cannot share evenly"),
+        (4, ["--grad-accum", "1"], "--grad-accum is 1, but the run was started with 2"),
+        (2, ["--global-batch-size", "48"], "a step of 2 processes takes 48 images, but the run was started with 96 on 4"),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        with pytest.raises(UsageError, match=said):
+            RunFolder(configured(tmp_path / "run", "--batch-size", "12", *options, "--resume"), processes).check()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    later = RunFolder(configured(tmp_path / "run", "--global-batch-size", "96", "--batch-size", "48", "--resume"), 2)
+    later.check()
+    later.start(0)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [saved[name] for name in ("world_size", "batch_size", "grad_accum", "global_batch_size")] == [4, 12, 2, None]

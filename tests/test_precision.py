@@ -8,6 +8,7 @@ import torch
 from test_training import ALONE, assert_same_weights, configured, looped, made
 from torch import nn
 
+from autowu.training.build import allow_tf32
 from autowu.training.checkpoints import read_checkpoint
 from autowu.training.evaluation import evaluate
 from autowu.training.loop import train_step
@@ -108,6 +109,18 @@ def test_a_run_goes_on_with_its_average_and_its_scaler(tmp_path, options):
         looped(config, one, data).train(progress)
     assert_same_weights(again.tested, parts.tested)
     assert_same_weights(again.model, parts.model)
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cuda", "high"), ("cpu", "highest")])
+def test_tensorfloat32_is_for_gpus_where_it_is_asked_for(device, precision):
+    before = torch.get_float32_matmul_precision()
+    try:
+        allow_tf32(False, torch.device(device))
+        assert torch.get_float32_matmul_precision() == before
+        allow_tf32(True, torch.device(device))
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_memory_format_and_stochastic_depth_are_those_asked_for(tmp_path):

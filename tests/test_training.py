@@ -712,7 +712,7 @@ def test_a_folder_is_begun_in_once_and_gone_on_with_under_its_options(tmp_path):
         RunFolder(configured(tmp_path / "nowhere"), 1).check_resumable()
     folder.check_resumable()
     RunFolder(replace(config, workers=1, resume=True), 1).check_resumable()
-    with pytest.raises(UsageError, match="number of processes is 2, but the run was started with 1"):
+    with pytest.raises(UsageError, match="a step of 2 processes takes 256 images, but the run was started with 128 on 1"):
         RunFolder(config, 2).check_resumable()
     folder.write_json("config.json", folder.config | {"epochs": "two"})
     with pytest.raises(UsageError, match="--epochs is 3, but the run was started with two"):
@@ -847,7 +847,8 @@ MAY_USE = {
     "options": "errors",
     "limits": "errors options",
     "recipes": "errors options",
-    "config": "errors limits options recipes",
+    "batches": "errors options",
+    "config": "batches errors limits options recipes",
     "process": "config",
     "files": "",
     "layers": "config files",
@@ -858,22 +859,24 @@ MAY_USE = {
     "data": "augment config draws folders process sources",
     "generators": "process",
     "progress": "process",
-    "folder": "config files progress",
+    "folder": "batches config files progress",
     "console": "config process",
     "signals": "process",
+    "shards": "errors files process",
     "pretrained": "errors",
     "models": "config data pretrained",
     "optimizers": "config",
-    "build": "config data layers models optimizers process",
+    "build": "config data layers models optimizers process shards",
     "evaluation": "build process",
     "board": "config progress",
-    "checkpoints": "build config files folder generators process progress",
+    "trackers": "board config progress",
+    "checkpoints": "build config files folder generators process progress shards",
     "plan": "build checkpoints config console data evaluation process",
-    "records": "board build config files folder layers process progress",
+    "records": "board build config files folder layers process progress trackers",
     "loop": "build checkpoints config console data evaluation generators process progress records signals",
     "run": "build checkpoints config console data folder loop process progress records signals",
     "cooldowns": "build config data files folder process run",
-    "main": "board build config cooldowns data folder plan process run signals",
+    "main": "board build config cooldowns data folder plan process run signals trackers",
 }
 
 

@@ -21,8 +21,9 @@ from autowu.training.layers import check_layer_log
 from autowu.training.models import build_model
 from autowu.training.optimizers import build_optimizer, build_scheduler
 from autowu.training.process import Process
+from autowu.training.shards import clip_adaptively, shard
 
-__all__ = ["Parts", "build", "build_model", "build_parts"]
+__all__ = ["Parts", "allow_tf32", "build", "build_model", "build_parts"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Parts:
         clip_grad: where gradients are clipped; None or 0 for nowhere.
         clip_mode: by their norm, by value or adaptively (timm's names).
         ema: average of the weights, timm's; what is tested where it is.
+        fsdp: whether each process has a shard of the model only.
     """
 
     model: nn.Module
@@ -58,6 +60,7 @@ class Parts:
     clip_grad: float | None = None
     clip_mode: str = "norm"
     ema: Any = None
+    fsdp: bool = False
 
     @property
     def tested(self) -> nn.Module:
@@ -102,7 +105,9 @@ class Parts:
 
     def synced(self, now: bool) -> AbstractContextManager[None]:
         """Whether the backward pass within averages gradients over the processes, which accumulated ones wait for."""
-        parallel = getattr(self.forward, "_orig_mod", self.forward)  # inside of torch.compile
+        parallel: Any = getattr(self.forward, "_orig_mod", self.forward)  # inside of torch.compile
+        if self.fsdp:
+            parallel.set_requires_gradient_sync(now)
         if now or not isinstance(parallel, nn.parallel.DistributedDataParallel):
             return nullcontext()
         return parallel.no_sync()
@@ -120,7 +125,10 @@ class Parts:
             from timm.utils import dispatch_clip_grad
 
             clipped = model_parameters(self.model, exclude_head=self.clip_mode == "agc")
-            dispatch_clip_grad(clipped, self.clip_grad, self.clip_mode)
+            if self.fsdp and self.clip_mode == "agc":
+                clip_adaptively(clipped, self.clip_grad)
+            else:
+                dispatch_clip_grad(clipped, self.clip_grad, self.clip_mode)
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -152,6 +160,12 @@ class Parts:
             self.scheduler.step()
 
 
+def allow_tf32(asked: bool, device: torch.device) -> None:
+    """Let matrices of float32 be multiplied in TensorFloat32 where it is asked for, on a GPU; convolutions are, as torch has it."""
+    if asked and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 def build(config: TrainConfig, process: Process, data: Data) -> tuple[Parts, Loaders]:
     """What `config` asks for, and loaders of images as its model takes them.
 
@@ -175,16 +189,15 @@ def build_parts(config: TrainConfig, process: Process, model: nn.Module, steps_p
         from timm.layers import convert_sync_batchnorm  # torch's own drops the activations of timm's layers
 
         model = convert_sync_batchnorm(model)
-    if on_gpu if config.channels_last is None else config.channels_last:
+    if on_gpu and not config.fsdp if config.channels_last is None else config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = _average(config, model)
+    if config.fsdp:
+        for split in [model] if ema is None else [model, ema.module]:
+            shard(split, process)
     optimizer = build_optimizer(config, model)
     if config.log_layers is not None:
         check_layer_log(config, optimizer)
-    ema: Any = None
-    if config.model_ema:
-        from timm.utils import ModelEmaV3
-
-        ema = ModelEmaV3(model, config.model_ema_decay, use_warmup=config.model_ema_warmup)
     put_back = None if ema is None else lambda step: ema.set(model)  # an average of what was undone is undone
     scheduler = build_scheduler(config, model, optimizer, steps_per_epoch, put_back)
     mixed = config.mixup or config.cutmix  # labels are smoothed where they are mixed
@@ -202,12 +215,22 @@ def build_parts(config: TrainConfig, process: Process, model: nn.Module, steps_p
         clip_grad=config.clip_grad,
         clip_mode=config.clip_mode,
         ema=ema,
+        fsdp=config.fsdp,
     )
+
+
+def _average(config: TrainConfig, model: nn.Module) -> Any:
+    if not config.model_ema:
+        return None
+    from timm.utils import ModelEmaV3
+
+    # Whole tensors and shards do not mix in one multi-tensor operation.
+    return ModelEmaV3(model, config.model_ema_decay, use_warmup=config.model_ema_warmup, foreach=not config.fsdp)
 
 
 def _forward(config: TrainConfig, process: Process, model: nn.Module) -> nn.Module:
     forward: nn.Module = model
-    if process.world_size > 1:
+    if process.world_size > 1 and not config.fsdp:
         ids = [process.device.index] if process.device.type == "cuda" else None
         forward = nn.parallel.DistributedDataParallel(model, device_ids=ids)
     return torch.compile(forward) if config.compile else forward  # type: ignore[return-value]

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autowu.training.build import Parts
 from autowu.training.config import TrainConfig, UsageError
-from autowu.training.files import link, replacing
+from autowu.training.files import link, remove, replacing, save, sync_folder
 from autowu.training.folder import RunFolder
 from autowu.training.generators import random_state
 from autowu.training.process import Process
 from autowu.training.progress import Begun, EpochSteps, Progress
+from autowu.training.shards import consolidated, read_shards, write_shards
 
-__all__ = ["Checkpoints", "load_model", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoints", "load_model", "mean_of_losses", "read_checkpoint", "write_checkpoint"]
 
 
 class Checkpoints:
@@ -79,7 +80,9 @@ class Checkpoints:
     def _set_aside(self, broken: Sequence[Path], errors: Sequence[UsageError], used: Path) -> None:
         """Say why, and keep them where they do not count: a newer checkpoint would take the place of the last whole one."""
         for path, error in zip(broken, errors, strict=True):
-            path.replace(path.with_name(f"{path.name}.broken"))
+            aside = path.with_name(f"{path.name}.broken")
+            remove(aside)
+            path.replace(aside)
             print(f"{error}; set aside, going on from {used.name}", file=sys.stderr, flush=True)
 
     def load(self, path: Path) -> Progress:
@@ -88,7 +91,7 @@ class Checkpoints:
         Raises:
             UsageError: if the file is damaged, or no checkpoint of such a run.
         """
-        state = read_checkpoint(path)
+        state = read_shards(path, self._process) if self._config.fsdp else read_checkpoint(path)
         try:
             self._parts.model.load_state_dict(state["model"])
             self._parts.optimizer.load_state_dict(state["optimizer"])
@@ -96,7 +99,8 @@ class Checkpoints:
             self._parts.load_extra_state(state)
             begun = state.get("begun")
             if begun is not None:
-                begun = Begun(**begun | {"random": begun["random"][self._process.rank]})
+                same = len(begun["random"]) == self._process.world_size
+                begun = Begun(**begun | {"random": begun["random"][self._process.rank] if same else None})
             return Progress(state["epoch"], state["elapsed"], state["last"], begun)
         except Exception as error:  # each part raises errors of its own on what it cannot load
             raise UsageError(f"{path}: no checkpoint of this run: {_in_a_line(error)}") from None
@@ -132,13 +136,16 @@ class Checkpoints:
     def _save_branch(self, fraction: float, progress: Progress, steps: EpochSteps) -> None:
         assert self._parts.autowu is not None
         state = self._within(progress, steps, self._parts.autowu.fork_cooldown(fraction))
-        if self._process.is_main:
-            write_checkpoint(state, self._folder.branch_path(fraction))
+        path = self._folder.branch_path(fraction)
+        if self._config.fsdp:
+            self._move(write_shards(state, path, self._process), path)
+        elif self._process.is_main:
+            write_checkpoint(state, path)
 
     def _within(self, progress: Progress, steps: EpochSteps, scheduler_state: dict[str, Any]) -> dict[str, Any]:
         state = self._state(progress, scheduler_state)
         state["step_in_epoch"] = len(steps.lrs)
-        random = self._process.gather(random_state(self._process.device))
+        random = self._of_each(random_state(self._process.device))
         state["begun"] = {"lrs": list(steps.lrs), "losses": steps.losses(), "random": random}
         state["begun"] |= {"phases": list(steps.phases), "probabilities": list(steps.probabilities)}
         return state
@@ -158,28 +165,58 @@ class Checkpoints:
         """The schedulers' states by rank. The copies of the model are alike: each keeps its own, none travels."""
         if self._config.small_checkpoints and "snapshot" in state:
             state = state | {"snapshot": None}
-        if "snapshot" not in state:
-            return self._process.gather(state)
+        if self._config.fsdp or "snapshot" not in state:
+            return self._of_each(state)
         states = self._process.gather(state | {"snapshot": None})
         states[self._process.rank] = state
         return states
 
+    def _of_each(self, value: dict[str, Any]) -> list[dict[str, Any]]:
+        """By rank; where every process writes, it has its own only."""
+        return [value] if self._config.fsdp else self._process.gather(value)
+
     def _of_this_process(self, states: list[dict[str, Any]]) -> dict[str, Any]:
-        """This process's of the states that the main one saved, which alone has the copy of the model."""
-        own = states[self._process.rank]
+        """This process's of the states that the main one saved, which alone has the copy of the model.
+
+        Of another number of processes each has the mean of their losses.
+        """
+        own = states[self._process.rank] if len(states) == self._process.world_size else mean_of_losses(states)
         return own | {"snapshot": states[0]["snapshot"]} if "snapshot" in own else own
 
     def _renew(self, state: Mapping[str, Any], rank: tuple[float, float] | None = None) -> None:
         """Write the newest checkpoint; first, from the same file, the best epoch's, which a kill would otherwise leave out."""
         self._saved_at = time.monotonic()
+        if self._config.fsdp:
+            self._renew_shards(state, rank)
+            return
         if not self._process.is_main:
             return
         with replacing(self._folder.checkpoint_path) as partial:
-            _write(state, partial)
+            save(state, partial)
             if rank is not None and rank > self._best_rank():
                 link(partial, self._folder.best_path)
                 self._best = rank
             self._folder.shift_checkpoints(self._config.checkpoint_hist)
+
+    def _renew_shards(self, state: Mapping[str, Any], rank: tuple[float, float] | None) -> None:
+        """The same, by all processes together; the best epoch's weights are whole, in one file."""
+        path = self._folder.checkpoint_path
+        partial = write_shards(state, path, self._process)
+        if rank is not None and self._process.on_main(lambda: rank > self._best_rank()):
+            whole = {name: consolidated(state[name]) for name in ("model", "ema") if name in state}
+            if self._process.is_main:
+                write_checkpoint({"epoch": state["epoch"], "last": state["last"], **whole}, self._folder.best_path)
+                self._best = rank
+        if self._process.is_main:
+            self._folder.shift_checkpoints(max(2, self._config.checkpoint_hist))  # until the new one is there
+            self._move(partial, path)
+            self._folder.drop_checkpoints(self._config.checkpoint_hist)
+
+    def _move(self, partial: Path, path: Path) -> None:
+        if self._process.is_main:
+            remove(path)
+            partial.replace(path)
+            sync_folder(path.parent)
 
     def _best_rank(self) -> tuple[float, float]:
         """That of ``best.pt``, by the row of epochs.csv that it holds."""
@@ -197,6 +234,19 @@ class Checkpoints:
         return accuracy, -loss if math.isfinite(loss) else -math.inf
 
 
+def mean_of_losses(states: Sequence[Any], name: str = "") -> Any:
+    """The first of the states of several processes, but for losses that are each one's own: their mean, where they are finite."""
+    first = states[0]
+    if isinstance(first, dict) and all(isinstance(state, dict) and state.keys() == first.keys() for state in states):
+        return {key: mean_of_losses([state[key] for state in states], key) for key in first}
+    if name != "losses" or not all(isinstance(state, Tensor) and state.shape == first.shape for state in states):
+        return first
+    values = torch.stack(list(states))
+    known = values.isfinite()
+    mean = torch.where(known, values, 0.0).sum(0) / known.sum(0)
+    return torch.where((values == first).all(0) | ~known.any(0), first, mean)
+
+
 def load_model(path: Path, model: nn.Module) -> None:
     """Give `model` the weights in a checkpoint that the run tested: their average, where it kept one.
 
@@ -204,7 +254,7 @@ def load_model(path: Path, model: nn.Module) -> None:
         UsageError: if it is damaged, or of another model.
     """
     try:
-        state = read_checkpoint(path)
+        state = read_shards(path, None) if path.is_dir() else read_checkpoint(path)
         model.load_state_dict(state["ema"] if "ema" in state else state["model"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UsageError(f"{path}: no checkpoint of this model: {_in_a_line(error)}") from None
@@ -217,17 +267,7 @@ def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
         OSError: if it cannot be written.
     """
     with replacing(path) as partial:
-        _write(state, partial)
-
-
-def _write(state: Mapping[str, Any], path: Path) -> None:
-    with path.open("wb") as file:
-        try:
-            torch.save(dict(state), file)
-        except RuntimeError as error:  # torch's own, after that of a file that cannot be written
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+        save(state, partial)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autowu.training.batches import split_batch
 from autowu.training.errors import RunError, UsageError, unknown_name
 from autowu.training.limits import check_numbers
 from autowu.training.options import RECIPES, defaults, given, option_of
@@ -95,6 +96,8 @@ class TrainConfig:
     amp_dtype: str
     channels_last: bool | None
     compile: bool
+    fsdp: bool
+    tf32: bool
     grad_checkpointing: bool
     model_ema: bool
     model_ema_decay: float
@@ -109,6 +112,9 @@ class TrainConfig:
     checkpoint_hist: int
     small_checkpoints: bool
     log_tensorboard: bool
+    log_wandb: bool
+    log_trackio: bool
+    wandb_project: str
     log_layers: int | None
     eval: Path | None
     dry_run: bool
@@ -139,7 +145,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
         stamp, own = time.strftime("%Y%m%d-%H%M%S"), secrets.token_hex(3)
         args["run_dir"] = Path("runs", f"{stamp}-{args['model'].replace('/', '_')}-{args['opt']}-{args['sched']}-{own}")
     check_numbers(args)
-    _split_batch(args, int(os.environ.get("WORLD_SIZE", "1")))
+    split_batch(args, int(os.environ.get("WORLD_SIZE", "1")))
     config = TrainConfig(**args)
     _check(config)
     return config
@@ -174,26 +180,6 @@ def _over(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     if batch <= layer.keys() and "global_batch_size" not in layer:
         gone.add("global_batch_size")
     return {**base, **dict.fromkeys(gone, None), **layer}
-
-
-def _split_batch(args: dict[str, Any], processes: int) -> None:
-    """Derive what is open of `batch_size`, `grad_accum` and `global_batch_size`.
-
-    Raises:
-        UsageError: if a step cannot be split so.
-    """
-    whole, size, accum = (args[name] for name in ("global_batch_size", "batch_size", "grad_accum"))
-    if whole is not None:
-        taken = processes * (accum or 1) * (size or 1)
-        among = f"{processes} processes" + "".join(
-            f" x {option_of(name)} {args[name]}" for name in ("grad_accum", "batch_size") if args[name] is not None
-        )
-        if whole % taken:
-            raise UsageError(f"--global-batch-size {whole}: cannot be split over {among}; it must be a multiple of {taken}")
-        if size is not None and accum is not None and whole != taken:
-            raise UsageError(f"--global-batch-size {whole}: is not {among}, which is {taken}; leave one of the three out")
-        size, accum = size or whole // taken, accum or (1 if size is None else whole // taken)
-    args["batch_size"], args["grad_accum"] = size or 64, accum or 1
 
 
 def _check(config: TrainConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -44,9 +45,10 @@ def train_cooldowns(config: TrainConfig, process: Process, data: Data, trunk: Ru
     done = process.gather([(branch.run_dir / "summary.json").exists() for branch in branches])[0]
     trunk_config = replace(config, cooldown_fraction=smallest)
     summary, loaders, starts = _train_trunk(trunk_config, process, data, trunk, others, started)
-    for branch, is_done in zip(branches, done, strict=True):
-        if not is_done:
-            _train_branch(branch, process, data, loaders, trunk)
+    with closing(loaders):
+        for branch, is_done in zip(branches, done, strict=True):
+            if not is_done:
+                _train_branch(branch, process, data, loaders, trunk)
     if process.is_main:
         folders = [trunk, *(RunFolder(branch, process.world_size) for branch in branches)]
         report(config.cooldown_fraction, [0, *starts.values()], folders)
@@ -74,8 +76,12 @@ def _train_trunk(
     parts, loaders = build(config, process, data)
     assert parts.autowu is not None
     starts = first_steps(parts.autowu, others)
-    process.on_main(folder.claim)
-    return train_run(config, process, parts, loaders, folder, started, branches=starts), loaders, starts
+    try:
+        process.on_main(folder.claim)
+        return train_run(config, process, parts, loaders, folder, started, branches=starts), loaders, starts
+    except BaseException:
+        loaders.close()
+        raise
 
 
 def _train_branch(config: TrainConfig, process: Process, data: Data, loaders: Loaders, trunk: RunFolder) -> None:

@@ -50,6 +50,12 @@ class Loaders:
     test: DataLoader[Any]
     sampler: _Epochs
 
+    def close(self) -> None:
+        """End the loader processes, which live for the run: they heed no signal by which multiprocessing would end them."""
+        for loader in (self.train, self.test):
+            if (iterator := getattr(loader, "_iterator", None)) is not None:
+                iterator._shutdown_workers()
+
 
 def find_data(config: TrainConfig, process: Process) -> Data:
     """Look at the data without loading images; fetch them where that is asked for.
@@ -115,7 +121,7 @@ def make_loaders(config: TrainConfig, process: Process, data: Data, size: int, m
     in_memory = config.dataset in ("digits", "synthetic")
     options: dict[str, Any] = {"pin_memory": process.device.type == "cuda"}
     if not in_memory:  # where worker processes would cost more than they bring
-        options |= {"num_workers": config.workers, "worker_init_fn": _ignore_signals}
+        options |= {"num_workers": config.workers, "worker_init_fn": _ignore_signals, "persistent_workers": config.workers > 0}
         options |= {"generator": torch.Generator()}  # a loader that goes on draws nothing, one that begins does
     if isinstance(train, IterableDataset):
         return _streams(config, process, data, train, test, options)
@@ -189,6 +195,7 @@ class Streamed:
 def _streams(config: TrainConfig, process: Process, data: Data, train: Any, test: Any, options: dict[str, Any]) -> Loaders:
     for images in (train, test):
         images.set_loader_cfg(num_workers=config.workers)
+    options |= {"persistent_workers": False}  # each epoch begins with the dataset as it is told
     if mixing(config, data.num_classes) is not None or config.aug_repeats > 1:
         raise UsageError(f"--dataset {config.dataset}: is read as a stream, which takes no --mixup, --cutmix or --aug-repeats")
     loader = DataLoader(train, config.step_size, drop_last=True, **options)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-__all__ = ["link", "read_rows", "replacing"]
+import torch
+
+__all__ = ["link", "read_rows", "remove", "replacing", "save", "sync_folder"]
 
 
 @contextmanager
@@ -30,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # or a machine that goes down could keep the move and lose the content
         partial.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -46,7 +49,30 @@ def link(path: Path, name: Path) -> None:
             shutil.copyfile(path, partial)
 
 
-def _sync_folder(path: Path) -> None:
+def save(state: Mapping[str, Any], path: Path) -> None:
+    """Write a file of torch.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:  # torch's own, after that of a file that cannot be written
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
     """See that the names in it outlive a machine that goes down, where the system can."""
     with suppress(OSError):
         folder = os.open(path, os.O_RDONLY)

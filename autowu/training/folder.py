@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,16 +13,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from autowu.training.batches import SPLIT
 from autowu.training.config import TrainConfig, UsageError, parse_args
-from autowu.training.files import read_rows, replacing
+from autowu.training.files import read_rows, remove, replacing
 from autowu.training.progress import StepRow
 
 __all__ = ["RunFolder"]
 
 _FREE_TO_CHANGE = {"recipe", "dataset_download", "resume", "run_dir", "workers", "device", "skip_corrupt", "small_checkpoints"}
 _FREE_TO_CHANGE |= {"checkpoint_steps", "checkpoint_minutes", "checkpoint_hist", "log_tensorboard", "eval", "dry_run"}
+_FREE_TO_CHANGE |= {"log_wandb", "log_trackio", "wandb_project"}
 _LOCK = ".lock"
-_OLDER = re.compile(r"checkpoint\.(\d+)\.pt")
+_OLDER = re.compile(r"checkpoint\.(\d+)(\.pt)?")
 
 _STEP_FIELDS = StepRow._fields
 _EPOCH_FIELDS = ("epoch", "step", "phase", "lr", "train_loss", "test_loss", "test_accuracy", "seconds", "images_per_s")
@@ -40,7 +43,8 @@ class RunFolder:
 
     def __init__(self, config: TrainConfig, world_size: int) -> None:
         self.path = config.run_dir
-        self.checkpoint_path = self.path / "checkpoint.pt"
+        self._suffix = "" if config.fsdp else ".pt"  # each is a folder there
+        self.checkpoint_path = self.path / f"checkpoint{self._suffix}"
         self.best_path = self.path / "best.pt"
         as_read = json.loads(json.dumps(asdict(config), default=str))  # a tuple among --opt-kwargs is a list there
         self.config: dict[str, Any] = as_read | {"world_size": world_size}
@@ -50,25 +54,32 @@ class RunFolder:
 
     def branch_path(self, fraction: float) -> Path:
         """The checkpoint that the branch with this cooldown_fraction begins with."""
-        return self.path / f"branch-{fraction}.pt"
+        return self.path / f"branch-{fraction}{self._suffix}"
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints that the run can go on from, the newest first."""
-        older = sorted((int(name[1]), path) for path in self.path.glob("checkpoint.*.pt") if (name := _OLDER.fullmatch(path.name)))
-        return [path for path in (self.checkpoint_path, *(path for _, path in older)) if path.is_file()]
+        older = sorted((int(name[1]), path) for path in self.path.glob("checkpoint.*") if (name := _OLDER.fullmatch(path.name)))
+        return [path for path in (self.checkpoint_path, *(path for _, path in older)) if path.exists()]
 
     def shift_checkpoints(self, keep: int) -> None:
         """Make room for a newer checkpoint, with which at most `keep` are there.
 
         What a kill has left between two moves is in order, with a gap: only what is in front of the gap moves.
         """
-        places = [self.checkpoint_path, *(self.path / f"checkpoint.{k}.pt" for k in range(1, keep))]
+        places = [self.checkpoint_path, *(self.path / f"checkpoint.{k}{self._suffix}" for k in range(1, keep))]
         for path in self.checkpoints()[1:]:
             if path not in places:
-                path.unlink()
+                remove(path)
         gap = next((k for k, path in enumerate(places) if not path.exists()), keep - 1)
         for k in range(gap, 0, -1):
+            if places[k].is_dir():  # which no move replaces
+                remove(places[k])
             places[k - 1].replace(places[k])
+
+    def drop_checkpoints(self, keep: int) -> None:
+        """Remove all but the newest `keep`."""
+        for path in self.checkpoints()[keep:]:
+            remove(path)
 
     def check(self) -> None:
         """See that a run can begin here, or go on where it is to be resumed.
@@ -129,17 +140,30 @@ class RunFolder:
                 return  # killed before it wrote anything
             raise UsageError(f"--resume: no run in {self.path}")
         try:
-            before = {**asdict(parse_args([])), **json.loads(path.read_text())}
+            before = {"world_size": 1, **asdict(parse_args([])), **json.loads(path.read_text())}
+            its = _images_a_step(before)
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"--resume: {path} cannot be read: {error}") from None
-        names = ("world_size", *self.config)  # first, as the size of a batch may follow from it
-        for name in (name for name in names if name not in _FREE_TO_CHANGE):
+        free = _FREE_TO_CHANGE
+        if before["world_size"] != self.config["world_size"]:
+            self._check_step(its, before["world_size"])
+            free = free | set(SPLIT)
+        for name in (name for name in self.config if name not in free):
             can_grow = name == "epochs" and self._can_be_extended and isinstance(before[name], int)
             if can_grow and before[name] < self.config[name]:
                 continue
             if before.get(name) != self.config[name]:
-                option = "number of processes" if name == "world_size" else f"--{name.replace('_', '-')}"
+                option = f"--{name.replace('_', '-')}"
                 raise UsageError(f"--resume: {option} is {self.config[name]}, but the run was started with {before.get(name)}")
+        self.config |= {name: before[name] for name in SPLIT}  # as it was started
+
+    def _check_step(self, images: int, processes: int) -> None:
+        """See that a step takes as many images as that of a run that was started on another number of processes."""
+        if (own := _images_a_step(self.config)) != images:
+            raise UsageError(
+                f"--resume: a step of {self.config['world_size']} processes takes {own} images, but the run was started with "
+                f"{images} on {processes}; give --global-batch-size {images}"
+            )
 
     def start(self, step: int, trunk: RunFolder | None = None) -> None:
         """Make the folder, write the configuration; keep the metrics of the `step` steps that are done.
@@ -202,3 +226,7 @@ class RunFolder:
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         with replacing(self.path / name) as partial:
             partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _images_a_step(fields: Mapping[str, Any]) -> int:
+    return math.prod(int(fields[name]) for name in ("world_size", "batch_size", "grad_accum"))

@@ -73,7 +73,8 @@ class Loop:
         if begun is not None:
             for _ in begun.lrs:
                 next(batches)
-            set_random_state(begun.random, self.process.device)
+            if begun.random is not None:
+                set_random_state(begun.random, self.process.device)
         self.checkpoints.save_branches(progress, steps)
         for images, labels in batches:
             lr, phase, probability = parts.lr, parts.phase, parts.probability

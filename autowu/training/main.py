@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from autowu.training.board import check_board
-from autowu.training.build import build
+from autowu.training.build import allow_tf32, build
 from autowu.training.config import RunError, TrainConfig, UsageError, parse_args
 from autowu.training.cooldowns import train_cooldowns
 from autowu.training.data import find_data
@@ -26,6 +26,7 @@ from autowu.training.plan import without_training
 from autowu.training.process import Process, join
 from autowu.training.run import train_run
 from autowu.training.signals import Stopped
+from autowu.training.trackers import check_trackers
 
 __all__ = ["main", "told_as_run_errors", "train"]
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"train.py: error: {error}", file=sys.stderr)
         return error.code
     try:
-        with join(config.device) as process:
+        with join(config.device, group=config.fsdp) as process:
             try:
                 train(config, process)
             except Stopped as stopped:  # the processes stop, and leave, together
@@ -77,8 +78,12 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     if config.sync_bn and process.device.type != "cuda" and config.recipe is None:  # a recipe's is left out there
         raise UsageError("--sync-bn: works on GPUs only")
-    config = replace(config, run_dir=process.gather(config.run_dir)[0])  # each may have named one after its own clock
+    # Each may have named a folder after its own clock, or have split a step by an older state of a shared folder.
+    run_dir, size, accum = process.gather((config.run_dir, config.batch_size, config.grad_accum))[0]
+    config = replace(config, run_dir=run_dir, batch_size=size, grad_accum=accum)
     check_board(config)
+    check_trackers(config)
+    allow_tf32(config.tf32, process.device)
     data = find_data(config, process)
     if config.eval is not None:
         return without_training(config, process, data)
@@ -92,8 +97,9 @@ def train(config: TrainConfig, process: Process) -> dict[str, Any]:
                 summary = train_cooldowns(config, process, data, folder, started)
             else:
                 parts, loaders = build(config, process, data)
-                process.on_main(folder.claim)
-                summary = train_run(config, process, parts, loaders, folder, started)
+                with closing(loaders):
+                    process.on_main(folder.claim)
+                    summary = train_run(config, process, parts, loaders, folder, started)
     finally:
         folder.release()
     return summary

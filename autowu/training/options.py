@@ -258,6 +258,8 @@ def _precision(group: _Group) -> None:
     group.add_argument("--amp-dtype", default="bfloat16", help="'bfloat16', or 'float16' with a GradScaler")
     _flag(group, "channels-last", "memory format of the model (default: on GPUs)", default=None)
     _flag(group, "compile", "torch.compile")
+    _flag(group, "fsdp", "split parameters and optimizer over the processes (fully_shard), in the place of a copy on each")
+    _flag(group, "tf32", "multiply float32 matrices in TensorFloat32, on GPUs")
     _flag(group, "grad-checkpointing", "compute activations again in the backward pass, for less memory")
     _flag(group, "model-ema", "average the weights; the average is what is tested")
     group.add_argument("--model-ema-decay", type=float, default=0.9998, help="of the average, a step")
@@ -276,6 +278,9 @@ def _run(group: _Group) -> None:
         help="every N steps, log norms and trust ratio of every layer to TensorBoard and to layers.parquet (default: never)",
     )
     _flag(group, "log-tensorboard", "write the metrics to TensorBoard too, in tensorboard/")
+    _flag(group, "log-wandb", "send the metrics to Weights & Biases too; WANDB_MODE=offline keeps them in the run's folder")
+    _flag(group, "log-trackio", "log the metrics to trackio too")
+    group.add_argument("--wandb-project", default="autowu", help="name of the project there")
     group.add_argument("--eval", type=Path, metavar="CHECKPOINT", help="test the model in a checkpoint, and train nothing")
     _flag(group, "dry-run", "print what the run would be, and train nothing")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -29,11 +30,14 @@ def without_training(config: TrainConfig, process: Process, data: Data) -> dict[
     """
     if isinstance(config.cooldown_fraction, list):  # what is trained first
         config = replace(config, cooldown_fraction=min(config.cooldown_fraction))
+    if config.eval is not None:  # a checkpoint that is read whole
+        config = replace(config, fsdp=False)
     parts, loaders = build(config, process, data)
     numbers: dict[str, Any] = {}
     if config.eval is not None:
         load_model(config.eval, parts.tested)
-        loss, accuracy = evaluate(parts, loaders.test, process)
+        with closing(loaders):
+            loss, accuracy = evaluate(parts, loaders.test, process)
         numbers = {"test_loss": loss, "test_accuracy": accuracy}
         lines = [f"{config.eval}: test accuracy {accuracy:.2%}  test loss {loss:.4f}"]
     else:
@@ -54,10 +58,11 @@ def plan(config: TrainConfig, process: Process, parts: Parts, data: Data, steps_
         yield from _schedule(parts.autowu, process)
     model = sum(t.nbytes for t in [*parts.model.parameters(), *parts.model.buffers()])
     copy = model + _optimizer_bytes(parts)
+    own = copy / process.world_size if parts.fsdp else copy
     copies = 0
     if parts.autowu is not None and parts.autowu.config.rollback:
         copies = 2
-        yield f"  copies to go back to: up to 2 of {_size(copy)} in the warm-up, and 1 after it, on each process"
+        yield f"  copies to go back to: up to 2 of {_size(own)} in the warm-up, and 1 after it, on each process"
     held = 0 if config.small_checkpoints else min(copies, 1)
     saved = copy * (1 + held) + (0 if parts.ema is None else model)
     yield f"  checkpoints of about {_size(saved)}: the last {config.checkpoint_hist} and the best, in {config.run_dir}"

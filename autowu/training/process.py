@@ -72,10 +72,10 @@ class Process:
 
 
 @contextmanager
-def join(device: str | None) -> Iterator[Process]:
+def join(device: str | None, *, group: bool = False) -> Iterator[Process]:
     """Join the processes that torchrun or torch.distributed.launch started: NCCL on GPUs, gloo on CPUs.
 
-    A UsageError or RunError within is printed, by one process where several have the same.
+    A UsageError or RunError within is printed, by one process where several have the same. With `group` one alone is a group too.
 
     Raises:
         UsageError: if a GPU was asked for and there is none.
@@ -90,7 +90,8 @@ def join(device: str | None) -> Iterator[Process]:
         place = _device(device)
         if world_size > 1:
             store = _of_this_start(store, rank, world_size)
-            dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+        if world_size > 1 or group:
+            _start_group(place, store, rank, world_size)
         yield Process(rank, world_size, place)
         if world_size > 1:
             # Leave together, and with no model that still holds the group: gloo's threads abort a process that goes before them.
@@ -98,8 +99,7 @@ def join(device: str | None) -> Iterator[Process]:
             dist.barrier()
     except (UsageError, RunError) as error:
         if _is_first(store, str(error)):
-            who = f"rank {rank}: " if world_size > 1 else ""
-            print(f"train.py: error: {who}{error}", file=sys.stderr, flush=True)
+            print(f"train.py: error: {f'rank {rank}: ' * (world_size > 1)}{error}", file=sys.stderr, flush=True)
         raise
     except Exception as error:
         if _has_failed(store):  # the group breaks where one process leaves it
@@ -110,8 +110,13 @@ def join(device: str | None) -> Iterator[Process]:
             print(f"train.py: error: rank {rank}: {_GONE} ({_in_short(error)})", file=sys.stderr, flush=True)
         raise RunError(_GONE) from None
     finally:
-        if world_size > 1 and dist.is_initialized():
+        if dist.is_initialized() and (world_size > 1 or group):
             dist.destroy_process_group()
+
+
+def _start_group(place: torch.device, store: Any, rank: int, world_size: int) -> None:
+    store = dist.HashStore() if store is None else store  # type: ignore[attr-defined]
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
 
 
 def _device(name: str | None) -> torch.device:

@@ -34,14 +34,15 @@ class Begun:
     Attributes:
         lrs: LR of each of its steps.
         losses: their losses, means over the processes.
-        random: this process's generators, as :func:`~autowu.training.generators.random_state` gives them.
+        random: this process's generators, as :func:`~autowu.training.generators.random_state` gives them; None where the run
+            was cut under another number of processes.
         phases: AutoWU's phase at each step.
         probabilities: of the minimum being past, as the last test before each step had it; None before the first.
     """
 
     lrs: list[float]
     losses: list[float]
-    random: dict[str, Any]
+    random: dict[str, Any] | None
     phases: list[str] = field(default_factory=list)
     probabilities: list[float | None] = field(default_factory=list)
 

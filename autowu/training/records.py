@@ -18,6 +18,7 @@ from autowu.training.folder import RunFolder
 from autowu.training.layers import LayerLog
 from autowu.training.process import Process
 from autowu.training.progress import Progress, StepRow
+from autowu.training.trackers import open_trackers
 
 __all__ = ["NullRecorder", "Recorder", "epoch_row", "summarize"]
 
@@ -105,6 +106,7 @@ class Recorder(NullRecorder):
         log_layers: steps from one logged step to the next; None for no log of the layers.
         log_tensorboard: whether TensorBoard has the metrics too.
         trunk: folder of the run that this one branches off and whose records it takes over.
+        tracked: what trackers of experiments are told of the run, where any are asked for.
 
     Raises:
         UsageError: if the folder cannot be written.
@@ -118,18 +120,20 @@ class Recorder(NullRecorder):
         log_layers: int | None,
         trunk: RunFolder | None = None,
         log_tensorboard: bool = False,
+        tracked: TrainConfig | None = None,
     ) -> None:
         self._folder = folder
         self._log_layers = log_layers
         folder.start(progress.epochs * steps_per_epoch, trunk)
         self._board = Board(folder.path / "tensorboard", progress.epochs * steps_per_epoch) if log_tensorboard else None
+        self._trackers = [] if tracked is None else open_trackers(tracked, folder.path)
         self._layers: LayerLog | None = None
         if log_layers is not None:
             done = progress.steps(steps_per_epoch)
             self._layers = LayerLog(folder.path, done, None if trunk is None else trunk.path)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for log in (self._layers, self._board):
+        for log in (self._layers, self._board, *self._trackers):
             if log is not None:
                 log.close()
 
@@ -140,8 +144,9 @@ class Recorder(NullRecorder):
     def epoch(self, steps: Sequence[StepRow], row: Mapping[str, Any]) -> None:
         self._folder.add_steps(steps)
         self._folder.add_epoch(row)
-        if self._board is not None:
-            self._board.epoch(steps, row)
+        for log in (self._board, *self._trackers):
+            if log is not None:
+                log.epoch(steps, row)
         if self._layers is not None:
             self._layers.save()
 

@@ -49,7 +49,7 @@ def train_run(
     progress = _begin(config, checkpoints, trunk)
     recorder, console = NullRecorder(), NullConsole()
     if process.is_main:
-        recorder = Recorder(folder, progress, steps_per_epoch, config.log_layers, trunk, config.log_tensorboard)
+        recorder = Recorder(folder, progress, steps_per_epoch, config.log_layers, trunk, config.log_tensorboard, config)
         console = Console(config, process, parts.model, steps_per_epoch, progress.steps(steps_per_epoch))
     with recorder:
         with console, StopSignals(process) as signals:

@@ -1,0 +1,58 @@
+"""How a step is split over processes and batches, also where a run goes on under another number of processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from autowu.training.errors import UsageError
+from autowu.training.options import option_of
+
+__all__ = ["SPLIT", "split_batch"]
+
+SPLIT = ("world_size", "batch_size", "grad_accum", "global_batch_size")
+"""The fields that may be others where the number of processes is another, as long as a step takes as many images."""
+
+
+def split_batch(args: dict[str, Any], processes: int) -> None:
+    """Derive what is open of `batch_size`, `grad_accum` and `global_batch_size`.
+
+    A run that goes on takes as many images a step as before, whatever the number of processes is now.
+
+    Raises:
+        UsageError: if a step cannot be split so.
+    """
+    whole, size, accum = (args[name] for name in ("global_batch_size", "batch_size", "grad_accum"))
+    if whole is not None:
+        taken = processes * (accum or 1) * (size or 1)
+        among = f"{processes} processes" + "".join(
+            f" x {option_of(name)} {args[name]}" for name in ("grad_accum", "batch_size") if args[name] is not None
+        )
+        if whole % taken:
+            raise UsageError(f"--global-batch-size {whole}: cannot be split over {among}; it must be a multiple of {taken}")
+        if size is not None and accum is not None and whole != taken:
+            raise UsageError(f"--global-batch-size {whole}: is not {among}, which is {taken}; leave one of the three out")
+        size, accum = size or whole // taken, accum or (1 if size is None else whole // taken)
+    elif args["resume"] and (before := _started_with(args["run_dir"])) and before["world_size"] != processes:
+        size, accum = _split_again(before, size or 64, processes)
+    args["batch_size"], args["grad_accum"] = size or 64, accum or 1
+
+
+def _started_with(folder: Path) -> dict[str, int] | None:
+    """How the steps of the run in `folder` were split; None where that cannot be read, which is told when the run is looked for."""
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        return {name: int(saved.get(name, 1)) for name in SPLIT[:3]}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _split_again(before: dict[str, int], most: int, processes: int) -> tuple[int, int]:
+    """Images a batch, at most `most`, and as few batches a step as give the step of `before` on as many `processes`."""
+    whole = before["world_size"] * before["batch_size"] * before["grad_accum"]
+    share, rest = divmod(whole, processes)
+    if rest:
+        raise UsageError(f"--resume: a step of the run takes {whole} images, which {processes} processes cannot share evenly")
+    accum = next(number for number in range(1, share + 1) if share % number == 0 and share // number <= most)
+    return share // accum, accum
