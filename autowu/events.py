@@ -12,7 +12,16 @@ from autowu.config import Config
 from autowu.phases import MAX_SETBACKS, Event, State, Switch, base_lr, first_switch, peak_lr, phase_at
 from autowu.ranks import Ranks
 
-__all__ = ["EventLog", "back_at", "divergence_message", "doubt_message", "loss_changed_message", "resume_message", "switch_message"]
+__all__ = [
+    "EventLog",
+    "back_at",
+    "divergence_message",
+    "doubt_message",
+    "loss_changed_message",
+    "overfitting_message",
+    "resume_message",
+    "switch_message",
+]
 
 _logger = logging.getLogger("autowu")
 
@@ -130,6 +139,12 @@ def divergence_message(state: State, restored: int | None) -> str:
     lowered = f"training has diverged ({state.setbacks} of {MAX_SETBACKS}); the peak LR is now {peak_lr(state):.4g}"
     alone = "" if state.setbacks < MAX_SETBACKS else "; from here on the run is left alone"
     return f"{lowered}{_back_at(restored)}{alone}"
+
+
+def overfitting_message(state: State, level: float, best: float, restored: int | None) -> str:
+    """What is said where the held-out loss is at `level`, after a `best`; the run has `state` after that."""
+    lowered = peak_lr(state) * state.plateau_factor
+    return f"the held-out loss was {best:.4g} and is {level:.4g}: the peak LR is now {lowered:.4g}{_back_at(restored)}"
 
 
 def resume_message(config: Config, state: State, step: int, planned: Config) -> str | None:
