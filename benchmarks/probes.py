@@ -200,7 +200,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 
     for among in (("0.5", "1", "2"), ("0.25", "0.5", "1", "2", "4")):
         name = f"of {', '.join(among)}"
-        line(f"the best {name}", "", "", of=[min(among, key=lambda m, row=row: ratio(row, m)) for row in rows])  # type: ignore[misc]
+        line(f"the best {name}", "", "", of=[min(among, key=lambda m, row=row: ratio(row, m)) for row in rows])
         for share in map("{:g}".format, PROBES):
             for reading, reads in READINGS.items():
                 for margin in (0.0, 0.25):
