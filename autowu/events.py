@@ -13,7 +13,8 @@ from autowu.phases import MAX_SETBACKS, Event, State, Switch, all_lrs, each_conf
 from autowu.ranks import Ranks
 
 __all__ = [
-    *("EventLog", "back_at", "divergence_message", "doubt_message", "in_words", "loss_changed_message", "resume_message"),
+    *("EventLog", "back_at", "divergence_message", "doubt_message", "in_words", "loss_changed_message"),
+    *("overfitting_message", "resume_message"),
     "switch_message",
 ]
 
@@ -139,6 +140,12 @@ def divergence_message(state: State, restored: int | None) -> str:
     lowered = f"training has diverged ({state.setbacks} of {MAX_SETBACKS}); the peak LR is now {in_words(peak_lrs(state))}"
     alone = "" if state.setbacks < MAX_SETBACKS else "; from here on the run is left alone"
     return f"{lowered}{_back_at(restored)}{alone}"
+
+
+def overfitting_message(state: State, level: float, best: float, restored: int | None) -> str:
+    """What is said where the held-out loss is at `level`, after a `best`; the run has `state` after that."""
+    peak = in_words([lr * state.plateau_factor for lr in peak_lrs(state)])
+    return f"the held-out loss was {best:.4g} and is {level:.4g}: the peak LR is now {peak}{_back_at(restored)}"
 
 
 def resume_message(config: Config, state: State, step: int, planned: Config) -> str | None:

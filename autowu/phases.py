@@ -39,6 +39,7 @@ __all__ = [
     "first_switch",
     "is_test_due",
     "lower",
+    "lowered",
     "next_test",
     "peak_lrs",
     "phase_at",
@@ -77,9 +78,9 @@ class Event:
 
     Attributes:
         kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; "loss_changed", where
-            the last of these was none; "lost", weights that no copy mends; or the kind of a trouble that was survived, told once:
-            "loss", "fit", "rank", "snapshot", "on_rollback", "optimizer", "peak", "calls", "skipped", "frozen", "lr", "resume"; or
-            "cooldown", "extended", "rewarm", which were asked for.
+            the last of these was none; "overfitting", by held-out losses; "lost", weights that no copy mends; or the kind of a
+            trouble that was survived, told once: "loss", "held_out", "fit", "rank", "snapshot", "on_rollback", "optimizer", "peak",
+            "calls", "skipped", "frozen", "lr", "resume"; or "cooldown", "extended", "rewarm", which were asked for.
         step: optimizer steps taken by then.
         message: what the log said.
     """
@@ -157,8 +158,8 @@ class State:
     Attributes:
         votes: tests in a row that found the minimum past.
         switch: None during the warm-up.
-        plateau_factor, best_epoch_loss, bad_epochs: of the plateau rule, `decay_phase_stat="loss"`: the factor on the peak LR, the
-            lowest mean loss of an epoch, and the epochs since.
+        plateau_factor: on the peak LR, by the plateau rule, `decay_phase_stat="loss"`, and by held-out losses.
+        best_epoch_loss, bad_epochs: of the plateau rule: the lowest mean loss of an epoch, and the epochs since.
         setbacks: number of divergences since the switch, each of which has halved the peak LR.
         watched: whether the watch over the run goes on.
     """
@@ -384,6 +385,11 @@ def peak_lrs(state: State) -> tuple[float, ...]:
 def set_back(state: State) -> State:
     """The state after a divergence: a lower peak."""
     return replace(state, setbacks=state.setbacks + 1)
+
+
+def lowered(state: State) -> State:
+    """The state after the held-out losses have passed their best: a lower peak, which is no sign of divergence."""
+    return replace(state, plateau_factor=SETBACK_FACTOR * state.plateau_factor)
 
 
 def undo_set_backs(state: State, times: int) -> State:

@@ -56,6 +56,13 @@ class NoRollback:
     def keep_one(self, lr: float = math.inf) -> None:
         """Keep the newer of the copies that was made at no more than `lr`, else the older; free the other."""
 
+    def keep_best(self, step: int, level: float) -> None:
+        """After the switch: copy the run over the older copy, as the best by held-out losses, if it is sound on all ranks."""
+
+    def put_back_best(self, step: int) -> Restored | None:
+        """Put the best one back, if all ranks have one; it is then the newer copy, too."""
+        return self.put_back(step)
+
     def put_back(self, step: int) -> Restored | None:
         """Put the copy back, if all ranks have one."""
         self._ranks.all_agree(torch.zeros(1, dtype=torch.float64))  # the ranks ask each other
@@ -83,6 +90,9 @@ class NoRollback:
 
     def free(self) -> None:
         """Give the memory of all copies back."""
+
+    def free_newer(self) -> None:
+        """Give the memory of the newer copy back."""
 
     def state_dict(self) -> dict[str, Any] | None:
         """The copies themselves, on the host; None where there is none."""
@@ -157,6 +167,25 @@ class Rollback(NoRollback):
             self._newer, self._older = self._older, self._newer
         self._older.free()
 
+    def keep_best(self, step: int, level: float) -> None:
+        self._swap()
+        self.renew(step, level)
+        self._swap()
+        if self._older.step is not None:
+            _CLAIMED.add(self)
+
+    def put_back_best(self, step: int) -> Restored | None:
+        self._swap()
+        restored = self.put_back(step)
+        if restored is None:
+            self._swap()
+        else:
+            self.keep_best(restored.step, restored.level)
+        return restored
+
+    def _swap(self) -> None:
+        self._newer, self._older = self._older, self._newer
+
     def put_back(self, step: int) -> Restored | None:
         misfit = None if self.held is None else self._newer.misfit()
         if misfit is not None:
@@ -201,8 +230,13 @@ class Rollback(NoRollback):
         self._newer.free()
         self._older.free()
 
+    def free_newer(self) -> None:
+        self._newer.free()
+        if self._older.step is None:
+            self.free()
+
     def state_dict(self) -> dict[str, Any] | None:
-        if self.held is None:
+        if not self.able or self._newer.step is self._older.step is None:
             return None
         return {"newer": self._newer.state_dict(), "older": self._older.state_dict()}
 

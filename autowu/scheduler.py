@@ -214,6 +214,15 @@ class AutoWU(Shown, OpenEnded, Drawn):
     def _observe(self, loss: float | Tensor) -> None:
         self._micro_batches.observe(checks.loss(loss))
 
+    def observe_validation(self, loss: float | Tensor) -> None:
+        """Observe a loss on held-out data, wherever it was evaluated: an LR at which the run overfits is lowered.
+
+        Of several before the next step the mean counts. In a process group all ranks call it between the same two steps. What is
+        done stands in docs/how-it-works.md. `loss` may be, and what is raised is, as in :meth:`step`.
+        """
+        self._rooms.held_out.observe(checks.loss(loss))
+        self._stage.busy_at = 0
+
     def step(self, loss: float | Tensor | None = None, *, samples: int | None = None, tokens: int | None = None) -> None:
         """Record the loss of the optimizer step just taken and set the LR of the next one.
 
@@ -307,6 +316,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
             "reader": rooms.reader,
             "snapshot": rooms.rollback,
             "record": rooms.record,
+            "held_out": rooms.held_out,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

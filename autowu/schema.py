@@ -20,6 +20,7 @@ from autowu.budget import GIVEN, MEASURED
 from autowu.checks import Check, between, count, flag, optional, positive, share
 from autowu.config import ARGUMENTS, BUDGETS, Config, check_together
 from autowu.gp import MIN_LENGTHSCALE
+from autowu.held_out import AVERAGED, MAX_LOWERINGS
 from autowu.phases import Event, State
 from autowu.record import MOST
 from autowu.watch import BLOCK, HUGE, Leaps, LossWatch
@@ -321,6 +322,19 @@ _RECORD: Final = _record(
     }
 )
 
+_HELD_OUT: Final = _record(
+    {
+        "start": _number,
+        "best": _loss_or_inf,
+        "noise": _at_least_0,
+        "pairs": _whole(0),
+        "lowered": _whole(0, MAX_LOWERINGS),
+        "recent": _list_of(_loss, AVERAGED),
+        "came": _flag,
+        "observed": _record({"sum": _number, "count": _whole(0)}),
+    }
+)
+
 _BUDGET: Final = _record(
     {
         "used": _at_least_0,
@@ -367,6 +381,7 @@ _TABLE: Final = _record(
             }
         ),
         "record": _RECORD,
+        "held_out": optional(_HELD_OUT),
         "horizon": _record(
             {
                 "asked": _list_of(_whole(1)),

@@ -14,7 +14,8 @@ from typing import Any, Final, TypeAlias
 from torch import Tensor
 
 from autowu.config import Config, described
-from autowu.events import EventLog, divergence_message, doubt_message, loss_changed_message, switch_message
+from autowu.events import EventLog, divergence_message, doubt_message, loss_changed_message, overfitting_message, switch_message
+from autowu.held_out import HeldOut
 from autowu.history import MISSING, LossHistory
 from autowu.judge import Judge, engine
 from autowu.live import LiveRun
@@ -31,6 +32,7 @@ from autowu.phases import (
     exploded,
     falls,
     is_test_due,
+    lowered,
     next_test,
     phase_at,
     plateau_epoch_due,
@@ -70,6 +72,7 @@ class Rooms:
     judge: Judge
     reader: Reader
     rollback: NoRollback
+    held_out: HeldOut
     record: Record = field(default_factory=Record)
 
     def compare(self, config: Config, step: int) -> None:
@@ -88,6 +91,7 @@ class Rooms:
         self.reader.watch = LossWatch()
         self.reader.begin(config.warmup_origin, None)
         self.rollback.free()
+        self.held_out.begin()
 
 
 def rooms_of(config: Config, arguments: Mapping[str, Any]) -> Rooms:
@@ -100,7 +104,7 @@ def rooms_of(config: Config, arguments: Mapping[str, Any]) -> Rooms:
     rollback = NoRollback(live, ranks, log)
     if config.rollback:
         rollback = Rollback(live, ranks, log, arguments["snapshot_device"], arguments["on_rollback"])
-    return Rooms(ranks, log, judge, Reader(ranks), rollback)
+    return Rooms(ranks, log, judge, Reader(ranks), rollback, HeldOut(ranks))
 
 
 class WarmUp:
@@ -125,6 +129,8 @@ class WarmUp:
             return state, self
         due, self.busy_at = is_test_due(self.config, state, step), 0
         rooms.judge.history.append(loss)
+        if rooms.held_out.came:
+            rooms.held_out.read()
         if self.config.watch and self._read(step, loss, due) is not None and rooms.reader.watch.exploded:
             return self._explode(step, state)
         return self._test(step, state) if due else (state, self)
@@ -230,6 +236,7 @@ class WarmUp:
     def _leave(self, state: State, ended_by: str, restored: Restored | None) -> tuple[State, Stage]:
         """On to the next stage, the run being in `state` and, where a copy was put back, there."""
         switch, rooms = _switch(state), self.rooms
+        rooms.held_out.begin()
         rooms.reader.begin(switch.step, None if restored is None else restored.level)
         message = switch_message(self.config, switch, ended_by, None if restored is None else restored.step)
         rooms.log.tell("switch", switch.step, message)
@@ -271,6 +278,8 @@ class AfterSwitch:
             self._epoch.append(loss)
         if state.watched and (since := self._read(step, loss)) is not None:
             state = self._watch(step, since, state)
+        if self.rooms.held_out.came:
+            state = self._heed_held_out(step, state)
         if ruled and plateau_epoch_due(self.config, state, step):
             state = self._end_epoch(state)
         if state is not before:
@@ -284,7 +293,7 @@ class AfterSwitch:
     def end_watch(self, state: State) -> State:
         """The state of a run that is not watched any longer."""
         self.rooms.reader.forget()
-        self.rooms.rollback.free()
+        self.rooms.rollback.free_newer()
         return replace(state, watched=False)
 
     def _is_ruled(self, state: State, step: int) -> bool:
@@ -337,6 +346,7 @@ class AfterSwitch:
         restored = self.rooms.rollback.put_back(step)
         if restored is None and self.rooms.rollback.lost(step):
             return self.end_watch(state)
+        self.rooms.held_out.leave()
         state = set_back(state)
         self.rooms.reader.go_back(None if restored is None else restored.level)
         message = divergence_message(state, None if restored is None else restored.step)
@@ -352,6 +362,26 @@ class AfterSwitch:
         back = watch.level < watch.returned + watch.rise / 2  # it has leapt up and back
         risen = watch.rise if back or self.rooms.rollback.held is None else None
         self.rooms.log.warn("loss_changed", step, loss_changed_message(state, watch.level, watch.returned, risen))
+        return state
+
+    def _heed_held_out(self, step: int, state: State) -> State:
+        """Keep the weights that are best by the held-out losses; go back to them, with a lower peak, where the run is past them."""
+        rooms, held_out = self.rooms, self.rooms.held_out
+        loss = held_out.read()
+        if math.isnan(loss):
+            rooms.log.warn_once("held_out", step, "a held-out loss was not finite; it is left out")
+        elif held_out.follow(loss):
+            rooms.rollback.keep_best(step, rooms.reader.watch.level)
+        elif held_out.is_past_best:
+            found = held_out.level, held_out.best
+            restored = rooms.rollback.put_back_best(step)
+            held_out.go_on(restored=restored is not None)
+            state = lowered(state)
+            if not state.watched:
+                rooms.rollback.free_newer()
+            elif restored is not None:
+                rooms.reader.begin(step, restored.level)
+            rooms.log.warn("overfitting", step, overfitting_message(state, *found, None if restored is None else restored.step))
         return state
 
     def _end_epoch(self, state: State) -> State:

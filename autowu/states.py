@@ -57,6 +57,7 @@ def readable(state: Any, name: str, *groups: int) -> Mapping[str, Any]:
             raise ValueError(f"state_dict without {shown(error.args[0])}: the state is incomplete") from None
         except Exception as error:
             raise _damaged(error) from None
+    state = {"held_out": None, **state}  # which no run kept before it had any
     check_state(path, state)
     counts = group_counts(state)
     if groups and len(counts) != len(groups):

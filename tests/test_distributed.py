@@ -240,6 +240,16 @@ def test_the_plateau_rule_makes_one_collective_an_epoch(ranks):
     assert min(first["lrs"][500:530]) < 0.6 * first["switch"]["lr"]
 
 
+def test_held_out_losses_of_all_ranks_set_all_back_to_the_best_weights_together(ranks):
+    first, other = (rank["held_out_losses"] for rank in ranks)
+    assert first["events"] == other["events"]
+    assert first["weights"] == other["weights"]
+    event = next(event for event in first["events"] if event["kind"] == "overfitting")
+    assert 400 < event["step"] < 480
+    assert 390 <= first["weights"][event["step"] - 1] <= 420
+    assert first["lrs"][event["step"]] == pytest.approx(first["lrs"][event["step"] - 1] / 2, rel=0.02)  # in the cooldown
+
+
 def test_each_rank_goes_on_exactly_from_its_own_state(ranks):
     for rank in ranks:
         assert rank["resumed_from_own"]["lrs"] == rank["resumed_from_own"]["expected"]

@@ -11,6 +11,7 @@ from torch import nn
 
 from autowu.events import EventLog
 from autowu.gp import ClosedFormGP
+from autowu.held_out import HeldOut
 from autowu.judge import Judge
 from autowu.live import LiveRun
 from autowu.phases import State, Switch
@@ -26,7 +27,7 @@ def rooms_of(config, model=None):
     rollback = NoRollback(LiveRun(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)), ranks, log)
     if model is not None:
         rollback = Rollback(LiveRun(torch.optim.SGD(model.parameters(), lr=0.1), model), ranks, log)
-    return Rooms(ranks, log, Judge(config, ClosedFormGP(0.1), None, ranks, log), Reader(ranks), rollback)
+    return Rooms(ranks, log, Judge(config, ClosedFormGP(0.1), None, ranks, log), Reader(ranks), rollback, HeldOut(ranks))
 
 
 def run(stage, losses, state=None, first=1):
