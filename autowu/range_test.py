@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -26,10 +26,6 @@ from autowu.plotting import draw_range
 from autowu.scheduler import AutoWU
 from autowu.schedules import decades
 from autowu.switching import SwitchDecision, decide, minimum_interval
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["FoundLR", "find_lr", "judged", "unheard"]
 
@@ -78,11 +74,14 @@ class FoundLR:
         low, high = self.interval
         return f"FoundLR(lr={self.lr:.4g}, interval=({low:.4g}, {high:.4g}), sure={self.sure}, steps={self.steps})"
 
-    def plot(self, axes: Axes | None = None) -> Figure:
+    def plot(self, axes: Any = None) -> Any:
         """Draw losses over LRs, the fitted curve, and the LR with its interval.
 
         Args:
-            axes: matplotlib Axes to draw into; None for a figure of its own, not shown and not registered with pyplot.
+            axes: matplotlib Axes to draw into; None for a figure of its own.
+
+        Returns:
+            A matplotlib Figure, not shown and not registered with pyplot.
 
         Raises:
             ImportError: without matplotlib, the extra ``autowu[plot]``.
@@ -141,7 +140,7 @@ def find_lr(
     Example:
         >>> model = torch.nn.Linear(4, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> batches = [(x, x.sum(1, keepdim=True)) for x in torch.randn(8, 16, 4)]
+        >>> batches = [(x, x.sum(1, keepdim=True) + torch.randn(16, 1)) for x in torch.randn(8, 16, 4)]
         >>> found = find_lr(model, optimizer, torch.nn.functional.mse_loss, batches)
         >>> low, high = found.interval
         >>> low <= found.lr <= high, found.sure, optimizer.param_groups[0]["lr"]
@@ -257,8 +256,8 @@ class _Search:
         self.model, self.optimizer, self.loss_of, self.accumulate, self.scaler = model, optimizer, loss_of, accumulate, scaler
         device = next((p.device.type for group in optimizer.param_groups for p in group["params"]), "cpu")
         self.autocast: Any = contextlib.nullcontext() if autocast is None else torch.autocast(device, autocast)
-        self.calls = 0
-        self.countable = False
+        self.calls, self.countable = 0, False  # of the optimizer
+        self.own = False  # whether the loss function takes the step itself
         for each in chain(optimizer):
             with contextlib.suppress(AttributeError):  # some optimizers skip the constructor that makes room for hooks
                 each.register_step_post_hook(self._called)
@@ -266,6 +265,11 @@ class _Search:
 
     def _called(self, *_: Any) -> None:
         self.calls += 1
+
+    @property
+    def _idle(self) -> bool:
+        """Whether a function that should take the optimizer's step has never done so."""
+        return self.own and self.countable and not self.calls
 
     def run(self, scheduler: AutoWU, loader: Any) -> FoundLR:
         """Train until the search has an end."""
@@ -275,16 +279,16 @@ class _Search:
             parameter.grad = None
         batches, last = _Batches(loader), 2 * scheduler.config.warmup_steps + _MOST_SKIPPED
         try:
-            for _ in range(last):
+            for number in range(last):
                 self._step(scheduler, batches)
-                if scheduler.switch is not None:
+                if scheduler.switch is not None or (number > _MOST_SKIPPED and self._idle):
                     break
         except StopIteration:
-            if scheduler.last_epoch == 0:
+            if scheduler.last_epoch == 0 and not self.own:
                 raise ValueError("loader: has no batch") from None
         finally:
             batches.close()
-        if self.countable and not self.calls:
+        if self._idle:
             cure = "return the loss with its graph, or take the optimizer's step in step_fn"
             raise ValueError(f"step_fn: the loss has no graph, and the optimizer was never called; {cure}")
         return _found(scheduler)
@@ -299,7 +303,9 @@ class _Search:
             if not isinstance(loss, Tensor) or not loss.requires_grad:  # the step has been taken
                 if self.accumulate > 1:
                     raise ValueError(f"accumulate={self.accumulate}: must be 1 where step_fn takes the optimizer's step itself")
-                scheduler.step()
+                self.own = True
+                if not self._idle:
+                    scheduler.step()
                 return
             loss = loss / self.accumulate
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()

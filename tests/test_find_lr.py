@@ -23,7 +23,7 @@ from autowu.optim import LARS
 
 def make_model():
     model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 1))
-    model.frozen = nn.Linear(4, 4).requires_grad_(False)
+    model.register_parameter("frozen", nn.Parameter(torch.ones(4), requires_grad=False))
     return model
 
 
@@ -272,9 +272,9 @@ def test_persistent_workers_in_the_middle_of_an_epoch_go_on_with_it():
 
 @pytest.mark.parametrize("make", [lambda: (batch for batch in make_data()), lambda: iter(loader_of())])
 def test_an_iterator_that_cannot_be_put_back_is_refused(make):
+    loader = make()
     model, optimizer = trained("sgd")
     before = snapshot(model, optimizer)
-    loader = make()
     with pytest.raises(TypeError, match="pass the loader itself, or a list"):
         find_lr(model, optimizer, F.mse_loss, loader)
     assert snapshot(model, optimizer) == before
