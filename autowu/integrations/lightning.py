@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.seed import isolate_rng
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
 from autowu.integrations import trackers
