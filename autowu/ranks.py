@@ -108,7 +108,8 @@ class Ranks:
         if self.alone:
             return value
         held = [value]
-        dist.broadcast_object_list(held, src=dist.get_global_rank(self.group or dist.group.WORLD, 0), group=self.group)
+        first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        dist.broadcast_object_list(held, src=first, group=self.group)
         return held[0]
 
     def average(self, losses: Tensor, flag: bool) -> Tensor:

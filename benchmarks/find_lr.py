@@ -74,6 +74,7 @@ def ours(case: Case, task: Task, seed: int) -> dict[str, Any]:
 def lightnings(case: Case, task: Task, seed: int) -> dict[str, Any]:
     """What Lightning's tuner suggests; its default where it says that there is nothing to suggest."""
     import lightning
+    from lightning.pytorch.tuner import Tuner
 
     torch.manual_seed(seed)
 
@@ -101,7 +102,7 @@ def lightnings(case: Case, task: Task, seed: int) -> dict[str, Any]:
         trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=folder, **quiet)
         loader = torch.utils.data.DataLoader(Batches(), batch_size=None)
         how: dict[str, Any] = {"min_lr": low, "max_lr": high, "num_training": RANGE_TEST_STEPS, "attr_name": "lr"}
-        finder = lightning.pytorch.tuner.Tuner(trainer).lr_find(module, loader, **how)
+        finder = Tuner(trainer).lr_find(module, loader, **how)
     suggested = None if finder is None else finder.suggestion()
     return {"lr": suggested or math.sqrt(low * high), "sure": suggested is not None, "steps": RANGE_TEST_STEPS}
 
@@ -126,19 +127,20 @@ def run(name: str, method: str, seed: int) -> dict[str, Any]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[tuple[str, int], float]]:
-    """Test loss over the best of the grid, by method, case and seed; infinite where the run ended non-finite."""
+    """Test loss over the grid's best, by method, case and seed, of what all have run; infinite where a run ended non-finite."""
     best = best_of_grid(read(grid_file("hard")))
     found: dict[str, dict[tuple[str, int], float]] = {method: {} for method in METHODS}
     for row in rows:
         if (key := (row["case"], row["seed"])) in best:
             loss = max(row["test_loss"], FLOOR) if row["finite"] else math.inf
             found[row["method"]][key] = loss / best[key].loss
-    return found
+    shared = set.intersection(*(set(of_method) for of_method in found.values()))
+    return {method: {key: of_method[key] for key in sorted(shared)} for method, of_method in found.items()}
 
 
 def ahead(mine: dict[tuple[str, int], float], theirs: dict[tuple[str, int], float]) -> str:
     """Their loss over ours on the runs that both ended finite, and by how many standard errors over the cases it is above 1."""
-    shared = [key for key in mine if math.isfinite(theirs.get(key, math.inf)) and math.isfinite(mine[key])]
+    shared = [key for key in mine if math.isfinite(theirs[key]) and math.isfinite(mine[key])]
     by_case: dict[str, list[float]] = {}
     for key in shared:
         by_case.setdefault(key[0], []).append(math.log(theirs[key] / mine[key]))
@@ -154,7 +156,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     for method in METHODS:
         finite = [ratio for ratio in found[method].values() if math.isfinite(ratio)]
         lost, behind = len(found[method]) - len(finite), "" if method == METHODS[0] else ahead(found[METHODS[0]], found[method])
-        mean, worst = f"{geometric_mean(finite):.2f}", f"{max(finite):.2f}"
+        mean, worst = f"{geometric_mean(finite):.2f}", f"{max(found[method].values()):.2f}"
         lines.append(f"| {method} | {len(found[method])} | {mean} | {worst} | {lost} | {behind} |")
     return "\n".join(lines)
 

@@ -89,7 +89,7 @@ class AutoWUCallback(L.Callback):
         self.scheduler = AutoWU(optimizer, **arguments)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler, "interval": "step"}}
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         """Log, as often as the Trainer does."""
         step = trainer.global_step
         if self.scheduler is None or step == self._logged or step % trainer.log_every_n_steps:
@@ -98,7 +98,7 @@ class AutoWUCallback(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(trackers.values(self.scheduler), step=step - 1)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Draw the figure."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective
         if self.scheduler is None or not self.figure or not trainer.is_global_zero:
@@ -184,7 +184,7 @@ class _Search(L.Callback):
         scaler, loader = getattr(trainer.precision_plugin, "scaler", None), trainer.train_dataloader
         if isinstance(loader, (list, tuple, dict)):
             loader = _Together(loader, trainer.fit_loop._combined_loader)
-        given = {"accumulate": trainer.accumulate_grad_batches, "scaler": scaler} | self.arguments
+        given: dict[str, Any] = {"accumulate": trainer.accumulate_grad_batches, "scaler": scaler} | self.arguments
         vars(pl_module).update(log=_unheard, log_dict=_unheard)
         try:
             self.found = _find_lr(pl_module, trainer.optimizers[0], loader=loader, step_fn=step_fn, **given)
