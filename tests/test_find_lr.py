@@ -1,6 +1,7 @@
 """A range test that leaves no trace: the LR that a run would find, and all else as it was, bit for bit, however it ends."""
 
 import copy
+import importlib
 import json
 import math
 import random
@@ -402,6 +403,14 @@ def test_two_ranks_come_to_one_answer(tmp_path):
     assert first["same"]
     assert first["sure"]
     assert len(first["mean"]) > 0
+
+
+def test_the_table_of_the_page_is_the_measured_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module("find_lr")
+    rows = [json.loads(line) for line in benchmark.OUT.read_text().splitlines()]
+    assert {row["seed"] for row in rows} == {*benchmark.SEEDS}
+    assert benchmark.report(rows) in (ROOT / "docs" / "find-lr.md").read_text()
 
 
 def test_it_is_exported():
