@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import io
 import json
-import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -22,9 +20,10 @@ from autowu.curves import Curve, CurveError, read_curve
 from autowu.families import LR_RANGES
 from autowu.history import LossHistory
 from autowu.phases import warmup_lr_at
-from autowu.plotting import draw_report, draw_runs
+from autowu.plotting import draw_range, draw_report, draw_runs
+from autowu.range_test import judged, unheard
 from autowu.scheduler import AutoWU
-from autowu.switching import MIN_LOSSES, decide
+from autowu.switching import MIN_LOSSES
 from autowu.version import __version__
 
 __all__ = ["main"]
@@ -32,7 +31,6 @@ __all__ = ["main"]
 _WARMUP_FRACTION: Final = 0.32
 _PAPER_TESTS: Final = 15
 """Of a warm-up, where no epochs are known: those of 30 epochs, the half of which is warm-up."""
-_BAND: Final = 1.96
 _LOG_OF_A_HUGE_LR: Final = 40.0
 
 
@@ -122,17 +120,6 @@ def _save(figure: Any, path: Path) -> None:
         raise CurveError(f"{path}: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise CurveError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
-def _unheard() -> Iterator[None]:
-    """What a replayed scheduler says is said by us."""
-    logger = logging.getLogger("autowu")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 # ---------------------------------------------------------------- the LRs of a curve
@@ -250,7 +237,7 @@ def _replay(args: argparse.Namespace) -> Told:
     if args.steps_per_epoch is None:
         notes.append(f"no epochs given: the paper's rule with {_PAPER_TESTS} tests in the warm-up")
     for name, paper in (("default", False), ("paper", True)):
-        with _unheard():
+        with unheard():
             scheduler = ramp.scheduler(args, paper, steps)
             _feed(scheduler, ramp.losses)
         first = first or scheduler
@@ -337,21 +324,17 @@ def _range(args: argparse.Namespace) -> Told:
         posterior = scheduler.gp.posterior(history.curve(steps))
     except ValueError as error:
         raise CurveError(f"{curve.name}: {error}") from None
-    rule = scheduler.config
-    found = decide(posterior, 0, confidence=rule.confidence, patience=1, min_contrast=rule.min_contrast)
-    position = found.minima[0] * steps
-    mean, variance = posterior.mean[0], np.maximum(posterior.variance[0], 0)
-    lowest = int(np.abs(posterior.grid - found.minima[0]).argmin())
-    near = mean - mean[lowest] <= _BAND * np.sqrt(variance + variance[lowest])
-    low = lowest - int((~near[lowest::-1]).argmax() - 1 if not near[lowest::-1].all() else lowest)
-    high = lowest + int((~near[lowest:]).argmax() - 1 if not near[lowest:].all() else len(near) - 1 - lowest)
-    at = [ramp.lr_at(float(place) * steps, scheduler) for place in (found.minima[0], posterior.grid[low], posterior.grid[high])]
-    lr, least, most = (rule.peak_factor * value for value in at)
+    found, (low, high) = judged(posterior, scheduler.config)
+    factor, position = scheduler.config.peak_factor, found.minima[0] * steps
+    lowest, *at = (ramp.lr_at(place * steps, scheduler) for place in (found.minima[0], found.edges[0], low, high))
+    lr, least, most = (factor * value for value in at)
     notes = [*curve.notes, ramp.note]
     if not found.switch:
         notes.append("the loss is not clearly past a minimum: go on to a higher LR, or take more steps; the LR is a guess")
     told = {"curve": curve.name, "notes": notes, "steps": steps, "lr": lr, "lr_range": [least, most], "sure": found.switch}
-    told |= {"minimum_step": position, "lr_at_minimum": at[0], "probability": found.probability}
-    line = f"LR {lr:.4g}, between {least:.4g} and {most:.4g} with 95 % confidence; minimum at step {position:.0f}, LR {at[0]:.4g}"
-    losses, lrs = _floats(ramp.losses), [ramp.lr_at(step, scheduler) for step in range(steps)]
-    return told, [curve.name, *(f"  {note}" for note in notes), line], lambda: draw_runs({curve.name: (losses, lrs)})
+    told |= {"minimum_step": position, "lr_at_minimum": lowest, "probability": found.probability}
+    line = f"LR {lr:.4g}, between {least:.4g} and {most:.4g} with 95 % confidence; minimum at step {position:.0f}, LR {lowest:.4g}"
+    curve_at = [ramp.lr_at(step, scheduler) for step in range(steps)], _floats(ramp.losses)
+    mean, std = posterior.mean[0], np.sqrt(np.maximum(posterior.variance[0], 0))
+    fitted = np.array([ramp.lr_at(place * steps, scheduler) for place in posterior.grid]), mean, std
+    return told, [curve.name, *(f"  {note}" for note in notes), line], lambda: draw_range(curve_at, fitted, lr, (least, most))

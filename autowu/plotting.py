@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Drawn", "draw_cooldowns", "draw_layers", "draw_report", "draw_run", "draw_runs", "draw_state"]
+__all__ = ["Drawn", "draw_cooldowns", "draw_layers", "draw_range", "draw_report", "draw_run", "draw_runs", "draw_state"]
 
 _MOST_NAMES = 40
 _LONGEST_NAME = 40
@@ -185,6 +185,46 @@ def draw_report(report: Report, axes: Any = None, lrs: Sequence[float] | None = 
     _draw_events(panels, report)
     loss_axes.set_ylabel("training loss")
     _finish(*panels)
+    return figure
+
+
+def draw_range(
+    curve: tuple[Sequence[float] | FloatArray, Sequence[float] | FloatArray],
+    fitted: tuple[FloatArray, FloatArray, FloatArray] | None,
+    lr: float,
+    interval: tuple[float, float],
+    axes: Axes | None = None,
+) -> Figure:
+    """Draw an LR range test: losses over LRs, and the LR that is suggested.
+
+    Args:
+        curve: (n,) LRs and (n,) losses.
+        fitted: (G,) LRs, and mean and standard deviation of the loss there; None where nothing was fitted.
+        lr, interval: what is suggested, and between which LRs.
+        axes: to draw into; None for a figure of its own.
+
+    Returns:
+        The figure, not shown and not registered with pyplot.
+    """
+    if axes is None:
+        axes = _figure(figsize=(6.4, 4)).subplots()
+    within: Any = axes.figure
+    lrs, losses = (np.asarray(values, dtype=np.float64) for values in curve)
+    _scale_losses(axes, losses)
+    seen = np.isfinite(losses) & (lrs > 0)
+    axes.plot(lrs[seen], np.clip(losses[seen], -_HUGE, _HUGE), ".", color="0.2", alpha=0.4, markersize=4, markeredgewidth=0)
+    if fitted is not None:
+        places, mean, std = fitted
+        low = mean - _BAND * std
+        if seen.any() and losses[seen].min() > 0:  # on a log axis
+            low = np.maximum(low, losses[seen].min() / 10)
+        axes.fill_between(places, low, mean + _BAND * std, color=_BLUE, alpha=0.3, linewidth=0, label="95 % band")
+        axes.plot(places, mean, color=_BLUE, linewidth=1.8, label="Gaussian process")
+    axes.axvspan(*interval, color=_RED, alpha=0.12, linewidth=0, label=f"{interval[0]:.2g} to {interval[1]:.2g}")
+    axes.axvline(lr, color=_RED, linewidth=1.3, label=f"LR {lr:.3g}")
+    axes.set(xlabel="LR", ylabel="training loss", xscale="log")
+    _finish(axes)
+    figure: Figure = within.figure
     return figure
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch.distributed import ProcessGroup
 from autowu.history import MISSING
 
 __all__ = ["Heard", "Ranks"]
+
+T = TypeVar("T")
 
 
 class Heard(NamedTuple):
@@ -100,6 +102,15 @@ class Ranks:
     def all_agree(self, yes: Tensor) -> bool:
         """Whether `yes`, (1,), is 1.0 on all ranks; one collective. Waits for the device."""
         return bool(self.sum(yes) == self.size)
+
+    def of_first(self, value: T) -> T:
+        """What the first rank has in place of `value`, which can be pickled; one collective or two."""
+        if self.alone:
+            return value
+        held = [value]
+        first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        dist.broadcast_object_list(held, src=first, group=self.group)
+        return held[0]
 
     def average(self, losses: Tensor, flag: bool) -> Tensor:
         """The losses (n,) averaged over the ranks, and the number of ranks that raise the flag, (n + 1,); one collective.

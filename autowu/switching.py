@@ -10,7 +10,15 @@ import numpy as np
 
 from autowu.gp import CurvePosterior, FloatArray
 
-__all__ = ["SwitchDecision", "decide", "far_edge", "probability_past_minimum", "rise_share", "valley_contrast"]
+__all__ = [
+    "SwitchDecision",
+    "decide",
+    "far_edge",
+    "minimum_interval",
+    "probability_past_minimum",
+    "rise_share",
+    "valley_contrast",
+]
 
 MIN_LOSSES = 10
 """With fewer finite losses a test has no vote: one can draw any curve through a handful of points."""
@@ -137,6 +145,20 @@ def far_edge(fit: CurvePosterior, reach: float = math.inf) -> float:
     lowest = mean.argmin()
     edge = fit.grid[np.flatnonzero(mean - mean[lowest] <= np.sqrt(variance + variance[lowest]))[-1]]
     return float(min(edge, fit.grid[lowest] + reach))
+
+
+def minimum_interval(posterior: CurvePosterior, minimum: float, deviations: float = 1.96) -> tuple[float, float]:
+    """Between which positions the minimum may lie: all about `minimum` at which the curve is no higher, within 95 %.
+
+    The standard deviation is that of :func:`far_edge`, of the first of the fits.
+    """
+    mean, variance = posterior.mean[0], np.maximum(posterior.variance[0], 0)
+    lowest = int(np.abs(posterior.grid - minimum).argmin())
+    higher = np.flatnonzero(mean - mean[lowest] > deviations * np.sqrt(variance + variance[lowest]))
+    before, after = higher[higher < lowest], higher[higher > lowest]
+    low = before[-1] + 1 if len(before) else 0
+    high = after[0] - 1 if len(after) else len(mean) - 1
+    return float(posterior.grid[low]), float(posterior.grid[high])
 
 
 def _single_fits(posterior: CurvePosterior) -> list[CurvePosterior]:

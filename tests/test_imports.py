@@ -64,8 +64,10 @@ ROOMS = {
         *("checks", "config", "gp", "gpytorch_engine", "group_lrs", "horizon", "kin", "micro_batches", "open_ended"),
         *("optimizer_calls", "phases", "plotting", "rescale", "shown", "stages", "states"),
     ),
+    "kept": ("kin", "live", "snapshot"),
+    "range_test": ("checks", "config", "gp", "kept", "kin", "phases", "plotting", "scheduler", "schedules", "switching"),
     "curves": ("report",),
-    "cli": ("curves", "families", "history", "phases", "plotting", "scheduler", "switching", "version"),
+    "cli": ("curves", "families", "history", "phases", "plotting", "range_test", "scheduler", "switching", "version"),
     "__main__": ("cli",),
 }
 
@@ -188,12 +190,15 @@ def test_only_training_imports_its_packages(package):
 
 def test_an_integration_imports_its_own_framework_the_scheduler_and_the_optimizers():
     integrations = under("autowu.integrations") - {"autowu.integrations"}
-    assert integrations == {"autowu.integrations.timm", "autowu.integrations.transformers"}
-    assert all(modules_used(name) <= {"autowu", "autowu.scheduler", "autowu.optim"} for name in integrations)
+    assert integrations == {f"autowu.integrations.{name}" for name in ("lightning", "timm", "trackers", "transformers")}
+    below = {"autowu", "autowu.scheduler", "autowu.optim", "autowu.range_test", "autowu.integrations.trackers"}
+    assert all(modules_used(name) - {"autowu.integrations"} <= below for name in integrations)
     assert "autowu.integrations.timm" in importers("timm")
     assert "autowu.integrations.timm" not in importers("torchvision") | importers("sklearn") | importers("tqdm")
     assert importers("transformers") == {"autowu.integrations.transformers"}
-    assert importers("accelerate") == importers("lightning") == set()
+    assert importers("lightning") == {"autowu.integrations.lightning"}
+    assert importers("accelerate") == set()
+    assert not any(importers(package) for package in ("wandb", "mlflow", "trackio"))
 
 
 def test_only_plotting_and_training_import_matplotlib():
@@ -217,7 +222,7 @@ def test_only_one_room_knows_torchs_private_flag():
 
 
 def test_public_names():
-    assert {"AutoWU", "ClosedFormGP", "GPyTorchGP", "__version__"} <= set(autowu.__all__)
+    assert {"AutoWU", "ClosedFormGP", "FoundLR", "GPyTorchGP", "__version__", "find_lr"} <= set(autowu.__all__)
     assert all(hasattr(autowu, name) for name in autowu.__all__)
     assert autowu.phases.Config is autowu.config.Config  # which was defined there
 
@@ -229,6 +234,7 @@ LONG = {
     "autowu.plotting.draw_cooldowns": "one picture",
     "autowu.plotting.draw_layers": "one picture",
     "autowu.switching.decide": "30 lines for its users, then one vote",
+    "autowu.range_test.find_lr": "a signature and a docstring of 13 arguments",
     "autowu.optim.param_groups.param_groups": "30 lines of rules for its users, then one loop over the parameters",
     "autowu.scheduler.AutoWU": "a docstring of 33 arguments",
     "autowu.scheduler.AutoWU.__init__": "a signature of 33 arguments",

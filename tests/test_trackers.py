@@ -1,84 +1,115 @@
-"""--log-wandb and --log-trackio: the packages themselves, offline, where they are installed."""
+"""AutoWU in experiment trackers: what TensorBoard, W&B, trackio and MLflow keep of a run, offline."""
 
-import csv
-import sys
+import logging
+import math
+import re
 
 import pytest
-from test_training import configured
+import torch
+from processes import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
-from autowu.training.main import main
-from autowu.training.progress import StepRow
-from autowu.training.trackers import open_trackers
+from autowu import AutoWU
+from autowu.integrations import trackers
 
-RUN = ["--model", "test_vit", "--img-size", "16", "--batch-size", "256", "--device", "cpu", "--max-warmup-fraction", "0.5"]
-STEPS = [StepRow(k, 1, 0.1 * k, 2.0 - k, "warmup", None if k == 0 else 0.5, "switch" if k == 2 else "") for k in range(3)]
-EPOCH = {"step": 2, "test_loss": 1.5, "test_accuracy": 0.5, "train_loss": 1.0, "images_per_s": 100.0}
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A package of this name, as it would be installed, that keeps what it is told."""
-
-    def installed(name, text=""):
-        (tmp_path / "installed").mkdir(exist_ok=True)
-        calls = "def init(**arguments):\n    told.append(arguments)\n"
-        calls += "def log(values, step):\n    told.append((step, values))\ndef finish():\n    told.append('finished')\n"
-        (tmp_path / "installed" / f"{name}.py").write_text(f"told = []\n{calls}{text}")
-        monkeypatch.syspath_prepend(tmp_path / "installed")
-        monkeypatch.delitem(sys.modules, name, raising=False)
-
-    yield installed
-    for name in ("wandb", "trackio"):
-        sys.modules.pop(name, None)
+NAMES = {"autowu/lr", "autowu/phase", "autowu/probability", "autowu/events"}
 
 
-def test_a_tracker_has_every_step_once_and_a_run_that_goes_on_is_the_same_one(tmp_path, package):
-    package("wandb")
-    config = configured(tmp_path / "run", "--log-wandb", "--wandb-project", "mine", "--opt", "lamb")
-    (tmp_path / "run").mkdir()
-    for _ in range(2):
-        (tracker,) = open_trackers(config, tmp_path / "run")
-    tracker.epoch(STEPS, EPOCH)
-    tracker.close()
-    first, again, *logged, last = sys.modules["wandb"].told
-    assert first == again
-    assert (first["project"], first["config"]["opt"], first["resume"]) == ("mine", "lamb", "allow")
-    assert first["name"] == f"run-{first['id']}"
-    assert [step for step, _ in logged] == [0, 1, 2]
-    assert logged[0][1] == {"train/loss": 2.0, "train/lr": 0.0, "train/phase": 1.0}
-    assert logged[2][1]["events"] == "switch"
-    assert logged[2][1]["epoch/test_accuracy"] == logged[2][1]["train/probability"] == 0.5
-    assert last == "finished"
+def run(tracker=None, figure=True):
+    """A run of 60 steps on a curve, logged after each."""
+    logging.getLogger("autowu").setLevel(logging.ERROR)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler, rows = AutoWU(optimizer, total_steps=100, rollback=False), []
+    for step in range(60):
+        optimizer.step()
+        scheduler.step(1 + abs(step / 10 - 1.5) + 0.01 * (step % 2))
+        rows.append(trackers.values(scheduler))
+        if tracker is not None:
+            trackers.log(scheduler, tracker)
+    if tracker is not None and figure:
+        assert trackers.log_figure(scheduler, tracker)
+    return scheduler, rows
 
 
-@pytest.mark.usefixtures("blank_figures")
-@pytest.mark.parametrize("fails", ["init", "log", "finish"])
-def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(tmp_path, package, capsys, fails):
-    package("trackio", f"def {fails}(*_, **__):\n    raise ConnectionError('no network')\n")
-    assert main([*RUN, "--epochs", "2", "--run-dir", str(tmp_path / "run"), "--log-trackio"]) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "trackio" in line]
-    assert said == ["--log-trackio: no network; the run goes on without it"]
-    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 10
+def test_the_numbers_are_those_of_the_run():
+    scheduler, rows = run()
+    assert rows[-1].keys() == NAMES
+    assert all(isinstance(value, float) and math.isfinite(value) for row in rows for value in row.values())
+    switch = scheduler.switch.step
+    assert [row["autowu/phase"] for row in rows[: switch + 1]] == [0.0] * (switch - 1) + [1.0, 1.0]
+    assert rows[switch]["autowu/lr"] == scheduler.switch.lr
+    assert rows[switch]["autowu/probability"] == scheduler.switch.probability
+    assert "autowu/probability" not in rows[0]
 
 
-def test_a_tracker_that_is_not_installed_is_said_before_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in ("wandb", "trackio"):
-        assert main([*RUN, "--run-dir", str(tmp_path / "run"), f"--log-{name}"]) == 2
-        assert capsys.readouterr().err == f"train.py: error: --log-{name}: needs {name}: pip install {name}\n"
-    assert not (tmp_path / "run").exists()
+def test_tensorboard(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        _, rows = run(writer)
+    kept = EventAccumulator(str(tmp_path)).Reload()
+    assert {*kept.Tags()["scalars"]} == NAMES
+    assert kept.Tags()["images"] == ["autowu"]
+    assert [(event.step, event.value) for event in kept.Scalars("autowu/lr")] == [
+        (step, pytest.approx(row["autowu/lr"])) for step, row in enumerate(rows, 1)
+    ]
 
 
-@pytest.mark.usefixtures("blank_figures")
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_run_is_tracked_by_the_package_itself_without_a_network(tmp_path, monkeypatch, name):
-    pytest.importorskip(name)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    assert main([*RUN, "--epochs", "1", "--run-dir", str(tmp_path / "run"), f"--log-{name}"]) == 0
-    if name == "wandb":
-        (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    else:
-        file = next((tmp_path / "trackio").rglob("*.db"))
-    assert file.stat().st_size > 1000
+def test_the_block_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trackers.md").read_text(), re.DOTALL)
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = {"model": model, "optimizer": optimizer, "criterion": torch.nn.functional.mse_loss}
+    names |= {"scheduler": AutoWU(optimizer, total_steps=200), "train_loader": [(torch.randn(8, 4), torch.randn(8, 1))] * 20}
+    exec(block, names)
+    names["writer"].close()
+    assert len(EventAccumulator("board").Reload().Scalars("autowu/lr")) == 20
+
+
+def test_what_is_no_tracker_is_named():
+    scheduler, _ = run()
+    with pytest.raises(TypeError, match=r"tracker=3: must have"):
+        trackers.log(scheduler, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for whole in (False, True):
+        with wandb.init(mode="offline", dir=tmp_path, project="autowu") as started:
+            _, rows = run(wandb if whole else started)
+            summary = dict(started.summary)
+        assert {name: summary[name] for name in NAMES} == rows[-1]
+        assert "autowu/figure" in summary
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_offline(tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.create_experiment("autowu", artifact_location=(tmp_path / "artifacts").as_uri())
+    mlflow.set_experiment("autowu")
+    with mlflow.start_run() as started:
+        _, rows = run(mlflow)
+    client = mlflow.MlflowClient()
+    assert client.get_run(started.info.run_id).data.metrics == pytest.approx(rows[-1])
+    assert [metric.step for metric in client.get_metric_history(started.info.run_id, "autowu/lr")] == list(range(1, 61))
+    assert list(tmp_path.rglob("autowu.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_trackio_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    trackio = pytest.importorskip("trackio")
+    trackio.init(project="autowu", name="run")
+    run(trackio)
+    trackio.finish()
+    from trackio.sqlite_storage import SQLiteStorage
+
+    kept = SQLiteStorage.get_logs("autowu", "run")
+    assert {"autowu/lr", "autowu/phase"} <= {name for row in kept for name in row}
+    assert max(row["step"] for row in kept) == 60

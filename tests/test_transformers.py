@@ -75,6 +75,11 @@ def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def events_logged(trainer):
+    history = trainer.state.log_history
+    return [(entry["autowu_event"], entry["message"], entry["step"]) for entry in history if "autowu_event" in entry]
+
+
 def seen(scheduler):
     """The losses of the warm-up, one a step, as AutoWU has them."""
     curve = scheduler.history.curve(scheduler.config.warmup_steps)
@@ -176,6 +181,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, uncut, cut):
     assert logged(trainer, "learning_rate") == logged(uncut, "learning_rate")
     assert logged(trainer, "loss") == logged(uncut, "loss")
     assert trainer.lr_scheduler.switch == uncut.lr_scheduler.switch
+    assert events_logged(trainer) == events_logged(uncut) != []
     weights = uncut.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
 
@@ -277,6 +283,52 @@ def test_deepspeed_is_refused(tmp_path):
     trainer.is_deepspeed_enabled = True
     with pytest.raises(NotImplementedError, match="DeepSpeed"):
         trainer.create_scheduler(10)
+
+
+# What is logged, and trainers of others
+
+
+def test_numbers_and_events_are_in_the_log(trained):
+    history, scheduler = trained.state.log_history, trained.lr_scheduler
+    assert logged(trained, "autowu/phase") == sorted(logged(trained, "autowu/phase"))
+    assert {*logged(trained, "autowu/phase")} == {0.0, 1.0, 2.0, 3.0}
+    assert max(entry.get("autowu/probability", 0) for entry in history) > 0.95
+    told = events_logged(trained)
+    assert told == [(event.kind, event.message, event.step) for event in scheduler.events]
+    assert "switch" in [kind for kind, _, _ in told]
+
+
+@pytest.mark.parametrize(("kwargs", "has_one"), [({}, True), ({"model": None}, False)])
+def test_the_model_is_passed_unless_it_is_left_out(tmp_path, kwargs, has_one):
+    trainer = trainer_of(tmp_path, lr_scheduler_kwargs=kwargs)
+    trainer.create_optimizer_and_scheduler(20)
+    assert (trainer.lr_scheduler._rooms.rollback.live.model is trainer.model) == has_one
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_fine_tuning_by_trl_has_the_losses_that_it_logs(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    class Tuner(AutoWUMixin, trl.SFTTrainer):
+        """TRL's fine-tuning."""
+
+    words = {chr(code): code for code in range(254)} | {"<pad>": 254, "<end>": 255}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<end>"
+    )
+    data = datasets.Dataset.from_list([{"input_ids": (row["input_ids"] % 250).tolist()} for row in DATA])
+    args = arguments(tmp_path, trl.SFTConfig, max_length=LENGTH, bf16=False, gradient_checkpointing=False)
+    trainer = Tuner(model=gpt2(), args=args, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    scheduler = trainer.lr_scheduler
+    assert type(scheduler) is AutoWU
+    assert scheduler.switch.probability > 0.95
+    losses = seen(scheduler)
+    assert losses == pytest.approx(logged(trainer, "loss")[: len(losses)], rel=1e-4)
+    assert "autowu/phase" in trainer.state.log_history[0]
 
 
 # What every rank runs: a run with a checkpoint between two tests of its warm-up, and that run resumed.

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import Trainer
 
+from autowu.integrations.trackers import values
 from autowu.scheduler import AutoWU
 
 __all__ = ["AutoWUMixin", "AutoWUTrainer"]
@@ -16,8 +17,9 @@ __all__ = ["AutoWUMixin", "AutoWUTrainer"]
 class AutoWUMixin:
     """Gives a Trainer an :class:`~autowu.scheduler.AutoWU` over all its steps, and the loss of every optimizer step.
 
-    AutoWU is given the Trainer's model, so that a warm-up that went too far is undone whole, batch-norm statistics and all. Its
-    other arguments, all but the length of the run, are ``TrainingArguments(lr_scheduler_kwargs={...})``. Of the other
+    AutoWU is given the Trainer's model, so that a warm-up that went too far is undone whole, batch-norm statistics and all;
+    ``lr_scheduler_kwargs={"model": None}`` leaves it out. Its other arguments, all but the length of the run, are
+    ``TrainingArguments(lr_scheduler_kwargs={...})``. Its phase, P(minimum past) and events are in the Trainer's log. Of the other
     arguments ``learning_rate`` gives no peak (AutoWU finds it), only the LR to go on with if no loss curve could be fitted;
     ``lr_scheduler_type`` and the warm-up arguments have no effect.
 
@@ -35,6 +37,7 @@ class AutoWUMixin:
     lr_scheduler: Any
     is_deepspeed_enabled: bool
     _created_lr_scheduler: bool
+    state: Any
     _loss_of_step: Any = 0.0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
@@ -64,6 +67,15 @@ class AutoWUMixin:
                 self.lr_scheduler.observe(self._loss_of_step)
                 self._loss_of_step = 0.0
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's own; with a loss go AutoWU's numbers, and the words of its events before it into ``state.log_history``."""
+        if isinstance(self.lr_scheduler, AutoWU) and "loss" in logs:
+            logs.update(values(self.lr_scheduler))
+            history = self.state.log_history  # a resumed run has that of the run before
+            for event in self.lr_scheduler.events[sum("autowu_event" in entry for entry in history) :]:
+                history.append({"autowu_event": event.kind, "message": event.message, "step": event.step})
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
 class AutoWUTrainer(AutoWUMixin, Trainer):  # type: ignore[misc]
