@@ -25,6 +25,7 @@ __all__ = [
     "Verdict",
     "after_test",
     "base_lr",
+    "batch_changed",
     "cooldown_begin",
     "cooldown_progress",
     "end_plateau_epoch",
@@ -68,7 +69,7 @@ class Event:
         kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; "loss_changed", where
             the last of these was none; "lost", weights that no copy mends; or the kind of a trouble that was survived, told once:
             "loss", "fit", "rank", "snapshot", "on_rollback", "optimizer", "peak", "calls", "skipped", "frozen", "lr", "resume"; or
-            "cooldown", "extended", "rewarm", which were asked for.
+            "cooldown", "extended", "rewarm", which were asked for, the first also by a loss that has stopped improving.
         step: optimizer steps taken by then.
         message: what the log said.
     """
@@ -128,6 +129,9 @@ class State:
             lowest mean loss of an epoch, and the epochs since.
         setbacks: number of divergences since the switch, each of which has halved the peak LR.
         watched: whether the watch over the run goes on.
+        start_loss, settled: with `cooldown="auto"` the loss that the run began at, None where it is not known, and whether the
+            loss has stopped improving.
+        batch, batch_factor: the batch size that the run was told last, None for none, and the factor on the peak LR that follows.
     """
 
     votes: int = 0
@@ -137,6 +141,10 @@ class State:
     bad_epochs: int = 0
     setbacks: int = 0
     watched: bool = True
+    start_loss: float | None = None
+    settled: bool = False
+    batch: int | None = None
+    batch_factor: float = 1.0
 
 
 def state_of(saved: Mapping[str, Any]) -> State:
@@ -168,7 +176,7 @@ def base_lr(config: Config, state: State, step: int) -> float:
     start: float = state.switch.step
     if not config.immediate_cooldown and (config.cooldown_start is None or config.cooldown_start > start):
         start = config.cooldown_from
-    lr = state.switch.lr * state.plateau_factor * SETBACK_FACTOR**state.setbacks
+    lr = peak_lr(state) * state.plateau_factor
     if config.decay_phase_factor != 1.0 and config.decay_phase_stat is None:
         assert config.steps_per_epoch is not None
         lr *= config.decay_phase_factor ** ((min(step, start) - state.switch.step) // config.steps_per_epoch)
@@ -262,9 +270,9 @@ def exploded(config: Config, state: State) -> State:
 
 
 def peak_lr(state: State) -> float:
-    """The peak LR as divergences have left it, of the parameter group with the largest LR, after the switch."""
+    """The peak LR as divergences and batch sizes have left it, of the parameter group with the largest LR, after the switch."""
     assert state.switch is not None
-    return state.switch.lr * SETBACK_FACTOR**state.setbacks
+    return state.switch.lr * SETBACK_FACTOR**state.setbacks * state.batch_factor
 
 
 def set_back(state: State) -> State:
@@ -275,6 +283,17 @@ def set_back(state: State) -> State:
 def undo_set_backs(state: State, times: int) -> State:
     """The state of a run whose last set-backs were none of its own: the loss had changed."""
     return replace(state, setbacks=max(0, state.setbacks - times))
+
+
+def batch_changed(config: Config, state: State, step: int, size: int, rule: str) -> State:
+    """The state of a run whose batches have another `size` from `step` on: after the switch the peak follows, by the `rule`.
+
+    In a warm-up the LR is what is searched, at whatever size.
+    """
+    if state.batch is None or state.batch == size or phase_at(config, state, step) == "warmup":
+        return replace(state, batch=size)
+    ratio = size / state.batch
+    return replace(state, batch=size, batch_factor=state.batch_factor * (ratio if rule == "linear" else math.sqrt(ratio)))
 
 
 def watch_is_over(config: Config, state: State, step: int) -> bool:

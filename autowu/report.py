@@ -89,7 +89,7 @@ class Report:
         for course in self.courses:
             if step < course.until:
                 config = replace(self.config, total_steps=course.total_steps, cooldown_start=course.cooldown_start)
-                return base_lr(config, replace(self.state, plateau_factor=course.factor, setbacks=0), step)
+                return base_lr(config, replace(self.state, plateau_factor=course.factor, setbacks=0, batch_factor=1.0), step)
         return base_lr(self.config, self.state, step)
 
     @property

@@ -197,6 +197,10 @@ _STATE: Final = _record(
         "bad_epochs": _whole(0),
         "setbacks": _whole(0),
         "watched": _flag,
+        "start_loss": optional(_loss),
+        "settled": _flag,
+        "batch": optional(_whole(1)),
+        "batch_factor": _lr,
     }
 )
 
@@ -281,7 +285,7 @@ _RECORD: Final = _record(
         "tests": _list_of(_record({"step": _whole(0), "votes": _whole(0), "probability": _probability}), MOST),
         "courses": _list_of(
             _record(
-                {"until": _whole(0), "total_steps": optional(_whole(1)), "cooldown_start": optional(_whole(0)), "factor": _share}
+                {"until": _whole(0), "total_steps": optional(_whole(1)), "cooldown_start": optional(_whole(0)), "factor": _lr}
             ),
             MOST,
         ),
@@ -455,3 +459,7 @@ def _rest_agrees(name: str, state: Mapping[str, Any]) -> None:
         for key in ("losses", "epoch"):
             if state["stage"][key] is not None:
                 _history_agrees(f'{path}["{key}"]', state["stage"][key], state)
+        if (plateau := state["stage"].get("plateau")) is not None:
+            path = f'{path}["plateau"]'
+            _record({"peak": _lr, "losses": _HISTORY})(path, plateau)
+            _history_agrees(f'{path}["losses"]', plateau["losses"], state)
