@@ -119,9 +119,11 @@ class Horizon:
         """The plan of a run whose loss has stopped improving."""
         self.moved = True
         config = curtailed(config, state, step, self.budget.used_now)
-        length = f"{config.end - step} steps" if config.budget is None else f"what is left of {config.budget[0]}={config.budget[1]:g}"
-        why = "the loss has stopped improving"
-        self._log.tell("cooldown", step, f"AutoWU cools down from step {step} on, over {length}: {why}")
+        length = f"{config.end - step} steps"
+        if config.budget is not None:
+            length = f"the rest of {config.budget[0]}={config.budget[1]:g}"
+        message = f"AutoWU cools down from step {step} on, over {length}: the loss has stopped improving"
+        self._log.tell("cooldown", step, message)
         return config
 
     def _by_budget(self, config: Config, state: State, step: int) -> Config:

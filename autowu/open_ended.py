@@ -217,7 +217,8 @@ class OpenEnded:
         self._state = batch_changed(self.config, before, self.last_epoch, size, rule)
         if self._state.batch_factor != before.batch_factor:
             self._rooms.record.steer(self.last_epoch, self.config, before, self.config, self._state)
-            self._rooms.log.say(f"AutoWU, step {self.last_epoch}: batches of {size}, LR {base_lr(self.config, self._state, self.last_epoch):.4g}")
+            lr = base_lr(self.config, self._state, self.last_epoch)
+            self._rooms.log.say(f"AutoWU, step {self.last_epoch}: batches of {size}, LR {lr:.4g}")
             self._write_lrs()
 
     def cooldown_start(self, cooldown_fraction: float) -> int:

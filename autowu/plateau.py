@@ -17,7 +17,7 @@ from autowu.ranks import Ranks
 __all__ = ["Plateau", "has_settled", "start_of"]
 
 LITTLE: Final = 0.02
-"""Share of all the progress of a run: the later half of a constant phase that has brought less was not worth its steps."""
+"""Share of all the progress of a run: a later half that has brought less was not worth its steps."""
 FEWEST: Final = 100
 """Losses that it takes to tell."""
 _POINTS: Final = 1024
@@ -41,15 +41,15 @@ class Plateau:
         """Keep the loss of a step; waits for no device."""
         self._losses.append(loss)
 
-    def is_due(self, least: int) -> bool:
-        """Whether to ask :meth:`settled`: from `least` losses on, each time that there are some 3 to 6 % more."""
+    def is_due(self, warmup: int) -> bool:
+        """Whether to ask :meth:`settled`: from as many losses on as the warm-up had, each time that there are 3 to 6 % more."""
         number = self._losses.steps
-        return number >= max(least, FEWEST) and number % (1 << number.bit_length() - 5) == 0
+        return number >= max(warmup, FEWEST) and number % (1 << number.bit_length() - 5) == 0
 
-    def settled(self, start: float | None, confidence: float) -> bool:
+    def settled(self, warmup: int, start: float | None, confidence: float) -> bool:
         """Whether the loss has stopped improving, on all ranks alike; two collectives, and one read of 16 KB.
 
-        The first rank decides by the mean of the losses of all.
+        The first rank decides by the mean of the losses of all, in the later half of warm-up and constant phase together.
         """
         curve, answer = _mean_curve(self._losses, self._ranks), 0.0
         if self._ranks.is_first:
@@ -58,7 +58,7 @@ class Plateau:
             except Exception:  # nothing to fit is no evidence
                 posterior = None
             if posterior is not None:
-                answer = float(has_settled(posterior, start, confidence))
+                answer = float(has_settled(posterior, (1 - warmup / self._losses.steps) / 2, start, confidence))
         return bool(self._ranks.sum(torch.tensor([answer], dtype=torch.float64)).item())
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,14 +81,14 @@ def _mean_curve(losses: LossHistory, ranks: Ranks) -> LossCurve:
     return LossCurve(positions, points, points.square(), seen.double(), anchor, curve.end, curve.resolution)
 
 
-def has_settled(posterior: CurvePosterior, start: float | None, confidence: float) -> bool:
-    """Whether with more than this probability the later half of the curve brought less than :data:`LITTLE` of all progress.
+def has_settled(posterior: CurvePosterior, since: float, start: float | None, confidence: float) -> bool:
+    """Whether with more than this probability the curve brought less than :data:`LITTLE` of all progress from `since` on.
 
     Progress is counted from a loss of `start`; where that is not known, from the beginning of the curve. So neither the scale of
     the loss nor a constant added to it matters.
     """
     mean, spread = posterior.mean[0], posterior.difference_variance[0]
-    half = int(np.searchsorted(posterior.grid, posterior.grid[-1] / 2))
+    half = int(np.searchsorted(posterior.grid, since))
     progress = abs((mean[0] if start is None else start) - mean[-1])
     margin = LITTLE * progress - (mean[half] - mean[-1])
     return bool(0.5 * math.erfc(-margin / math.sqrt(2 * max(spread[half], 1e-300))) > confidence)

@@ -284,9 +284,7 @@ _RECORD: Final = _record(
     {
         "tests": _list_of(_record({"step": _whole(0), "votes": _whole(0), "probability": _probability}), MOST),
         "courses": _list_of(
-            _record(
-                {"until": _whole(0), "total_steps": optional(_whole(1)), "cooldown_start": optional(_whole(0)), "factor": _lr}
-            ),
+            _record({"until": _whole(0), "total_steps": optional(_whole(1)), "cooldown_start": optional(_whole(0)), "factor": _lr}),
             MOST,
         ),
     }

@@ -37,10 +37,10 @@ from autowu.phases import (
     warmup_lr_at,
     watch_is_over,
 )
+from autowu.plateau import Plateau, start_of
 from autowu.ranks import Ranks
 from autowu.reader import Reader
 from autowu.record import Record
-from autowu.plateau import Plateau, start_of
 from autowu.rollback import NoRollback, Restored, Rollback
 from autowu.switching import MIN_LOSSES
 from autowu.watch import BLOCK, LossWatch
@@ -349,9 +349,10 @@ class AfterSwitch:
         if self._plateau is None or self._plateau.peak != peak_lr(state):  # at another LR the loss falls, or rises, anew
             self._plateau = Plateau(self.rooms.ranks, peak_lr(state))
         self._plateau.append(loss)
-        if not self._plateau.is_due(_switch(state).step - self.config.warmup_origin):
+        warmup = _switch(state).step - self.config.warmup_origin
+        if not self._plateau.is_due(warmup):
             return state
-        return replace(state, settled=self._plateau.settled(state.start_loss, self.config.confidence))
+        return replace(state, settled=self._plateau.settled(warmup, state.start_loss, self.config.confidence))
 
     def _end_epoch(self, state: State) -> State:
         loss_sum, count = self.rooms.ranks.sum((self._epoch or LossHistory()).total()).tolist()

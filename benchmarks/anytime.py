@@ -154,11 +154,20 @@ def best_lr(rows: list[dict[str, Any]], steps: int) -> float:
     return lr
 
 
+def grid(steps: int) -> list[float]:
+    """The LRs to be tried: all for the four shortest horizons, then those beside the best of the horizon before."""
+    before = HORIZONS.index(steps) - 1
+    if before < 3:
+        return GRID
+    middle = GRID.index(best_lr(read(), HORIZONS[before]))
+    return GRID[max(0, middle - 1) : middle + 2]
+
+
 def pieces() -> Iterator[list[dict[str, Any]]]:
     """What is still to be done, one by one."""
     for seed in [CHOOSING, *REPORTED]:
         for steps in HORIZONS:
-            for lr in GRID if seed == CHOOSING else [best_lr(read(), steps)]:
+            for lr in grid(steps) if seed == CHOOSING else [best_lr(read(), steps)]:
                 if not any(r["kind"] == "tuned" and (r["seed"], r["steps"], r["lr"]) == (seed, steps, lr) for r in read()):
                     yield [tuned_run(seed, steps, lr)]
     for seed in [CHOOSING, *REPORTED]:

@@ -34,6 +34,7 @@ ROOMS = {
     "live": ("kin",),
     "snapshot": ("live",),
     "ranks": ("history",),
+    "plateau": ("gp", "history", "ranks"),
     "micro_batches": ("checks", "history"),
     "group_lrs": (),
     "reader": ("history", "ranks", "watch"),
@@ -45,12 +46,13 @@ ROOMS = {
     "rollback": ("events", "live", "ranks", "snapshot"),
     "judge": ("config", "events", "gp", "gpytorch_engine", "history", "phases", "ranks", "schedules", "switching"),
     "stages": (
-        *("config", "events", "history", "judge", "live", "phases", "ranks", "reader", "record", "rollback", "switching", "watch"),
+        *("config", "events", "history", "judge", "live", "phases", "plateau", "ranks", "reader", "record", "rollback"),
+        *("switching", "watch"),
     ),
     "plans": ("checks", "config", "phases", "schedules"),
     "budget": ("config", "ranks"),
     "horizon": ("budget", "checks", "config", "events", "phases", "plans", "ranks", "reader"),
-    "open_ended": ("config", "group_lrs", "horizon", "phases", "plans", "stages"),
+    "open_ended": ("checks", "config", "group_lrs", "horizon", "phases", "plans", "stages"),
     "schema": ("budget", "checks", "config", "gp", "phases", "record", "watch"),
     "states": ("config", "history", "phases", "record", "schema", "watch"),
     "shown": ("config", "gp", "history", "phases", "stages", "switching"),
@@ -61,6 +63,7 @@ ROOMS = {
         *("checks", "config", "gp", "gpytorch_engine", "group_lrs", "horizon", "micro_batches", "open_ended"),
         *("optimizer_calls", "phases", "plotting", "rescale", "shown", "stages", "states"),
     ),
+    "anytime": ("checks", "scheduler"),
     "curves": ("report",),
     "cli": ("curves", "families", "history", "phases", "plotting", "scheduler", "switching", "version"),
     "__main__": ("cli",),
@@ -227,8 +230,8 @@ LONG = {
     "autowu.plotting.draw_layers": "one picture",
     "autowu.switching.decide": "30 lines for its users, then one vote",
     "autowu.optim.param_groups.param_groups": "30 lines of rules for its users, then one loop over the parameters",
-    "autowu.scheduler.AutoWU": "a docstring of 33 arguments",
-    "autowu.scheduler.AutoWU.__init__": "a signature of 33 arguments",
+    "autowu.scheduler.AutoWU": "a docstring of 34 arguments",
+    "autowu.scheduler.AutoWU.__init__": "a signature of 34 arguments",
 }
 """Functions of more than 40 lines and classes of more than 300 that a reader would not want split, and why."""
 
