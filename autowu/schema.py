@@ -431,6 +431,8 @@ def _history_agrees(path: str, history: Mapping[str, Any], state: Mapping[str, A
 def _rest_agrees(name: str, state: Mapping[str, Any]) -> None:
     if any(state["config"][budget] is not None for budget in BUDGETS) and not state["horizon"]["opened"]:
         raise ValueError(f'{name}["horizon"]["opened"]=False: must be True in a run with a budget')
+    if state["state"]["settled"] and state["config"]["cooldown"] is None:
+        raise ValueError(f'{name}["state"]["settled"]=True: must be False in a run without cooldown="auto"')
     taken, groups = state["last_epoch"], len(state["base_lrs"])
     if not groups or len(state["groups"]["ratios"]) != groups:
         ratios = len(state["groups"]["ratios"])

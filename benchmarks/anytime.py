@@ -163,22 +163,22 @@ def grid(steps: int) -> list[float]:
     return GRID[max(0, middle - 1) : middle + 2]
 
 
-def pieces() -> Iterator[list[dict[str, Any]]]:
+def pieces(which: str) -> Iterator[list[dict[str, Any]]]:
     """What is still to be done, one by one."""
     for seed in [CHOOSING, *REPORTED]:
-        for steps in HORIZONS:
+        for steps in HORIZONS if which != "open" else []:
             for lr in grid(steps) if seed == CHOOSING else [best_lr(read(), steps)]:
                 if not any(r["kind"] == "tuned" and (r["seed"], r["steps"], r["lr"]) == (seed, steps, lr) for r in read()):
                     yield [tuned_run(seed, steps, lr)]
-    for seed in [CHOOSING, *REPORTED]:
+    for seed in [CHOOSING, *REPORTED] if which != "tuned" else []:
         if not any(row["kind"] == "trunk" and row["seed"] == seed for row in read()):
             yield list(open_run(seed, SHARES, TYPES) if seed == CHOOSING else open_run(seed, [0.2], ["sqrt"]))
 
 
-def work(minutes: float) -> None:
+def work(minutes: float, which: str) -> None:
     """Do pieces until the time is up; each is written when it is done."""
     end = time.monotonic() + 60 * minutes
-    for rows in pieces():
+    for rows in pieces(which):
         with RESULTS.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if time.monotonic() > end:
@@ -239,8 +239,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.5)
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--which", default="all", choices=["all", "tuned", "open"])
     args = parser.parse_args()
-    report(args.figure) if args.report else work(args.minutes)
+    report(args.figure) if args.report else work(args.minutes, args.which)
 
 
 if __name__ == "__main__":

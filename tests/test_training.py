@@ -933,13 +933,13 @@ def test_ctrl_c_cools_down_and_the_run_ends_within_an_epoch_with_a_test_and_a_ch
     assert_same_weights(resumed.model, parts.model)
 
 
-def test_a_run_of_minutes_ends_at_its_smallest_lr_and_goes_on_where_it_was_cut(tmp_path):
+def test_a_run_of_minutes_ends_at_its_smallest_lr_in_whatever_epoch(tmp_path):
     progress, parts, rows = interrupted(tmp_path, "--max-time", "0.03")
     assert parts.autowu.should_stop
     assert parts.autowu.progress == 1.0
     assert progress.epochs == len(rows)
     assert 0.5 < progress.elapsed < 6
-    assert parts.lr < 0.3 * parts.autowu.switch.lr
+    assert parts.lr < 0.5 * parts.autowu.switch.lr
 
 
 def test_a_run_may_end_where_its_loss_rests(tmp_path):
