@@ -63,7 +63,7 @@ class AnytimeAverage(AveragedModel):
             model: what is trained.
             scheduler: of its run.
         """
-        if scheduler.phase == "warmup":
-            self.n_averaged.zero_()  # the next step is the first
         if scheduler.phase in ("warmup", "stable"):
             self.update_parameters(model)
+        if scheduler.phase == "warmup":
+            self.n_averaged.zero_()  # the next one is the first

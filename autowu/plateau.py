@@ -58,7 +58,7 @@ class Plateau:
             except Exception:  # nothing to fit is no evidence
                 posterior = None
             if posterior is not None:
-                answer = float(has_settled(posterior, (1 - warmup / self._losses.steps) / 2, start, confidence))
+                answer = float(has_settled(curve, posterior, (1 - warmup / self._losses.steps) / 2, start, confidence))
         return bool(self._ranks.sum(torch.tensor([answer], dtype=torch.float64)).item())
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,17 +81,21 @@ def _mean_curve(losses: LossHistory, ranks: Ranks) -> LossCurve:
     return LossCurve(positions, points, points.square(), seen.double(), anchor, curve.end, curve.resolution)
 
 
-def has_settled(posterior: CurvePosterior, since: float, start: float | None, confidence: float) -> bool:
+def has_settled(curve: LossCurve, posterior: CurvePosterior, since: float, start: float | None, confidence: float) -> bool:
     """Whether with more than this probability the curve brought less than :data:`LITTLE` of all progress from `since` on.
 
     Progress is counted from a loss of `start`; where that is not known, from the beginning of the curve. So neither the scale of
     the loss nor a constant added to it matters.
     """
-    mean, spread = posterior.mean[0], posterior.difference_variance[0]
+    mean, positions, means = posterior.mean[0], *curve.clipped().finite()
+    later = means[positions >= since]
+    # Where noise hides the curve the likeliest one is flat, and sure of it; means of a third each are not known better than this.
+    least = float(later.var()) * 6 / len(later) if len(later) > 1 else math.inf
     half = int(np.searchsorted(posterior.grid, since))
     progress = abs((mean[0] if start is None else start) - mean[-1])
     margin = LITTLE * progress - (mean[half] - mean[-1])
-    return bool(0.5 * math.erfc(-margin / math.sqrt(2 * max(spread[half], 1e-300))) > confidence)
+    spread = max(float(posterior.difference_variance[0][half]), least, 1e-300)
+    return bool(0.5 * math.erfc(-margin / math.sqrt(2 * spread)) > confidence)
 
 
 def start_of(losses: LossHistory) -> float | None:
