@@ -51,7 +51,8 @@ def curtailed(config: Config, state: State, step: int, used: float) -> Config:
         return cooled(config, state, step, max(1, int(min(round(part / (1 - part) * step), config.end - step))))
     budget, total = config.budget
     shorter = used / (1 - part)
-    return replace(config, **{budget: min(total, shorter if budget == "total_seconds" else math.floor(shorter))})
+    less: dict[str, Any] = {budget: min(total, shorter if budget == "total_seconds" else math.floor(shorter))}
+    return replace(config, **less)
 
 
 def _warmed_up_by(config: Config, step: int) -> Config:

@@ -46,7 +46,7 @@ class Run:
             inputs = self.images[picked] + 0.5 * torch.randn(self.batch, 64)
             loss = nn.functional.cross_entropy(self.model(inputs), self.labels[picked])
             self.losses.append(loss.item())
-            self.lrs.append(self.scheduler.get_last_lr()[0])
+            self.lrs.append(float(self.scheduler.get_last_lr()[0]))
             self.scheduler.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.scheduler.optimizer.step()
