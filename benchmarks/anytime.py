@@ -38,10 +38,9 @@ COOLDOWN = 0.1
 WARMUP = 200
 """Steps of a full warm-up, for the shortest horizon."""
 GRID = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
-SHARES = [0.1, 0.2, 0.4]
-TYPES = ["linear", "sqrt"]
+SHAPE = "sqrt"
 CHOOSING, REPORTED = 0, [1, 2, 3]
-"""The seed on which LRs, the shape of the cooldown and the share of the average were chosen; those that tell."""
+"""The seed on which the LRs of the tuned runs were chosen, and those that tell. Nothing of the open runs was chosen."""
 CONTEXT, BATCH, TESTED = 16, 64, 8192
 RESULTS = Path(__file__).parent / "results" / "anytime.jsonl"
 
@@ -106,33 +105,43 @@ def tuned_run(seed: int, steps: int, lr: float) -> dict[str, Any]:
     return {"kind": "tuned", "seed": seed, "steps": steps, "lr": lr, "loss": tested(model)}
 
 
-def open_run(seed: int, shares: list[float], types: list[str]) -> Iterator[dict[str, Any]]:
-    """A run without an end, its averages, and its branches."""
+def open_run(seed: int, end: float) -> list[dict[str, Any]]:
+    """A run without an end, its average, and its branches; when the time is up, what there is of it. It goes on from there."""
+    rows: list[dict[str, Any]] = []
     model = new_model(seed)
     optimizer, generator = new_optimizer(model, 1e-3), torch.Generator().manual_seed(1000 + seed)
     scheduler = AutoWU(optimizer, model=model, max_warmup_steps=WARMUP)
-    averages = {share: AnytimeAverage(model, share) for share in shares}
-    for k in range(STEPS + 1):
+    average = AnytimeAverage(model)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "average": average}
+    kept = RESULTS.with_name(f"anytime-{seed}.pt")
+    if kept.exists():
+        saved = torch.load(kept, weights_only=True)
+        generator.set_state(saved["generator"])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    for k in range(scheduler.last_epoch, STEPS + 1):
+        if time.monotonic() > end:
+            torch.save({"generator": generator.get_state(), **{name: part.state_dict() for name, part in parts.items()}}, kept)
+            return rows
         for horizon in HORIZONS:
-            length = round(COOLDOWN * horizon)
-            for kind in types if k == horizon - length else []:
-                loss, lr = branch(model, optimizer, scheduler, generator, length, kind)
-                yield {"kind": "branch", "type": kind, "seed": seed, "steps": horizon, "lr": lr, "loss": loss}
+            if k == horizon - (length := round(COOLDOWN * horizon)):
+                loss, lr = branch(model, optimizer, scheduler, generator, length)
+                rows.append({"kind": "branch", "seed": seed, "steps": horizon, "lr": lr, "loss": loss})
         if k in HORIZONS:
-            yield {"kind": "trunk", "seed": seed, "steps": k, "loss": tested(model)}
-            for share, average in averages.items():
-                yield {"kind": "average", "share": share, "seed": seed, "steps": k, "loss": tested(average)}
+            rows.append({"kind": "trunk", "seed": seed, "steps": k, "loss": tested(model)})
+            rows.append({"kind": "average", "seed": seed, "steps": k, "loss": tested(average)})
         scheduler.step(step(model, optimizer, generator))
-        for average in averages.values():
-            average.update(model, scheduler)
+        average.update(model, scheduler)
+    kept.unlink(missing_ok=True)
+    return rows
 
 
 def branch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, trunk: AutoWU, generator: torch.Generator, length: int, kind: str
+    model: nn.Module, optimizer: torch.optim.Optimizer, trunk: AutoWU, generator: torch.Generator, length: int
 ) -> tuple[float, float]:
     """What a cooldown from here leads to, and the peak LR."""
     state = trunk.fork_cooldown(steps=length)
-    state["config"]["cooldown_type"] = kind
+    state["config"]["cooldown_type"] = SHAPE
     own = copy.deepcopy(model)
     own_optimizer, own_generator = new_optimizer(own, 1e-3), generator.clone_state()
     own_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -163,22 +172,23 @@ def grid(steps: int) -> list[float]:
     return GRID[max(0, middle - 1) : middle + 2]
 
 
-def pieces(which: str) -> Iterator[list[dict[str, Any]]]:
-    """What is still to be done, one by one."""
-    for seed in [CHOOSING, *REPORTED]:
-        for steps in HORIZONS if which != "open" else []:
+def pieces(seeds: list[int], end: float) -> Iterator[list[dict[str, Any]]]:
+    """What is still to be done, one by one; the tuned runs first."""
+    for seed in seeds:
+        for steps in HORIZONS:
             for lr in grid(steps) if seed == CHOOSING else [best_lr(read(), steps)]:
                 if not any(r["kind"] == "tuned" and (r["seed"], r["steps"], r["lr"]) == (seed, steps, lr) for r in read()):
                     yield [tuned_run(seed, steps, lr)]
-    for seed in [CHOOSING, *REPORTED] if which != "tuned" else []:
-        if not any(row["kind"] == "trunk" and row["seed"] == seed for row in read()):
-            yield list(open_run(seed, SHARES, TYPES) if seed == CHOOSING else open_run(seed, [0.2], ["sqrt"]))
+    for seed in seeds:
+        done = any(row["kind"] == "trunk" and (row["seed"], row["steps"]) == (seed, STEPS) for row in read())
+        if seed != CHOOSING and not done:
+            yield open_run(seed, end)
 
 
-def work(minutes: float, which: str) -> None:
+def work(minutes: float, seeds: list[int]) -> None:
     """Do pieces until the time is up; each is written when it is done."""
     end = time.monotonic() + 60 * minutes
-    for rows in pieces(which):
+    for rows in pieces(seeds, end):
         with RESULTS.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if time.monotonic() > end:
@@ -187,18 +197,11 @@ def work(minutes: float, which: str) -> None:
     print("all is done")
 
 
-def ratios(rows: list[dict[str, Any]], kind: str, **which: Any) -> dict[int, list[float]]:
+def ratios(rows: list[dict[str, Any]], kind: str) -> dict[int, list[float]]:
     """Loss over that of the tuned run of the same seed and horizon, for each reported seed."""
-    tuned = {(r["seed"], r["steps"]): r["loss"] for r in rows if r["kind"] == "tuned" and r["seed"] in REPORTED}
+    losses = {(r["kind"], r["seed"], r["steps"]): r["loss"] for r in rows}
     return {
-        steps: [
-            r["loss"] / tuned[r["seed"], steps]
-            for r in rows
-            if r["kind"] == kind
-            and r["steps"] == steps
-            and r["seed"] in REPORTED
-            and all(r[name] == value for name, value in which.items())
-        ]
+        steps: [losses[kind, seed, steps] / losses["tuned", seed, steps] for seed in REPORTED if (kind, seed, steps) in losses]
         for steps in HORIZONS
     }
 
@@ -239,9 +242,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.5)
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--figure", type=Path)
-    parser.add_argument("--which", default="all", choices=["all", "tuned", "open"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[CHOOSING, *REPORTED])
     args = parser.parse_args()
-    report(args.figure) if args.report else work(args.minutes, args.which)
+    report(args.figure) if args.report else work(args.minutes, args.seeds)
 
 
 if __name__ == "__main__":
