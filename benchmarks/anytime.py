@@ -112,7 +112,7 @@ def open_run(seed: int, end: float) -> list[dict[str, Any]]:
     optimizer, generator = new_optimizer(model, 1e-3), torch.Generator().manual_seed(1000 + seed)
     scheduler = AutoWU(optimizer, model=model, max_warmup_steps=WARMUP)
     average = AnytimeAverage(model)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "average": average}
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "average": average}
     kept = RESULTS.with_name(f"anytime-{seed}.pt")
     if kept.exists():
         saved = torch.load(kept, weights_only=True)
