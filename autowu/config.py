@@ -90,6 +90,7 @@ class Config:
         warmup_steps: length W of the axis on which the LR would grow from `min_lr` to `max_lr`.
         warmup_limit: step of the axis at which a warm-up ends without a switch: W, or an earlier start of the cooldown.
         warmup_origin: step of the run at which the axis begins: 0, but for a warm-up that is begun anew.
+        cooldown: "auto" for one that begins as soon as the loss has stopped improving.
         cooldown_fraction, cooldown_start: share of T for the cooldown and its first step, None as long as that is open; used
             where it is not immediate.
         replanned_at, replanned_progress: a step of the cooldown from which on it is to last until another T, and the share of it
@@ -112,6 +113,7 @@ class Config:
     warmup_type: str
     warmup_unit: str
     immediate_cooldown: bool
+    cooldown: str | None
     cooldown_type: str
     cooldown_fraction: float
     cooldown_start: int | None
@@ -221,6 +223,7 @@ ARGUMENTS: Final[Mapping[str, Check]] = {
     "total_tokens": optional(count),
     "total_seconds": optional(positive),
     "immediate_cooldown": flag,
+    "cooldown": one_of(None, "auto"),
     "cooldown_type": one_of(*COOLDOWN_TYPES),
     "cooldown_fraction": fraction,
     "min_lr": optional(per_optimizer(positive)),
@@ -430,6 +433,13 @@ def _check_decay(arguments: Mapping[str, Any]) -> None:
         )
     if arguments["decay_phase_stat"] == "loss" and arguments["decay_phase_factor"] == 1.0:
         raise ValueError("decay_phase_factor=1.0: with decay_phase_stat='loss' it must be above 0 and below 1")
+    if arguments["cooldown"] is None:
+        return
+    if arguments["immediate_cooldown"]:
+        raise ValueError(f"cooldown={arguments['cooldown']!r}: ends the constant phase, which immediate_cooldown=True leaves out")
+    if arguments["decay_phase_stat"] == "loss":
+        given = f"cooldown={arguments['cooldown']!r}, decay_phase_stat='loss'"
+        raise ValueError(f"{given}: both wait for a loss that has stopped improving; give one")
 
 
 def _decays(arguments: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from autowu.checks import count, fraction, share
 from autowu.config import ARGUMENTS, BUDGETS, Config, forked
 from autowu.events import EventLog
 from autowu.phases import State, phase_at
-from autowu.plans import cooled, larger, longer, measured, spent
+from autowu.plans import cooled, curtailed, larger, longer, measured, spent
 from autowu.ranks import Ranks
 from autowu.reader import LateRead
 
@@ -92,7 +92,8 @@ class Horizon:
 
     def after_step(self, config: Config, state: State, step: int) -> Config:
         """The plan after `step` steps, the same on all ranks."""
-        if not self._asked and not self._opened:  # as a rule
+        settled = state.settled and not self.moved
+        if not self._asked and not self._opened and not settled:  # as a rule
             return config
         phase = phase_at(config, state, step)
         if phase == "done" and (config.budget is None or self.budget.over):  # for all ranks alike
@@ -101,6 +102,10 @@ class Horizon:
         asked, used = self._heard(config)
         if config.budget is not None:
             self.budget.hear(used)
+        if settled and phase == "stable":
+            config = self._curtailed(config, state, step)
+            phase = phase_at(config, state, step)
+        if config.budget is not None:
             config = self._by_budget(config, state, step)
             phase = phase_at(config, state, step)
         if not asked or phase == "done" or (phase == "cooldown" and step + asked >= config.end):
@@ -109,6 +114,17 @@ class Horizon:
         self.moved = True
         self._log.tell("cooldown", step, f"AutoWU cools down from step {step} on, over {steps} steps")
         return cooled(config, state, step, steps)
+
+    def _curtailed(self, config: Config, state: State, step: int) -> Config:
+        """The plan of a run whose loss has stopped improving."""
+        self.moved = True
+        config = curtailed(config, state, step, self.budget.used_now)
+        length = f"{config.end - step} steps"
+        if config.budget is not None:
+            length = f"the rest of {config.budget[0]}={config.budget[1]:g}"
+        message = f"AutoWU cools down from step {step} on, over {length}: the loss has stopped improving"
+        self._log.tell("cooldown", step, message)
+        return config
 
     def _by_budget(self, config: Config, state: State, step: int) -> Config:
         """The plan of a run with a budget, by what is used of it."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from autowu.checks import count, one_of
 from autowu.config import Config, cooldown_start
 from autowu.events import in_words
 from autowu.horizon import Horizon
-from autowu.phases import State, all_lrs, each_config, lower, phase_at
+from autowu.phases import State, all_lrs, batch_changed, each_config, each_lr, lower, phase_at
 from autowu.plans import rewarmed
 from autowu.stages import Rooms, Stage, WarmUp, stage_of
 
 __all__ = ["OpenEnded"]
+
+_RULE = one_of("sqrt", "linear")
 
 
 class OpenEnded:
@@ -139,7 +142,8 @@ class OpenEnded:
         was = phase_at(self.config, self._state, self.last_epoch)
         self._plan(self._horizon.longer(self.config, self._state, self.last_epoch, lengths))
         if was != "stable" and "epoch" in (stage := self._stage.state_dict()):  # one that the cooldown cut short
-            self._stage.load_state_dict({**stage, "epoch": None})
+            self._stage.load_state_dict({**stage, "epoch": None, "plateau": None})
+        self._state = replace(self._state, settled=False)
         self._write_lrs()
         given = ", ".join(f"{name}={value}" for name, value in lengths.items() if value is not None) or "its end is open"
         self._rooms.log.tell("extended", self.last_epoch, f"AutoWU extends the run at step {self.last_epoch}: {given}")
@@ -173,13 +177,50 @@ class OpenEnded:
         """
         config = rewarmed(self.config, self._state, self.last_epoch, fraction)
         self._groups.largest = all_lrs(self.config, self._state, self.last_epoch)  # to go on with where no curve can be fitted
-        self._state = State()
+        self._state = State(start_loss=self._state.start_loss, batch=self._state.batch)
         self._stage = stage_of(config, self._state, self._rooms, self._groups.largest)
         self._plan(config)
         self._write_lrs()
         lrs = in_words([one.min_lr for one in each_config(config)])
         message = f"AutoWU searches again from step {self.last_epoch} on: LR {lrs}"
         self._rooms.log.tell("rewarm", self.last_epoch, message)
+
+    def batch_size(self, size: int, rule: str = "sqrt") -> None:
+        """Have the LR follow the batch size: the coming steps take batches of `size`.
+
+        The first call tells the size so far and changes nothing; nor does one in a warm-up, which searches the LR at whatever size.
+        Every later one scales the LR of all groups by the ratio of the sizes, or by its square root. It may come at every step.
+        Call it on all ranks between the same two steps. Where no rule is to be trusted, :meth:`rewarm` searches the LR again.
+
+        Args:
+            size: samples, or tokens, of an optimizer step, 1 or more, over all ranks or of one: only ratios count.
+            rule: "sqrt", or "linear", which suits SGD as long as the noise of its gradients is what limits the LR.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and its range.
+
+        Example:
+            >>> import torch
+            >>> from autowu import AutoWU
+            >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+            >>> scheduler = AutoWU(optimizer, max_warmup_steps=20)
+            >>> scheduler.batch_size(32)
+            >>> for _ in range(50):
+            ...     optimizer.step()
+            ...     scheduler.step(1.0)
+            >>> before = scheduler.lr_at(50)
+            >>> scheduler.batch_size(128, rule="linear")
+            >>> scheduler.lr_at(50) / before
+            4.0
+        """
+        size, rule = count("size", size), _RULE("rule", rule)
+        before = self._state
+        self._state = batch_changed(self.config, before, self.last_epoch, size, rule)
+        if self._state.batch_factor != before.batch_factor:
+            self._rooms.record.steer(self.last_epoch, self.config, before, self.config, self._state)
+            lrs = in_words(each_lr(all_lrs(self.config, self._state, self.last_epoch)))
+            self._rooms.log.say(f"AutoWU, step {self.last_epoch}: batches of {size}, LR {lrs}")
+            self._write_lrs()
 
     def cooldown_start(self, cooldown_fraction: float) -> int:
         """Optimizer step, from 0, at which a cooldown over the last `cooldown_fraction`, in (0, 1), of the T steps begins.

@@ -27,6 +27,7 @@ __all__ = [
     "after_test",
     "all_lrs",
     "base_lr",
+    "batch_changed",
     "common_lr",
     "cooldown_begin",
     "cooldown_progress",
@@ -80,7 +81,8 @@ class Event:
         kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; "loss_changed", where
             the last of these was none; "overfitting", by held-out losses; "lost", weights that no copy mends; or the kind of a
             trouble that was survived, told once: "loss", "held_out", "fit", "rank", "snapshot", "on_rollback", "optimizer", "peak",
-            "calls", "skipped", "frozen", "lr", "resume"; or "cooldown", "extended", "rewarm", which were asked for.
+            "calls", "skipped", "frozen", "lr", "resume"; or "cooldown", "extended", "rewarm", which were asked for, the first also
+            by a loss that has stopped improving.
         step: optimizer steps taken by then.
         message: what the log said.
     """
@@ -162,6 +164,9 @@ class State:
         best_epoch_loss, bad_epochs: of the plateau rule: the lowest mean loss of an epoch, and the epochs since.
         setbacks: number of divergences since the switch, each of which has halved the peak LR.
         watched: whether the watch over the run goes on.
+        start_loss, settled: with `cooldown="auto"` the loss that the run began at, None where it is not known, and whether the
+            loss has stopped improving.
+        batch, batch_factor: the batch size that the run was told last, None for none, and the factor on the peak LR that follows.
     """
 
     votes: int = 0
@@ -171,6 +176,10 @@ class State:
     bad_epochs: int = 0
     setbacks: int = 0
     watched: bool = True
+    start_loss: float | None = None
+    settled: bool = False
+    batch: int | None = None
+    batch_factor: float = 1.0
 
 
 def verdict_of(saved: Mapping[str, Any]) -> Verdict:
@@ -208,7 +217,7 @@ def base_lr(config: Config, state: State, step: int) -> float:
     if switch is None or step < switch.step:
         return warmup_lr_at(config, max(step - config.warmup_origin, 0))
     start = cooldown_begin(config, switch)
-    lr = switch.lr * state.plateau_factor * SETBACK_FACTOR**state.setbacks
+    lr = switch.lr * SETBACK_FACTOR**state.setbacks * state.batch_factor * state.plateau_factor
     if config.decay_phase_factor != 1.0 and config.decay_phase_stat is None:
         assert config.steps_per_epoch is not None
         lr *= config.decay_phase_factor ** ((min(step, start) - switch.step) // config.steps_per_epoch)
@@ -377,9 +386,12 @@ def _share(config: Config, lr: float) -> float:
 
 
 def peak_lrs(state: State) -> tuple[float, ...]:
-    """The peak LR of each optimizer as divergences have left it, of the parameter group with the largest LR, after the switch."""
+    """The peak LR of each optimizer, after the switch, as divergences and batch sizes have left it.
+
+    It is that of the parameter group with the largest LR.
+    """
     assert state.switch is not None
-    return tuple(lr * SETBACK_FACTOR**state.setbacks for lr in state.switch.lrs)
+    return tuple(lr * SETBACK_FACTOR**state.setbacks * state.batch_factor for lr in state.switch.lrs)
 
 
 def set_back(state: State) -> State:
@@ -395,6 +407,17 @@ def lowered(state: State) -> State:
 def undo_set_backs(state: State, times: int) -> State:
     """The state of a run whose last set-backs were none of its own: the loss had changed."""
     return replace(state, setbacks=max(0, state.setbacks - times))
+
+
+def batch_changed(config: Config, state: State, step: int, size: int, rule: str) -> State:
+    """The state of a run whose batches have another `size` from `step` on: after the switch the peak follows, by the `rule`.
+
+    In a warm-up the LR is what is searched, at whatever size.
+    """
+    if state.batch is None or state.batch == size or phase_at(config, state, step) == "warmup":
+        return replace(state, batch=size)
+    ratio = size / state.batch
+    return replace(state, batch=size, batch_factor=state.batch_factor * (ratio if rule == "linear" else math.sqrt(ratio)))
 
 
 def watch_is_over(config: Config, state: State, step: int) -> bool:

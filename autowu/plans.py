@@ -13,7 +13,7 @@ from autowu.checks import fraction as fraction_of
 from autowu.config import BUDGETS, Config, configure, lengthened, warmup_share
 from autowu.phases import State, all_lrs, cooldown_begin, cooldown_progress, each_config, each_lr, phase_at
 
-__all__ = ["cooled", "larger", "longer", "measured", "opened", "rewarmed", "spent"]
+__all__ = ["cooled", "curtailed", "larger", "longer", "measured", "opened", "rewarmed", "spent"]
 
 _NO_BUDGET: Final[dict[str, Any]] = dict.fromkeys(BUDGETS)
 _LEAST: Final = {"total_samples": 0.5, "total_tokens": 0.5, "total_seconds": 1.0}
@@ -41,6 +41,17 @@ def cooled(config: Config, state: State, step: int, steps: int) -> Config:
         cooldown_fraction=(total - start) / total,
         **_NO_BUDGET,
     )
+
+
+def curtailed(config: Config, state: State, step: int, used: float) -> Config:
+    """The plan of a run that cools down from `step` on, having `used` so much of its budget: the same share of a shorter run."""
+    part = config.cooldown_fraction
+    if config.budget is None:
+        return cooled(config, state, step, max(1, int(min(round(part / (1 - part) * step), config.end - step))))
+    budget, total = config.budget
+    shorter = used / (1 - part)
+    less: dict[str, Any] = {budget: min(total, shorter if budget == "total_seconds" else math.floor(shorter))}
+    return replace(config, **less)
 
 
 def _warmed_up_by(config: Config, step: int) -> Config:

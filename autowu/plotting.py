@@ -311,7 +311,9 @@ def _draw_tests(axes: Axes, report: Report) -> None:
     confidence = report.config.confidence
     axes.axhline(confidence, color="0.2", linestyle="--", linewidth=1, label=f"confidence {confidence:g}")
     steps, values = [test.step for test in report.tests], [test.probability for test in report.tests]
-    axes.plot(steps, values, color="0.5", linewidth=0.8)
+    begun = sum(step <= report.begun for step in steps)  # of these a warm-up before
+    for part in (slice(begun), slice(begun, None)) if begun else (slice(None),):
+        axes.plot(steps[part], values[part], color="0.5", linewidth=0.8)
     for voted, marker, color, label in ((False, "o", "0.45", "test"), (True, "^", _RED, "test that votes")):
         some = [test for test in report.tests if (test.votes > 0) == voted]
         if some:
@@ -324,7 +326,7 @@ def _draw_lr(axes: Axes, report: Report, lrs: Sequence[float] | None) -> None:
     last = max(1, report.step)
     if report.state.switch is not None and report.config.total_steps is not None:
         last = report.config.total_steps
-    marks = [0, report.step, *(mark for _, end in report.phases.values() for mark in (end - 1, end))]
+    marks = [0, report.begun, report.step, *(mark for _, end in report.phases.values() for mark in (end - 1, end))]
     marks += [mark for course in report.courses for mark in (course.until - 1, course.until)]
     steps = np.unique([step for step in (*np.linspace(0, last - 1, _POINTS).round(), *marks) if 0 <= step < last]).astype(int)
     taken, coming = steps[steps <= report.step], steps[steps >= report.step]
@@ -332,7 +334,8 @@ def _draw_lr(axes: Axes, report: Report, lrs: Sequence[float] | None) -> None:
     for index in range(number):
         color, label = _LR_COLORS[index % len(_LR_COLORS)], None if number == 1 else f"optimizer {index}"
         if lrs is None or index:
-            axes.plot(taken, [report.lrs(int(step))[index] for step in taken], color=color, linewidth=1.5, label=label)
+            known = taken[taken >= report.begun]
+            axes.plot(known, [report.lrs(int(step))[index] for step in known], color=color, linewidth=1.5, label=label)
         else:
             axes.plot(np.arange(len(lrs)), lrs, color=color, linewidth=1.5, label=label)
         if len(coming) > 1:
@@ -365,7 +368,7 @@ def _draw_events(panels: Sequence[Axes], report: Report) -> None:
             panel.axvline(step, color=_PURPLE, linestyle="-.", linewidth=1.3, label=label)
     for number, (step, to) in enumerate(report.returns):
         near = report.losses[np.argsort(np.abs(report.loss_steps - to), kind="stable")[:5]]
-        if len(near):
+        if len(near) and (to >= report.begun or report.loss_steps[0] < report.begun):
             level = float(np.median(near))
             arrow = {"arrowstyle": "->", "color": _ORANGE, "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0}
             loss_axes.annotate("", (to, level), (step, level), arrowprops=arrow, zorder=5)

@@ -40,7 +40,7 @@ class Course:
 
     Attributes:
         total_steps, cooldown_start: those of the configuration, before the run was extended.
-        factor: on the peak LR, by setbacks and the plateau rule, in (0, 1].
+        factor: on the peak LR, by setbacks, the plateau rule and the batch size, above 0.
     """
 
     until: int
@@ -77,7 +77,7 @@ class Record:
 
 
 def _factor(state: State) -> float:
-    return float(state.plateau_factor * SETBACK_FACTOR**state.setbacks)
+    return float(state.plateau_factor * SETBACK_FACTOR**state.setbacks * state.batch_factor)
 
 
 def _thin(kept: list[T]) -> None:

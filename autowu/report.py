@@ -107,18 +107,24 @@ class Report:
         for course in self.courses:
             if step < course.until:
                 config = replace(self.config, total_steps=course.total_steps, cooldown_start=course.cooldown_start)
-                return each_lr(all_lrs(config, replace(self.state, plateau_factor=course.factor, setbacks=0), step))
+                state = replace(self.state, plateau_factor=course.factor, setbacks=0, batch_factor=1.0)
+                return each_lr(all_lrs(config, state, step))
         return each_lr(all_lrs(self.config, self.state, step))
+
+    @property
+    def begun(self) -> int:
+        """Step at which the warm-up began, the last where it was begun anew: of the LRs before it nothing is known any longer."""
+        return max((event.step for event in self.events if event.kind == "rewarm"), default=0)
 
     @property
     def phases(self) -> dict[str, tuple[int, int]]:
         """First step and end of each phase, so far as it is known and has steps."""
         config, switch = self.config, self.state.switch
         if switch is None:
-            return {"warm-up": (0, self.step)}
+            return {"warm-up": (self.begun, self.step)}
         end = max(self.step, switch.step) if config.total_steps is None else config.total_steps
         start = int(min(cooldown_begin(config, switch), end))
-        all_three = {"warm-up": (0, switch.step), "stable": (switch.step, start), "cooldown": (start, end)}
+        all_three = {"warm-up": (self.begun, switch.step), "stable": (switch.step, start), "cooldown": (start, end)}
         return {name: span for name, span in all_three.items() if span[0] < span[1]}
 
     @property

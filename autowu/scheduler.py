@@ -51,6 +51,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         total_tokens: likewise of tokens.
         total_seconds: budget of wall-clock time from step to step, above 0, without that spent within :meth:`paused`.
         immediate_cooldown: True decays from the switch on; False holds the peak and decays over the last `cooldown_fraction` of T.
+        cooldown: "auto" begins the cooldown as soon as the loss has stopped improving, at the end of a length or before.
         cooldown_type: "cosine", "half_cosine", "linear" or "sqrt"; see :func:`autowu.schedules.cooldown_factor`.
         cooldown_fraction: share of T, in (0, 1), for a cooldown that is not immediate.
         min_lr: LR of step 0, above 0, and the lowest peak; None: by the optimizer's family, see
@@ -112,6 +113,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         total_tokens: int | None = None,
         total_seconds: float | None = None,
         immediate_cooldown: bool = False,
+        cooldown: str | None = None,
         cooldown_type: str = "linear",
         cooldown_fraction: float = 0.6,
         min_lr: float | Sequence[float | None] | None = None,
@@ -351,7 +353,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         self._stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         # An epoch of the stable phase that the cooldown cut short is none of a longer run's.
         whole = self.config == config or phase_at(config, self._state, self.last_epoch) == "stable"
-        self._stage.load_state_dict(state["stage"] if whole else {**state["stage"], "epoch": None})
+        self._stage.load_state_dict(state["stage"] if whole else {**state["stage"], "epoch": None, "plateau": None})
         self._write_lrs()
         self._rooms.log.resumed(self.config, self._state, self.last_epoch, planned, saved)
 

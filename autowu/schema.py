@@ -225,6 +225,10 @@ _STATE: Final = _record(
         "bad_epochs": _whole(0),
         "setbacks": _whole(0),
         "watched": _flag,
+        "start_loss": optional(_loss),
+        "settled": _flag,
+        "batch": optional(_whole(1)),
+        "batch_factor": _lr,
     }
 )
 
@@ -314,9 +318,7 @@ _RECORD: Final = _record(
     {
         "tests": _list_of(_record({"step": _whole(0), "votes": _whole(0), "probability": _probability}), MOST),
         "courses": _list_of(
-            _record(
-                {"until": _whole(0), "total_steps": optional(_whole(1)), "cooldown_start": optional(_whole(0)), "factor": _share}
-            ),
+            _record({"until": _whole(0), "total_steps": optional(_whole(1)), "cooldown_start": optional(_whole(0)), "factor": _lr}),
             MOST,
         ),
     }
@@ -496,6 +498,8 @@ def _several_agree(name: str, state: Mapping[str, Any]) -> None:
 def _rest_agrees(name: str, state: Mapping[str, Any]) -> None:
     if any(state["config"][budget] is not None for budget in BUDGETS) and not state["horizon"]["opened"]:
         raise ValueError(f'{name}["horizon"]["opened"]=False: must be True in a run with a budget')
+    if state["state"]["settled"] and state["config"]["cooldown"] is None:
+        raise ValueError(f'{name}["state"]["settled"]=True: must be False in a run without cooldown="auto"')
     taken, groups = state["last_epoch"], len(state["base_lrs"])
     ratios = sum(group_counts(state))
     if not groups or ratios != groups:
@@ -522,3 +526,7 @@ def _rest_agrees(name: str, state: Mapping[str, Any]) -> None:
         for key in ("losses", "epoch"):
             if state["stage"][key] is not None:
                 _history_agrees(f'{path}["{key}"]', state["stage"][key], state)
+        if (plateau := state["stage"].get("plateau")) is not None:
+            path = f'{path}["plateau"]'
+            _record({"peak": _lr, "losses": _HISTORY})(path, plateau)
+            _history_agrees(f'{path}["losses"]', plateau["losses"], state)

@@ -34,6 +34,7 @@ from autowu.phases import (
     is_test_due,
     lowered,
     next_test,
+    peak_lrs,
     phase_at,
     plateau_epoch_due,
     set_back,
@@ -42,6 +43,7 @@ from autowu.phases import (
     warmup_lr_at,
     watch_is_over,
 )
+from autowu.plateau import Plateau, start_of
 from autowu.ranks import Ranks
 from autowu.reader import Reader
 from autowu.record import Record
@@ -238,6 +240,8 @@ class WarmUp:
         switch, rooms = _switch(state), self.rooms
         rooms.held_out.begin()
         rooms.reader.begin(switch.step, None if restored is None else restored.level)
+        if self.config.cooldown == "auto" and state.start_loss is None:
+            state = replace(state, start_loss=start_of(rooms.judge.history))
         message = switch_message(self.config, switch, ended_by, None if restored is None else restored.step)
         rooms.log.tell("switch", switch.step, message)
         if doubt := doubt_message(self.config, switch):
@@ -260,6 +264,7 @@ class AfterSwitch:
         self.busy_at = 0  # as of WarmUp
         self._losses = LossHistory(_POINTS)  # those since the switch; staged are those since the last look, at least
         self._epoch: LossHistory | None = None  # those of the epoch, for the plateau rule
+        self._plateau: Plateau | None = None  # those at the present peak LR, for a cooldown that begins by itself
 
     def _copies_every(self, step: int) -> int:
         """Steps between two copies; of a run whose end is open as of one that ended here."""
@@ -282,6 +287,8 @@ class AfterSwitch:
             state = self._heed_held_out(step, state)
         if ruled and plateau_epoch_due(self.config, state, step):
             state = self._end_epoch(state)
+        if self.config.cooldown == "auto":
+            state = self._look_for_a_plateau(step, loss, state)
         if state is not before:
             self.rooms.record.steer(step, self.config, before, self.config, state)
         return state, self
@@ -327,7 +334,7 @@ class AfterSwitch:
             if step % _FOLDED_EVERY == 0:
                 self._losses.fold()
             interval = self._copies_every(step)
-            if self.config.decay_phase_stat is None:
+            if self.config.decay_phase_stat is None and self.config.cooldown != "auto":
                 self.busy_at = min(step + n - step % n for n in (BLOCK, interval, _FOLDED_EVERY))
             look = step % BLOCK == 0 or (rollback.able and step % interval == 0)
             return reader.follow(step, loss, look=look)
@@ -384,6 +391,18 @@ class AfterSwitch:
             rooms.log.warn("overfitting", step, overfitting_message(state, *found, None if restored is None else restored.step))
         return state
 
+    def _look_for_a_plateau(self, step: int, loss: float | Tensor, state: State) -> State:
+        """The state of a run whose loss may have stopped improving by `step`."""
+        if state.settled or phase_at(self.config, state, step - 1) != "stable":
+            return state
+        if self._plateau is None or self._plateau.peak != peak_lrs(state)[0]:  # at another LR the loss falls, or rises, anew
+            self._plateau = Plateau(self.rooms.ranks, peak_lrs(state)[0])
+        self._plateau.append(loss)
+        warmup = _switch(state).step - self.config.warmup_origin
+        if not self._plateau.is_due(warmup):
+            return state
+        return replace(state, settled=self._plateau.settled(warmup, state.start_loss, self.config.confidence))
+
     def _end_epoch(self, state: State) -> State:
         loss_sum, count = self.rooms.ranks.sum((self._epoch or LossHistory()).total()).tolist()
         self._epoch = None
@@ -391,7 +410,8 @@ class AfterSwitch:
 
     def state_dict(self) -> dict[str, Any]:
         epoch = None if self._epoch is None else self._epoch.state_dict()
-        return {"losses": self._losses.state_dict(), "epoch": epoch}
+        plateau = {} if self._plateau is None else {"plateau": self._plateau.state_dict()}
+        return {"losses": self._losses.state_dict(), "epoch": epoch, **plateau}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._losses, saved = LossHistory(_POINTS), LossHistory.from_state_dict(state["losses"])
@@ -401,6 +421,10 @@ class AfterSwitch:
             for loss in saved.staged.tolist():
                 self._losses.append(loss)
         self._epoch = None if state["epoch"] is None else LossHistory.from_state_dict(state["epoch"])
+        self._plateau = None
+        if (plateau := state.get("plateau")) is not None:
+            self._plateau = Plateau(self.rooms.ranks, plateau["peak"])
+            self._plateau.load_state_dict(plateau)
 
 
 Stage: TypeAlias = "WarmUp | AfterSwitch"

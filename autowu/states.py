@@ -24,11 +24,17 @@ OLDEST: Final = 4
 _FIXED: Final[dict[str, Any]] = {
     "min_rise": 0.0,
     "warmup_origin": 0,
+    "cooldown": None,
     "replanned_at": None,
     "replanned_progress": 0.0,
     **dict.fromkeys(BUDGETS),
 }
 """What the configurations of version 6 have besides, of a run whose end is fixed, and where the minimum alone counts."""
+_LATER: Final[Mapping[str, Mapping[str, Any]]] = {
+    "config": {"cooldown": None},
+    "state": {"start_loss": None, "settled": False, "batch": None, "batch_factor": 1.0},
+}
+"""What the first states of version 6 have not, and what it is in their runs."""
 _NO_BUDGET: Final[dict[str, Any]] = {"used": 0.0, "own": 0.0, "over": False, "given": None, "recent": []}
 
 
@@ -58,6 +64,7 @@ def readable(state: Any, name: str, *groups: int) -> Mapping[str, Any]:
         except Exception as error:
             raise _damaged(error) from None
     state = {"held_out": None, **state}  # which no run kept before it had any
+    state = {**state, **{name: {**more, **state[name]} for name, more in _LATER.items() if isinstance(state.get(name), Mapping)}}
     check_state(path, state)
     counts = group_counts(state)
     if groups and len(counts) != len(groups):

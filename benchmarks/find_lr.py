@@ -74,7 +74,7 @@ def ours(case: Case, task: Task, seed: int) -> dict[str, Any]:
 def lightnings(case: Case, task: Task, seed: int) -> dict[str, Any]:
     """What Lightning's tuner suggests; its default where it says that there is nothing to suggest."""
     import lightning
-    from lightning.pytorch.tuner import Tuner
+    from lightning.pytorch.tuner.tuning import Tuner
 
     torch.manual_seed(seed)
 

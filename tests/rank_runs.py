@@ -253,6 +253,20 @@ def budget_of_seconds(rank, size):
     return result(scheduler, lrs, seconds=ended, steps=scheduler.config.total_steps)
 
 
+def settles(rank, size):
+    """The end is open until the mean of the losses rests, each of which drifts; from a state that was saved in between."""
+    losses, steps = curve(rank), np.arange(STEPS)
+    rests = 1.5 + 0.5 * rank + (0.002 if rank else -0.002) * (steps - 200) + losses
+    losses = np.where(steps < 200, losses, rests - np.abs(steps / LOWEST - 1) - 1 - 0.5 * rank)
+    arguments = {"total_steps": None, "immediate_cooldown": False, "cooldown": "auto", "cooldown_fraction": 0.2}
+    scheduler = scheduler_of(**arguments, max_warmup_steps=200)
+    lrs, _ = run(scheduler, losses[:350].tolist())
+    again = scheduler_of(**arguments)
+    again.load_state_dict(scheduler.state_dict())
+    after, _ = run(again, losses[350:].tolist())
+    return result(again, lrs + after, events=told(again), start=again.config.cooldown_start)
+
+
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 48), nn.LayerNorm(48), nn.ReLU(), nn.Linear(48, 10))
@@ -355,6 +369,7 @@ CASES = {
     "asked_on_one_rank": asked_on_one_rank,
     "budget_of_tokens": budget_of_tokens,
     "budget_of_seconds": budget_of_seconds,
+    "settles": settles,
     "ddp": ddp,
     "fsdp2": fsdp2,
 }

@@ -283,7 +283,7 @@ def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    first, accumulation, resumption = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    first, accumulation, resumption, timed = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names = {"model": network(), "loader": DataLoader(data(), 90)}
     exec(first, names)
     assert names["autowu"].switch.by_test
@@ -296,6 +296,10 @@ def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
     exec(resumption, names)
     assert names["autowu"].switch == names["uncut"] is not None
     assert names["autowu"].phase == "done"
+    names |= {"accelerator": Accelerator(cpu=True), "new_model": network()}
+    exec(timed.replace("3600", "2"), names)
+    assert (names["autowu"].phase, names["autowu"].progress) == ("done", 1.0)
+    assert names["optimizer"].param_groups[0]["lr"] < 0.1 * names["autowu"].switch.lr
 
 
 def assert_learned(done):

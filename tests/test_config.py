@@ -83,6 +83,7 @@ WRONG = {
     "total_tokens": [0, 1e9, "1e9"],
     "total_seconds": [0, -1, math.nan, math.inf, "1 h", True],
     "immediate_cooldown": [1, "yes", None],
+    "cooldown": ["plateau", True, 0.5],
     "cooldown_type": ["quadratic", None],
     "cooldown_fraction": [0, 1, math.nan, "half"],
     "min_lr": [0, -1e-3, math.inf, "low", True, 10**400],

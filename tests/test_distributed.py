@@ -94,6 +94,14 @@ def test_a_cooldown_that_one_rank_was_asked_for_begins_on_all_one_step_later(ran
         assert run["collectives"] == [2] + [1] * 49 + [0] * (STEPS - 451)
 
 
+def test_a_loss_that_rests_in_the_mean_of_the_ranks_ends_the_run_on_all_of_them_at_the_same_step(ranks):
+    first, second = (rank["settles"] for rank in ranks)
+    assert first["lrs"] == second["lrs"]
+    assert first["events"] == second["events"] == [["switch", first["switch"]["step"], False], ["cooldown", first["start"], False]]
+    assert first["switch"]["step"] + 100 < first["start"] < 450
+    assert first["lrs"][-1] < 0.05 * first["switch"]["lr"]
+
+
 def test_a_budget_is_that_of_all_ranks_together(ranks):
     for rank in ranks:
         run = rank["budget_of_tokens"]

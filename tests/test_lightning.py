@@ -406,15 +406,16 @@ def run_rank(folder):
 def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names = {"model": network(), "train_loader": DataLoader(TensorDataset(*digits()), 90)}
     for block in blocks:
-        exec(block, names)
+        exec(block.replace("total_seconds=3600", "total_seconds=2"), names)
         names["model"] = network()
     first, resumed = names["classifier"], names["resumed"]
     assert first.lr_schedulers().switch.by_test
     assert resumed.lr_schedulers().switch == first.lr_schedulers().switch
     assert_same_weights(resumed, first)
+    assert (names["timed"].autowu.phase, names["timed"].autowu.progress) == ("done", 1.0)
     for name in ("monitored", "manual"):
         assert names[name].lr_schedulers().switch == first.lr_schedulers().switch
     assert list(tmp_path.glob("logs/**/metrics.csv"))

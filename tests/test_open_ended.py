@@ -331,6 +331,16 @@ def test_an_extension_is_what_loading_the_state_into_a_longer_run_is(arguments, 
     assert sorted(event.kind for event in scheduler.events) == ["extended", "switch"]
 
 
+def test_from_the_checkpoint_where_the_cooldown_began_a_run_goes_on_as_if_it_had_been_longer_from_the_start():
+    longer, first = (scheduler_of(total_steps=steps, cooldown_fraction=0.4) for steps in (500, 250))
+    lrs = train(first, 150)
+    kept = resumed(first)
+    train(first, 230)
+    assert (kept.phase, first.phase) == ("cooldown", "cooldown")
+    kept.extend(total_steps=500)
+    assert lrs + train(kept, 510) == train(longer, 510)
+
+
 def test_an_end_can_be_opened_and_an_open_one_given_a_step():
     scheduler = scheduler_of(total_steps=150, cooldown_fraction=0.4)
     train(scheduler, 120)

@@ -888,3 +888,98 @@ def test_each_room_imports_rooms_below_it_only():
         assert set(names.split()) < set(order[: order.index(room)]) | {room}
         used = {name for name in modules_used(f"autowu.training.{room}") if name.startswith("autowu.training.")}
         assert used == {f"autowu.training.{name}" for name in names.split()}
+
+
+# Ends that are not known in epochs
+
+
+def test_a_first_ctrl_c_may_ask_for_a_cooldown_and_the_next_stops():
+    with StopSignals(ALONE, first_cools=True) as signals:
+        assert (signals.asked(), signals.cools()) == (0, False)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # by a launcher, which hands it on
+        assert (signals.asked(), signals.cools(), signals.cools()) == (0, True, False)
+        signals._cools_since -= 2
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (signals.asked(), signals.cools()) == (signal.SIGINT, False)
+        signals._came_at -= 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with StopSignals(ALONE, first_cools=True) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (signals.asked(), signals.cools()) == (signal.SIGTERM, False)
+
+
+class CtrlC(NullConsole):
+    """Has Ctrl-C pressed at these steps."""
+
+    def __init__(self, *at):
+        self.at, self.steps = at, 0
+
+    def step(self, epoch, lr, phase, probability=None):
+        self.steps += 1
+        if self.steps in self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted(path, *options, at=(), cut=None):
+    """A run with Ctrl-C at these steps: where it stands, its parts, the rows of its epochs."""
+    config = configured(path, "--epochs", "12", *options)
+    parts, loaders = made(config)
+    rows = []
+
+    class Kept(NullRecorder):
+        def epoch(self, steps, row):
+            rows.append((len(steps), row))
+
+    loop = looped(config, parts, loaders, recorder=Kept(), console=CtrlC(*at))
+    progress = loop.checkpoints.load_newest() if config.resume else Progress()
+    with StopSignals(ALONE, config.cooldown_on_interrupt is not None) as signals:
+        loop = replace(loop, signals=signals)
+        return loop.train(progress), parts, rows
+
+
+def test_ctrl_c_cools_down_and_the_run_ends_within_an_epoch_with_a_test_and_a_checkpoint(tmp_path):
+    progress, parts, rows = interrupted(tmp_path, "--cooldown-on-interrupt", "17", at=(25,))
+    assert parts.autowu.should_stop
+    assert parts.autowu.last_epoch == 26 + 17
+    assert [steps for steps, _ in rows] == [10, 10, 10, 10, 3]
+    assert progress.epochs == 5
+    assert math.isfinite(rows[-1][1]["test_loss"])
+    again, resumed, more = interrupted(tmp_path, "--cooldown-on-interrupt", "17", "--resume")
+    assert (again.epochs, more) == (5, [])
+    assert_same_weights(resumed.model, parts.model)
+
+
+def test_a_run_of_minutes_ends_at_its_smallest_lr_in_whatever_epoch(tmp_path):
+    progress, parts, rows = interrupted(tmp_path, "--max-time", "0.03")
+    assert parts.autowu.should_stop
+    assert parts.autowu.progress == 1.0
+    assert progress.epochs == len(rows)
+    assert 0.5 < progress.elapsed < 6
+    assert parts.lr < 0.5 * parts.autowu.switch.lr
+
+
+def test_a_run_may_end_where_its_loss_rests(tmp_path):
+    config = configured(tmp_path, "--stop-at-plateau", "--epochs", "9")
+    parts, _ = made(config)
+    assert parts.autowu.config.cooldown == "auto"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--max-time", "0"), "--max-time 0.0: must be above 0"),
+        (("--max-time", "nan"), "--max-time nan: must be above 0"),
+        (("--cooldown-on-interrupt", "0"), "--cooldown-on-interrupt 0: must be at least 1"),
+        (("--max-time", "5", "--sched", "cosine"), "--max-time: does not go with --sched cosine"),
+        (("--stop-at-plateau", "--sched", "poly"), "--stop-at-plateau: does not go with --sched poly"),
+        (
+            ("--cooldown-on-interrupt", "9", "--cooldown-fraction", "0.1", "0.2"),
+            "--cooldown-on-interrupt: does not go with several values of --cooldown-fraction",
+        ),
+    ],
+)
+def test_ends_that_cannot_be_are_named(tmp_path, options, said):
+    with pytest.raises(UsageError, match=said):
+        configured(tmp_path, *options)

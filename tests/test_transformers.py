@@ -402,8 +402,8 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "transformers.md"
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
 def test_the_page_works_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(SNIPPETS) == 5
-    usage, options, own, others, resume = SNIPPETS
+    assert len(SNIPPETS) == 6
+    usage, options, own, timed, others, resume = SNIPPETS
     names = {"model": gpt2(), "train_dataset": DATA}
 
     exec(usage, names)
@@ -422,6 +422,13 @@ def test_the_page_works_as_it_stands(tmp_path, monkeypatch):
     names["trainer"].train()
     assert names["scheduler"].phase == "done"
     assert len(seen(names["scheduler"])) == names["scheduler"].switch.step
+
+    names["model"] = gpt2()
+    exec(timed.replace("3600", "3"), names)
+    scheduler = names["trainer"].lr_scheduler
+    assert (scheduler.phase, scheduler.progress) == ("done", 1.0)
+    assert names["trainer"].state.global_step == scheduler.last_epoch
+    assert scheduler.lr_at(scheduler.last_epoch) < 0.2 * scheduler.switch.lr
 
     exec(others, names)
     names["trainer"].train()

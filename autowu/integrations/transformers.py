@@ -6,20 +6,30 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from autowu.integrations.trackers import values
 from autowu.scheduler import AutoWU
 
-__all__ = ["AutoWUMixin", "AutoWUTrainer"]
+__all__ = ["AutoWUMixin", "AutoWUTrainer", "StopWhenDone"]
+
+
+class StopWhenDone(TrainerCallback):  # type: ignore[misc]
+    """Has a Trainer stop where its AutoWU says that the run is over."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> Any:
+        """After a step of the scheduler."""
+        control.should_training_stop |= bool(getattr(parts.get("lr_scheduler"), "should_stop", False))
+        return control
 
 
 class AutoWUMixin:
     """Gives a Trainer an :class:`~autowu.scheduler.AutoWU` over all its steps, and the loss of every optimizer step.
 
     AutoWU is given the Trainer's model, so that a warm-up that went too far is undone whole, batch-norm statistics and all;
-    ``lr_scheduler_kwargs={"model": None}`` leaves it out. Its other arguments, all but the length of the run, are
-    ``TrainingArguments(lr_scheduler_kwargs={...})``. Its phase, P(minimum past) and events are in the Trainer's log. Of the other
+    ``lr_scheduler_kwargs={"model": None}`` leaves it out. Its other arguments are ``TrainingArguments(lr_scheduler_kwargs={...})``;
+    ``total_seconds`` among them takes the place of the Trainer's steps, and so does ``total_steps=None``, an open end. The Trainer
+    stops where AutoWU ends the run. Its phase, P(minimum past) and events are in the Trainer's log. Of the other
     arguments ``learning_rate`` gives no peak (AutoWU finds it), only the LR to go on with if no loss curve could be fitted;
     ``lr_scheduler_type`` and the warm-up arguments have no effect.
 
@@ -39,6 +49,8 @@ class AutoWUMixin:
     _created_lr_scheduler: bool
     state: Any
     _loss_of_step: Any = 0.0
+    add_callback: Any
+    remove_callback: Any
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
         """Build the AutoWU of a run of `num_training_steps` optimizer steps, unless the Trainer was given a scheduler.
@@ -53,8 +65,13 @@ class AutoWUMixin:
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
             kwargs = {"model": self.model} | (self.args.lr_scheduler_kwargs or {})
-            self.lr_scheduler = AutoWU(optimizer, total_steps=num_training_steps, **kwargs)
+            if "total_seconds" not in kwargs:
+                kwargs = {"total_steps": num_training_steps} | kwargs
+            self.lr_scheduler = AutoWU(optimizer, **kwargs)
             self._created_lr_scheduler = True
+        if isinstance(self.lr_scheduler, AutoWU):
+            self.remove_callback(StopWhenDone)
+            self.add_callback(StopWhenDone)
         return self.lr_scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -19,6 +19,7 @@ from autowu.training.recipes import read_config, read_recipe
 __all__ = ["RunError", "TrainConfig", "UsageError", "parse_args", "unknown_name"]
 
 _OF_AUTOWU = ("min_lr", "max_lr", "max_warmup_fraction", "cooldown_type", "cooldown_fraction")
+_ENDS = ("max_time", "stop_at_plateau", "cooldown_on_interrupt")
 _BELONGS_TO = {"opt_kwargs": "opt", "model_kwargs": "model", "drop_path": "model"} | dict.fromkeys(_OF_AUTOWU, "sched")
 """Fields that mean something beside the value of another one only: where that is overridden, they go."""
 
@@ -89,6 +90,9 @@ class TrainConfig:
     cooldown_type: str | None
     cooldown_fraction: float | list[float] | None
     epochs: int
+    max_time: float | None
+    stop_at_plateau: bool
+    cooldown_on_interrupt: int | None
     batch_size: int
     global_batch_size: int | None
     grad_accum: int
@@ -118,6 +122,11 @@ class TrainConfig:
     log_layers: int | None
     eval: Path | None
     dry_run: bool
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether AutoWU may end the run within an epoch."""
+        return self.max_time is not None or self.stop_at_plateau or self.cooldown_on_interrupt is not None
 
     @property
     def step_size(self) -> int:
@@ -189,6 +198,10 @@ def _check(config: TrainConfig) -> None:
         for name in _OF_AUTOWU:
             if getattr(config, name) is not None:
                 raise UsageError(f"{option_of(name)}: goes with AutoWU, not with --sched {config.sched}")
+    for name in _ENDS if config.ends_early else ():
+        other = f"--sched {config.sched}" if config.sched in ("cosine", "poly") else "several values of --cooldown-fraction"
+        if getattr(config, name) and (config.sched in ("cosine", "poly") or isinstance(config.cooldown_fraction, list)):
+            raise UsageError(f"{option_of(name)}: does not go with {other}")
     if isinstance(config.cooldown_fraction, list):
         for value in config.cooldown_fraction:
             if not 0 < value < 1:

@@ -26,9 +26,10 @@ def headline(config: TrainConfig, process: Process, model: nn.Module, steps_per_
     """What is trained, on what, and for how long, in a line."""
     parameters = sum(p.numel() for p in model.parameters())
     data = config.data_dir if config.dataset == "folder" else config.dataset
+    epochs = f"{config.epochs} epochs" if config.max_time is None else f"{config.max_time:g} minutes, in epochs"
     return (
         f"{config.model} ({parameters:,} parameters) on {data}, {config.opt} with {config.sched}: "
-        f"{config.epochs} epochs of {steps_per_epoch} steps of "
+        f"{epochs} of {steps_per_epoch} steps of "
         f"{config.step_size * process.world_size} images on {process.world_size} x {process.device.type}"
     )
 
@@ -64,8 +65,8 @@ class Console(NullConsole):
     """
 
     def __init__(self, config: TrainConfig, process: Process, model: nn.Module, steps_per_epoch: int, done: int) -> None:
-        self._epochs = config.epochs
-        self._total = config.epochs * steps_per_epoch
+        self._of = f"/{config.epochs}" if config.max_time is None else ""
+        self._total = config.epochs * steps_per_epoch if config.max_time is None else None
         self._done = done
         self._images = config.step_size * process.world_size
         self._begin = headline(config, process, model, steps_per_epoch)
@@ -116,12 +117,15 @@ class Console(NullConsole):
         elif now - self._plain_at >= _PLAIN_S:
             self._plain_at = now
             done = self._done + self._taken
+            if self._total is None:
+                self.say(f"step {done}, {where}")
+                return
             left = datetime.timedelta(seconds=round((self._total - done) * (now - self._began) / self._taken))
             self.say(f"step {done}/{self._total}, {where}, {left} left")
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         self.say(
-            f"epoch {row['epoch']:3d}/{self._epochs}  LR {row['lr']:9.3g} {row['phase']:8s}  train loss {row['train_loss']:7.4f}  "
+            f"epoch {row['epoch']:3d}{self._of}  LR {row['lr']:9.3g} {row['phase']:8s}  train loss {row['train_loss']:7.4f}  "
             f"test loss {row['test_loss']:7.4f}  test accuracy {row['test_accuracy']:7.2%}"
         )
         if math.isnan(row["train_loss"]) and not self._said_lost:

@@ -24,7 +24,7 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
         ("epochs", "batch_size", "global_batch_size", "grad_accum", "img_size", "log_layers", "recount", "num_classes"),
         (1, _LARGEST_COUNT),
     ),
-    **dict.fromkeys(("checkpoint_steps", "checkpoint_hist"), (1, _LARGEST_COUNT)),
+    **dict.fromkeys(("checkpoint_steps", "checkpoint_hist", "cooldown_on_interrupt"), (1, _LARGEST_COUNT)),
     **dict.fromkeys(("workers", "aug_repeats"), (0, _MANY)),
     **dict.fromkeys(
         ("label_smoothing", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "drop_path", "model_ema_decay"), _SHARE
@@ -59,6 +59,6 @@ def check_numbers(fields: Mapping[str, Any]) -> None:
         raise UsageError(f"--momentum {momentum}: must be {'below 1' if momentum >= 1 else 'at least 0'}")
     if fields["layer_decay"] is not None and not 0 < fields["layer_decay"] <= 1:
         raise UsageError(f"--layer-decay {fields['layer_decay']}: must be above 0 and at most 1")
-    for name in ("lr", "checkpoint_minutes"):
+    for name in ("lr", "checkpoint_minutes", "max_time"):
         if fields[name] is not None and not 0 < fields[name] <= _LARGEST_FLOAT:
             raise UsageError(f"{option_of(name)} {fields[name]}: must be above 0 and finite in float32")

@@ -42,7 +42,7 @@ class Loop:
         Raises:
             Stopped: if a signal asks for it. A checkpoint of all steps is saved.
         """
-        while progress.epochs < self.config.epochs:
+        while not self.is_over(progress):
             started = time.perf_counter()
             steps = self.train_epoch(progress)
             images = steps.taken * self.config.step_size * self.process.world_size
@@ -57,12 +57,27 @@ class Loop:
             self.recorder.epoch(rows, row)
             self.checkpoints.save(progress)
             self.console.epoch(row)
-            if progress.epochs < self.config.epochs and (number := self.signals.asked()) > SAVE:
+            if not self.is_over(progress) and (number := self.asked()) > SAVE:
                 raise Stopped(number)
         return progress
 
+    def is_over(self, progress: Progress) -> bool:
+        """Whether all epochs are done, or AutoWU has ended the run."""
+        return self.has_ended() or (self.config.max_time is None and progress.epochs >= self.config.epochs)
+
+    def has_ended(self) -> bool:
+        """Whether AutoWU has ended the run, in whatever epoch."""
+        return self.config.ends_early and self.parts.autowu is not None and self.parts.autowu.should_stop
+
+    def asked(self, save: bool = False) -> int:
+        """The signal that has come, as :meth:`StopSignals.asked` says it; a first Ctrl-C may ask for a cooldown."""
+        number = self.signals.asked(save)
+        if self.signals.cools() and self.parts.autowu is not None:
+            self.parts.autowu.start_cooldown(self.config.cooldown_on_interrupt)
+        return number
+
     def train_epoch(self, progress: Progress) -> EpochSteps:
-        """Train the epoch that comes next, or the rest of it."""
+        """Train the epoch that comes next, or the rest of it, or as much of it as the run has."""
         epoch, begun, parts = progress.epochs, progress.begun, self.parts
         started = time.perf_counter()
         seed_epoch(self.config.seed, epoch, self.process)
@@ -84,6 +99,8 @@ class Loop:
             steps.add(lr, phase, loss, probability)
             self.console.step(epoch, lr, phase, probability)
             self.checkpoints.save_branches(progress, steps)
+            if self.has_ended():
+                break
             if not steps.is_complete:
                 elapsed = progress.elapsed + time.perf_counter() - started
                 self.between_steps(replace(progress, elapsed=elapsed), steps)
@@ -91,7 +108,7 @@ class Loop:
 
     def between_steps(self, progress: Progress, steps: EpochSteps) -> None:
         """Save a checkpoint where one is due, or a signal asks for the end: then Stopped is raised."""
-        asked = self.signals.asked(save=self.checkpoints.is_time())
+        asked = self.asked(save=self.checkpoints.is_time())
         if asked or self.checkpoints.is_step(steps.step):
             self.recorder.pause()
             self.checkpoints.save_within(progress, steps)

@@ -111,11 +111,16 @@ def build_scheduler(
     for name in ("cooldown_type", "cooldown_fraction", "max_warmup_fraction", "min_lr", "max_lr"):
         if (value := getattr(config, name)) is not None:
             options[name] = value
+    if config.stop_at_plateau:
+        options["cooldown"] = "auto"
+    length: dict[str, Any] = {"steps_per_epoch": steps_per_epoch, "total_epochs": config.epochs}
+    if config.max_time is not None:
+        length = {"total_seconds": 60 * config.max_time}
     make = AutoWU.paper if config.sched == "paper" else AutoWU
     if config.sched != "paper":
         options |= {"model": model, "on_rollback": on_rollback}
     try:
-        return make(optimizer, steps_per_epoch, config.epochs, **options)
+        return make(optimizer, **length, **options)
     except (TypeError, ValueError, ImportError) as error:
         raise UsageError(f"--sched {config.sched}: {error}") from None
 

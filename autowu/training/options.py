@@ -243,6 +243,19 @@ def _learning_rate(group: _Group) -> None:
 def _batch(group: _Group) -> None:
     group.add_argument("--epochs", type=int, default=30, help="epochs")
     group.add_argument(
+        "--max-time",
+        type=float,
+        metavar="M",
+        help="train for M minutes, tests included, in place of --epochs; the LR decays by then",
+    )
+    _flag(group, "stop-at-plateau", "cool down, and end, as soon as the training loss has stopped improving")
+    group.add_argument(
+        "--cooldown-on-interrupt",
+        type=int,
+        metavar="N",
+        help="let a first Ctrl-C cool down for N steps, and end the run; a second saves and stops (default: the first does)",
+    )
+    group.add_argument(
         "--batch-size", "-b", type=int, help="images per process and forward pass (default: 64, or by --global-batch-size)"
     )
     group.add_argument("--global-batch-size", type=int, help="images per optimizer step, over all processes and --grad-accum")

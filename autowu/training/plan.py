@@ -53,7 +53,8 @@ def without_training(config: TrainConfig, process: Process, data: Data) -> dict[
 def plan(config: TrainConfig, process: Process, parts: Parts, data: Data, steps_per_epoch: int) -> Iterator[str]:
     """The lines of a plan. The optimizer takes a step with gradients of 0, to learn what it keeps: `parts` train no longer."""
     images = steps_per_epoch * config.step_size * process.world_size
-    yield f"  {config.epochs * steps_per_epoch} steps; {images} of {data.num_train} images an epoch"
+    steps = f"{config.epochs * steps_per_epoch} steps" if config.max_time is None else f"{config.max_time:g} minutes"
+    yield f"  {steps}; {images} of {data.num_train} images an epoch"
     if parts.autowu is not None:
         yield from _schedule(parts.autowu, process)
     model = sum(t.nbytes for t in [*parts.model.parameters(), *parts.model.buffers()])
@@ -71,8 +72,10 @@ def plan(config: TrainConfig, process: Process, parts: Parts, data: Data, steps_
 def _schedule(scheduler: AutoWU, process: Process) -> Iterator[str]:
     config = scheduler.config
     total, start = config.total_steps, config.cooldown_start
-    assert total is not None  # open is a run without epochs only
-    assert start is not None
+    if total is None or start is None:  # of a run of so many minutes the steps are not known yet
+        yield f"  warm-up from LR {config.min_lr:.4g} towards {config.max_lr:.4g}"
+        yield f"  cooldown ({config.cooldown_type}) over the last {config.cooldown_fraction:.0%} of the time"
+        return
     share = config.warmup_limit / total
     yield (
         f"  warm-up from LR {config.min_lr:.4g} towards {config.max_lr:.4g}, which step {config.warmup_steps} would have; "

@@ -63,7 +63,7 @@ def summarize(
         "minimum_step": None if switch is None else switch.minimum,
         "switch_by_test": None if switch is None else switch.by_test,
         "peak_lr": switch.lr if switch else max(float(lr) for lr in parts.scheduler.base_lrs),
-        "total_steps": config.epochs * steps_per_epoch,
+        "total_steps": parts.scheduler.last_epoch if config.ends_early else config.epochs * steps_per_epoch,
         "wall_s": round(wall_s, 2),
         "train_s": round(progress.elapsed, 2),
         "model": config.model,

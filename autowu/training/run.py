@@ -52,7 +52,7 @@ def train_run(
         recorder = Recorder(folder, progress, steps_per_epoch, config.log_layers, trunk, config.log_tensorboard, config)
         console = Console(config, process, parts.model, steps_per_epoch, progress.steps(steps_per_epoch))
     with recorder:
-        with console, StopSignals(process) as signals:
+        with console, StopSignals(process, config.cooldown_on_interrupt is not None) as signals:
             progress = Loop(config, process, parts, loaders, checkpoints, recorder, console, signals).train(progress)
         wall_s = time.perf_counter() - started
         summary = summarize(config, process, parts, steps_per_epoch, progress, wall_s)

@@ -36,10 +36,15 @@ class StopSignals:
 
     Args:
         process: this process among those that stop together.
+        first_cools: whether the first Ctrl-C asks for a cooldown only; the next ones count as the first and second then.
     """
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, first_cools: bool = False) -> None:
         self._process = process
+        self._first_cools = first_cools
+        self._cools_since: float | None = None  # when that Ctrl-C came
+        self._to_cool = False  # it was heard by all, and is still to be followed
+        self._cooled = False
         self._came = 0
         self._came_at = 0.0
         self._before: dict[int, Any] = {}
@@ -65,10 +70,12 @@ class StopSignals:
         In a group the answer is that to the last call: it has arrived, so that none waits for the slowest.
         """
         own = self._came or (SAVE if save else 0)
+        cools = self._cools_since is not None
         if self._process.world_size == 1:
+            self._to_cool = cools
             return own
         last = self._received()
-        value = torch.tensor(own)
+        value = torch.tensor([own, int(cools)])
         self._answer = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True), value
         if last > SAVE:
             self._received()
@@ -79,10 +86,22 @@ class StopSignals:
             return 0
         (work, value), self._answer = self._answer, None
         work.wait()
-        return int(value)
+        number, cools = value.tolist()
+        self._to_cool = bool(cools)
+        return int(number)
+
+    def cools(self) -> bool:
+        """Whether the first Ctrl-C asks for a cooldown, by the answer to the last call of :meth:`asked`; once only."""
+        now, self._cooled = self._to_cool and not self._cooled, self._cooled or self._to_cool
+        return now
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        if self._first_cools and number == signal.SIGINT and not self._came:
+            first = self._cools_since is None
+            self._cools_since = now if self._cools_since is None else self._cools_since
+            if first or now - self._cools_since <= _ESCALATION_S:
+                return
         if self._came and number == signal.SIGINT and now - self._came_at > _ESCALATION_S:
             raise KeyboardInterrupt
         if not self._came:
