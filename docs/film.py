@@ -26,7 +26,7 @@ STEPS = 600
 AFTER = (1, 12, 24, 36)
 """Steps after the switch at which there is a frame."""
 BLUE, GREEN, RED, GREY = "#0072B2", "#009E73", "#D55E00", "0.35"
-COLORS = 32
+COLORS = 128
 BAND = 1.96
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -76,7 +76,6 @@ def draw(report: Report, panels: Sequence[Axes], last: Report) -> None:
         if switch is not None and switch.minimum is not None:
             axes.axvline(switch.minimum, color=GREEN, linestyle="--", linewidth=1.5, label="minimum")
             axes.axvline(switch.step, color=RED, linewidth=1.5, label="switch")
-    loss_axes.legend(loc="lower left", fontsize=9)
     loss_axes.set_title(caption(report), fontsize=11)
 
 
@@ -92,7 +91,9 @@ def caption(report: Report) -> str:
 def frame(report: Report, last: Report) -> Image.Image:
     figure = Figure(figsize=(6.4, 4.6), dpi=100)
     figure.subplots_adjust(left=0.1, right=0.98, bottom=0.11, top=0.94, hspace=0.13)
-    draw(report, figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1.2)), last)
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1.2))
+    draw(report, panels, last)
+    panels[0].legend(loc="lower left", fontsize=9)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -121,6 +122,7 @@ def still(kept: Sequence[Report], path: Path) -> None:
     for report, part in zip((before[len(before) // 3], near, voted, kept[-1]), figure.subfigures(1, 4), strict=True):
         draw(report, part.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1.2)), kept[-1])
         part.axes[0].set_title(caption(report), fontsize=9)
+    figure.subfigs[0].axes[0].legend(loc="lower left", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -73,8 +73,21 @@ def never() -> Runs:
 
 
 def at_once() -> Runs:
-    """Pixels of 0 to 255 that were not scaled: a search that begins where training comes apart, and that of the default range."""
-    return {"min_lr=0.01": digits_run(scale=255.0, min_lr=0.01), "the default range": digits_run(scale=255.0)}
+    """A regression whose inputs were not scaled: already the lowest LR of the search is too high."""
+    return {"pixels of 0 to 255": regression(255.0), "pixels of 0 to 1": regression(1.0)}
+
+
+def regression(scale: float) -> AutoWU:
+    """A linear model of the lower half of each digit, given the upper."""
+    torch.manual_seed(0)
+    pixels = torch.tensor(load_digits().data / 16, dtype=torch.float32)
+    inputs, targets = scale * pixels[:, :32], pixels[:, 32:]
+    model = nn.Linear(32, 32)
+    scheduler = AutoWU(sgd(model.parameters()), total_steps=STEPS, model=model)
+    for _ in range(STEPS):
+        batch = torch.randint(len(inputs), (64,))
+        advance(scheduler, functional.mse_loss(model(inputs[batch]), targets[batch]))
+    return scheduler
 
 
 def jump() -> Runs:
@@ -84,7 +97,7 @@ def jump() -> Runs:
 
 def too_low() -> Runs:
     """Weights that are trained already: the loss can fall by little, and rises early."""
-    return {"trained weights": trained_run(), "min_lr=0.05": trained_run(min_lr=0.05)}
+    return {"trained weights": trained_run(), "peak_factor=1": trained_run(peak_factor=1.0)}
 
 
 def trained_run(**arguments: Any) -> AutoWU:
@@ -183,12 +196,13 @@ def draw(runs: Runs) -> Figure:
 
 
 def words(runs: Runs) -> dict[str, str]:
-    """Cells of a table: the switch, its LR, the mean of the last 50 losses, events other than the switch."""
+    """Cells of a table: the switch, its LR, the mean loss of the last 50 steps, events other than the switch."""
     found = {}
     for name, scheduler in runs.items():
         switch, kinds = scheduler.switch, sorted({event.kind for event in scheduler.events} - {"switch"})
         assert switch is not None
-        end = Report.of(scheduler.state_dict()).losses[-50:].mean()
+        report = Report.of(scheduler.state_dict())
+        end = report.losses[report.loss_steps >= report.step - 50].mean()
         where = f"step {switch.step}{'' if switch.by_test else ', not by test'} | {switch.lr:.2g} | {end:.2g}"
         found[name] = f"{where} | {', '.join(f'`{kind}`' for kind in kinds)}"
     return found
