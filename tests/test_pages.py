@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 
@@ -178,6 +179,13 @@ def test_the_pages_build_as_a_site_without_a_warning(tmp_path):
     pytest.importorskip("furo")
     pytest.importorskip("myst_nb")
     launch("-m", "sphinx", "-W", "--keep-going", "-d", tmp_path / "trees", "docs", tmp_path / "site", timeout=600)
-    site = (tmp_path / "site" / "index.html").read_text()
-    assert "how-it-works.html" in site
-    assert "autowu.AutoWU.step" in (tmp_path / "site" / "api.html").read_text()
+    site = {path.relative_to(tmp_path / "site").as_posix(): path.read_text() for path in (tmp_path / "site").rglob("*.html")}
+    assert "how-it-works.html" in site["index.html"]
+    for name in ("AutoWU.step", "AutoWU.plot", "optim.LARS.step", "plotting.draw_state"):
+        assert f'id="autowu.{name}"' in site["api.html"]
+    for page, text in site.items():
+        for link in re.findall(r'href="([^":?]+)"', text):
+            path, _, anchor = link.partition("#")
+            target = os.path.normpath(Path(page).parent / path) if path else page
+            assert (tmp_path / "site" / target).exists(), f"{page}: {link}"
+            assert not anchor or target not in site or f'id="{anchor}"' in site[target], f"{page}: {link}"
