@@ -173,6 +173,13 @@ def test_what_takes_the_place_of_another_package_trains():
 # Site
 
 
+def test_every_page_and_notebook_has_its_place_in_the_site():
+    placed = re.findall(r"^   ([\w/-]+)$", (ROOT / "docs" / "index.rst").read_text(), re.MULTILINE)
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"README"}
+    assert set(placed) == pages | {f"notebooks/{path.stem}" for path in NOTEBOOKS} | {"api"}
+    assert len(placed) == len(set(placed))
+
+
 @pytest.mark.slow
 def test_the_pages_build_as_a_site_without_a_warning(tmp_path):
     pytest.importorskip("sphinx")
