@@ -8,13 +8,13 @@ The run is that of docs/figures.py. A frame is a test; the still has four of the
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import figures
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from PIL import Image
@@ -94,9 +94,9 @@ def frame(report: Report, last: Report) -> Image.Image:
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1.2))
     draw(report, panels, last)
     panels[0].legend(loc="lower left", fontsize=9)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return Image.open(png).convert("RGB")
 
 
 def film(kept: Sequence[Report], path: Path) -> None:
@@ -119,7 +119,9 @@ def still(kept: Sequence[Report], path: Path) -> None:
     near = min(before, key=lambda report: abs(report.step - minimum))
     voted = next(report for report in before if report.tests[-1].votes)
     figure = Figure(figsize=(16, 4.6), layout="constrained")
-    for report, part in zip((before[len(before) // 3], near, voted, kept[-1]), figure.subfigures(1, 4), strict=True):
+    for report, part in zip(
+        (before[len(before) // 3], near, voted, kept[-1]), figure.subfigures(1, 4, squeeze=False)[0], strict=True
+    ):
         draw(report, part.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1.2)), kept[-1])
         part.axes[0].set_title(caption(report), fontsize=9)
     figure.subfigs[0].axes[0].legend(loc="lower left", fontsize=8)

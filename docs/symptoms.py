@@ -169,9 +169,9 @@ def bandit(told_reward: bool) -> AutoWU:
     for _ in range(STEPS):
         batch = torch.randint(len(images), (64,))
         policy = torch.distributions.Categorical(logits=model(images[batch]))
-        arm = policy.sample()
+        arm = policy.sample()  # type: ignore[no-untyped-call]
         reward = (arm == labels[batch]).float()
-        loss = -((reward - reward.mean()) * policy.log_prob(arm)).mean()
+        loss = -((reward - reward.mean()) * policy.log_prob(arm)).mean()  # type: ignore[no-untyped-call]
         advance(scheduler, loss, told=-reward.mean() if told_reward else None)
     return scheduler
 
