@@ -34,7 +34,7 @@ __all__ = [
     "summarize",
 ]
 
-FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]  # as numpy.typing has it, which is slow to import
+FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.floating[Any]]]  # as numpy.typing has it, which is slow to import
 
 GRID_SIZE = 500
 """Points on which the posterior is evaluated (Kim et al. 2021 use 500 too)."""

@@ -156,7 +156,8 @@ def bare(dist, tmp_path_factory):
                 (site / top).symlink_to(Path(distribution.locate_file(top)).resolve())
     (wheel,) = dist.glob("*.whl")
     python = folder / "bin" / "python"
-    launch("-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, cwd=folder, env=CLEAN, check=True, capture_output=True)
     return python
 
 

@@ -47,7 +47,7 @@ assert_type(optimizer.layer_stats(), list[LayerStats])
 assert_type(lr_range(optimizer), tuple[float, float])
 assert_type(LR_RANGES["sgd"], tuple[float, float])
 assert_type(sqrt_scaled_lr(0.1, batch_size=512), float)
-assert_type(__version__, str)
+version: str = __version__
 state = scheduler.state_dict()
 AutoWU(optimizer, total_steps=100, model=model).load_state_dict(state)
 figures = (scheduler.plot(), draw_state(state))
