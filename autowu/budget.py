@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-import statistics
 from collections.abc import Iterator, Mapping
 from time import monotonic
 from typing import Any, Final
+
+import numpy as np
 
 from autowu.config import Config
 from autowu.ranks import Ranks
@@ -100,7 +101,7 @@ class Budget:
     @property
     def a_step(self) -> float:
         """What a step uses: the median of the last ones; 0 as long as none has used anything."""
-        return statistics.median(self._recent) if self._recent else 0.0
+        return float(np.median(self._recent)) if self._recent else 0.0
 
     @property
     def used_now(self) -> float:

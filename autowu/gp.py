@@ -17,7 +17,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
@@ -35,7 +34,7 @@ __all__ = [
     "summarize",
 ]
 
-FloatArray = NDArray[np.floating[Any]]
+FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.floating[Any]]]  # as numpy.typing has it, which is slow to import
 
 GRID_SIZE = 500
 """Points on which the posterior is evaluated (Kim et al. 2021 use 500 too)."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -83,6 +81,9 @@ class Drawn:
 
     def _repr_html_(self) -> str:
         """For notebooks: a table of what was decided, and with matplotlib a small figure."""
+        import base64
+        import html
+
         report = self._report()
         cells = (f"<tr><th>{html.escape(what)}</th><td>{html.escape(words)}</td></tr>" for what, words in report.decided())
         table = f"<table>{''.join(cells)}</table>"

@@ -32,7 +32,9 @@ _COOLDOWNS: Final[dict[str, Callable[[float], float]]] = {
 }
 
 WARMUP_TYPES: Final = tuple(_WARMUPS)
+"""Of :func:`warmup_lr`."""
 COOLDOWN_TYPES: Final = tuple(_COOLDOWNS)
+"""Of :func:`cooldown_factor`."""
 
 
 def warmup_lr(

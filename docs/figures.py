@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # how sums are split over threads is enough to move a test's verdict
@@ -20,8 +21,8 @@ from autowu import AutoWU
 BATCH = 64
 
 
-def train(steps: int) -> AutoWU:
-    """Train; the scheduler of the run."""
+def train(steps: int, each_step: Callable[[AutoWU], object] = lambda scheduler: None) -> AutoWU:
+    """Train; the scheduler of the run, which `each_step` is shown after each of its steps."""
     torch.manual_seed(0)
     digits = load_digits()
     images = torch.tensor(digits.data / 16, dtype=torch.float32)
@@ -36,6 +37,7 @@ def train(steps: int) -> AutoWU:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         scheduler.step(loss)
+        each_step(scheduler)
     return scheduler
 
 

@@ -76,6 +76,7 @@ class AutoWUScheduler:
 
     @property
     def optimizer(self) -> Optimizer:
+        """The one whose LRs are set."""
         return self.scheduler.optimizer
 
     def step(self, epoch: int, metric: float | Tensor | None = None) -> None:

@@ -109,6 +109,7 @@ class LARS(Layerwise):
     # Groups, state and defaults have one home, the wrapped optimizer, which replaces them when it loads a state. Hosts set them.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the wrapped optimizer; groups that are set are checked and completed."""
         return self.optim.param_groups
 
     @param_groups.setter
@@ -120,6 +121,7 @@ class LARS(Layerwise):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
+        """That of the wrapped optimizer, by parameter."""
         return self.optim.state
 
     @state.setter
@@ -128,6 +130,7 @@ class LARS(Layerwise):
 
     @property
     def defaults(self) -> dict[str, Any]:
+        """Those of the wrapped optimizer, for groups that are added."""
         return self.optim.defaults
 
     @defaults.setter
