@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from autowu.checks import fraction
 from autowu.scheduler import AutoWU
 
 __all__ = ["AnytimeAverage"]
+
+_GOES_BACK: Final = ("divergence", "overfitting")
+"""Kinds of events at which a run goes back to a copy, after the switch."""
 
 
 class AnytimeAverage(AveragedModel):
@@ -55,14 +58,21 @@ class AnytimeAverage(AveragedModel):
             torch._foreach_lerp_(averaged, new, weight)
 
         super().__init__(model, multi_avg_fn=torch.no_grad()(average))
+        self._gone_back: int | None = None
 
     def update(self, model: nn.Module, scheduler: AutoWU) -> None:
         """Take in the weights of a step, after ``scheduler.step``; in a warm-up begin anew, in the cooldown stay as it is.
+
+        It begins anew, too, where the run has gone back, for what it averaged are weights that are no longer there.
 
         Args:
             model: what is trained.
             scheduler: of its run.
         """
+        gone_back = sum(event.kind in _GOES_BACK for event in scheduler.events)
+        if self._gone_back not in (None, gone_back):
+            self.n_averaged.zero_()
+        self._gone_back = gone_back
         if scheduler.phase in ("warmup", "stable"):
             self.update_parameters(model)
         if scheduler.phase == "warmup":

@@ -144,7 +144,7 @@ def divergence_message(state: State, restored: int | None) -> str:
 
 def overfitting_message(state: State, level: float, best: float, restored: int | None) -> str:
     """What is said where the held-out loss is at `level`, after a `best`; the run has `state` after that."""
-    peak = in_words([lr * state.plateau_factor for lr in peak_lrs(state)])
+    peak = in_words(peak_lrs(state))
     return f"the held-out loss was {best:.4g} and is {level:.4g}: the peak LR is now {peak}{_back_at(restored)}"
 
 

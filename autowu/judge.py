@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from autowu.config import Config
+from autowu.config import UNMEASURED, Config
 from autowu.events import EventLog
 from autowu.gp import MIN_LENGTHSCALE, ClosedFormGP, CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import GPyTorchGP, PublishedGP
@@ -54,8 +54,11 @@ class Judge:
         self._repeated = torch.tensor(0)  # losses that were left out because they repeat the one before
         self._ranks, self._log = ranks, log
 
-    def begin(self, config: Config, scale: float) -> None:
-        """Forget the curve: another begins, on an axis with as many steps less as `scale` is above 1."""
+    def begin(self, config: Config, before: Config) -> None:
+        """Forget the curve: another begins by `config`, after one by `before`."""
+        scale = before.warmup_steps / config.warmup_steps
+        if before.warmup_origin == UNMEASURED:  # the same LRs in other steps
+            scale = 1.0
         gp, ranks, log = self.gp, self._ranks, self._log
         if isinstance(gp, ClosedFormGP | GPyTorchGP):  # as long in steps, and in decades of LR
             gp.lengthscale = max(gp.lengthscale * scale, MIN_LENGTHSCALE)
@@ -141,7 +144,7 @@ class Judge:
             min_rise=config.min_rise,
             reach=1 / span if span else math.inf,  # a decade of LR
             # One that is begun anew starts near the minimum, as a linear one does.
-            waves=span > 0 and config.min_rise > 0 and config.warmup_origin == 0,
+            waves=span > 0 and config.min_rise > 0 and not state.again,
             silent=silent,
         )
         if behind and not silent:  # no loss came: neither a vote nor the end of the votes in a row

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from autowu.kin import chain
+from autowu.kin import everyone
 from autowu.live import LiveRun, is_kept, local
 from autowu.snapshot import Snapshot
 
@@ -41,7 +41,6 @@ _NOT_OURS: Final = (nn.Module, Optimizer, LRScheduler)
 """What lies in a loader's reach by chance, and is put back otherwise or not at all."""
 _FUNCTIONS: Final = (types.FunctionType, types.MethodType, functools.partial)
 """Below them no more than generators are looked for."""
-_GENERATORS: Final = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 Undo = Callable[[], object]
 
@@ -80,7 +79,7 @@ def as_it_was(
         snapshot = Snapshot(_Whole(optimizer, model), device)
         snapshot.take(0)
         stack.callback(snapshot.restore)
-        optimizers = chain(optimizer)
+        optimizers = everyone(optimizer)
         schedules = [group for each in optimizers for group in each.param_groups]
         stack.callback(_tensors(value for group in schedules for name, value in group.items() if not is_kept(name)))
         stack.callback(_contents(_Reached(optimizers, most=None).ours))
@@ -163,7 +162,7 @@ class _Reached:
             if ours and isinstance(each, _CONTAINERS):
                 self.ours.append(each)
             return list(each.values() if isinstance(each, dict) else each)
-        if not hasattr(each, "__dict__") or isinstance(each, _GENERATORS):
+        if not hasattr(each, "__dict__") or isinstance(each, random.Random):
             return []
         if ours and not isinstance(each, types.BuiltinFunctionType):
             self.ours.append(each)

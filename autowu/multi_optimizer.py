@@ -168,6 +168,8 @@ def checked(name: str, optimizers: Any) -> list[Optimizer]:
     for index, optimizer in enumerate(optimizers):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{name}[{index}]={told(optimizer)}: must be a torch.optim.Optimizer")
+        if not any(group["params"] for group in optimizer.param_groups):
+            raise ValueError(f"{name}[{index}]: has no parameters; add it when it has, or leave it out")
         if any(optimizer is before for before in optimizers[:index]):
             raise ValueError(f"{name}[{index}]: is {name}[{optimizers.index(optimizer)}] again; give each once")
         mine = {id(param): param for group in optimizer.param_groups for param in group["params"]}

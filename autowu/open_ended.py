@@ -177,7 +177,7 @@ class OpenEnded:
         """
         config = rewarmed(self.config, self._state, self.last_epoch, fraction)
         self._groups.largest = all_lrs(self.config, self._state, self.last_epoch)  # to go on with where no curve can be fitted
-        self._state = State(start_loss=self._state.start_loss, batch=self._state.batch)
+        self._state = State(start_loss=self._state.start_loss, batch=self._state.batch, again=True)
         self._stage = stage_of(config, self._state, self._rooms, self._groups.largest)
         self._plan(config)
         self._write_lrs()

@@ -166,6 +166,7 @@ class State:
         watched: whether the watch over the run goes on.
         start_loss, settled: with `cooldown="auto"` the loss that the run began at, None where it is not known, and whether the
             loss has stopped improving.
+        again: whether the warm-up was begun anew.
         batch, batch_factor: the batch size that the run was told last, None for none, and the factor on the peak LR that follows.
     """
 
@@ -178,6 +179,7 @@ class State:
     watched: bool = True
     start_loss: float | None = None
     settled: bool = False
+    again: bool = False
     batch: int | None = None
     batch_factor: float = 1.0
 
@@ -386,12 +388,13 @@ def _share(config: Config, lr: float) -> float:
 
 
 def peak_lrs(state: State) -> tuple[float, ...]:
-    """The peak LR of each optimizer, after the switch, as divergences and batch sizes have left it.
+    """The peak LR of each optimizer, after the switch, as all that lowers or raises it has left it.
 
     It is that of the parameter group with the largest LR.
     """
     assert state.switch is not None
-    return tuple(lr * SETBACK_FACTOR**state.setbacks * state.batch_factor for lr in state.switch.lrs)
+    factor = SETBACK_FACTOR**state.setbacks * state.batch_factor * state.plateau_factor
+    return tuple(lr * factor for lr in state.switch.lrs)
 
 
 def set_back(state: State) -> State:

@@ -103,7 +103,8 @@ def longer(config: Config, state: State, step: int, total_epochs: int | None, to
 def rewarmed(config: Config, state: State, step: int, fraction: float) -> Config:
     """The plan of a run that begins its warm-up anew at `step`, from a `fraction` of the LR that it has there.
 
-    The LR grows at the pace of the end of the first warm-up, up to the same `max_lr`; of several optimizers the one that has
+    The LR grows at the pace of the end of the first warm-up, up to the same `max_lr`, or a higher one where batches
+    have grown since; of several optimizers the one that has
     furthest to go does, the others come to theirs at the same step.
 
     Raises:
@@ -114,14 +115,15 @@ def rewarmed(config: Config, state: State, step: int, fraction: float) -> Config
         cure = {"warmup": "its search is still going on"}.get(phase, "make it longer first, with extend")
         raise ValueError(f"fraction={fraction!r}: a warm-up begins anew in the stable phase, the run is in {phase!r}; {cure}")
     lows, needed = [share * lr for lr in each_lr(all_lrs(config, state, step))], []
+    more = max(1.0, state.batch_factor)  # larger batches bear higher LRs
     for one, low in zip(each_config(config), lows, strict=True):
         pace = one.decades or math.log10(one.max_lr / one.min_lr)
-        needed.append(max(1, round(config.warmup_steps * math.log10(one.max_lr / low) / pace)))
+        needed.append(max(1, round(config.warmup_steps * math.log10(more * one.max_lr / low) / pace)))
     steps = max(needed)
     limit = int(min(steps, config.cooldown_from - step))
-    others = tuple((low, high, factor) for low, (_, high, factor) in zip(lows[1:], config.others, strict=True))
+    others = tuple((low, more * high, factor) for low, (_, high, factor) in zip(lows[1:], config.others, strict=True))
     plan: dict[str, Any] = {"warmup_type": "exp", "warmup_steps": steps, "warmup_limit": limit, "warmup_origin": step}
-    return replace(config, min_lr=lows[0], others=others, **plan)
+    return replace(config, min_lr=lows[0], max_lr=more * config.max_lr, others=others, **plan)
 
 
 def measured(config: Config, given: Mapping[str, Any], optimizer: Optimizer, total: float, step: int) -> Config:

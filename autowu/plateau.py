@@ -13,6 +13,7 @@ from torch import Tensor
 from autowu.gp import NUM_START_POINTS, ClosedFormGP, CurvePosterior, LossCurve
 from autowu.history import LossHistory
 from autowu.ranks import Ranks
+from autowu.watch import HUGE
 
 __all__ = ["Plateau", "has_settled", "start_of"]
 
@@ -99,6 +100,7 @@ def has_settled(curve: LossCurve, posterior: CurvePosterior, since: float, start
 
 
 def start_of(losses: LossHistory) -> float | None:
-    """The loss that a run began at, as the median of its first; None where there is none. Waits for the device."""
+    """The loss that a run began at, as the median of its first; None where there is none, or a huge one. Waits for the device."""
     means = losses.curve(1).finite()[1][:NUM_START_POINTS]
-    return float(means.median()) if len(means) else None
+    start = float(means.median()) if len(means) else math.inf
+    return start if abs(start) < HUGE else None

@@ -20,7 +20,8 @@ from autowu import checks
 from autowu.config import Config
 from autowu.gp import CurvePosterior, FloatArray
 from autowu.kept import as_it_was, own_copy
-from autowu.kin import chain
+from autowu.kin import everyone
+from autowu.multi_optimizer import MultiOptimizer
 from autowu.phases import Switch, switched, warmup_lr_at
 from autowu.plotting import draw_range
 from autowu.scheduler import AutoWU
@@ -92,7 +93,7 @@ class FoundLR:
 
 def find_lr(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | list[Optimizer] | tuple[Optimizer, ...],
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     loader: Iterable[Any] | None = None,
     *,
@@ -116,7 +117,8 @@ def find_lr(
     Args:
         model: is trained for a while. With `step_fn` it may be a ``ModuleList`` of all that this changes, such as an average of the
             weights.
-        optimizer: any torch optimizer; the ratios between the LRs of its groups are kept.
+        optimizer: any torch optimizer, or a list of them; the ratios between the LRs of its groups are kept. Of several the LR that
+            is found is that of the first.
         loss_fn: ``loss_fn(model(inputs), targets)`` is the loss of a batch ``(inputs, targets)``, which is moved to the model's
             device.
         loader: of batches; a DataLoader, a list, or what else can be iterated. It is begun anew where it ends. An iterator is taken
@@ -148,6 +150,8 @@ def find_lr(
     """
     _check(model, loss_fn, loader, step_fn, steps, autocast)
     options: dict[str, Any] = {"min_lr": min_lr, "max_lr": max_lr, "max_warmup_steps": steps, "process_group": process_group}
+    if isinstance(optimizer, list | tuple):
+        optimizer = MultiOptimizer(optimizer)
     place = checks.optional(checks.device)("snapshot_device", snapshot_device)
     loss_of = step_fn or _loss_of_pair(model, loss_fn)
     loader = own_copy(loader)
@@ -258,7 +262,7 @@ class _Search:
         self.autocast: Any = contextlib.nullcontext() if autocast is None else torch.autocast(device, autocast)
         self.calls, self.countable = 0, False  # of the optimizer
         self.own = False  # whether the loss function takes the step itself
-        for each in chain(optimizer):
+        for each in everyone(optimizer):
             with contextlib.suppress(AttributeError):  # some optimizers skip the constructor that makes room for hooks
                 each.register_step_post_hook(self._called)
                 self.countable = True

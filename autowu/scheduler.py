@@ -307,19 +307,8 @@ class AutoWU(Shown, OpenEnded, Drawn):
 
     def _named_rooms(self) -> dict[str, Any]:
         """What saves and loads itself, by the name under which it is saved."""
-        rooms = self._rooms
-        return {
-            "judge": rooms.judge,
-            "groups": self._groups,
-            "micro_batches": self._micro_batches,
-            "calls": self._calls,
-            "horizon": self._horizon,
-            "events": rooms.log,
-            "reader": rooms.reader,
-            "snapshot": rooms.rollback,
-            "record": rooms.record,
-            "held_out": rooms.held_out,
-        }
+        own = {"groups": self._groups, "micro_batches": self._micro_batches, "calls": self._calls, "horizon": self._horizon}
+        return own | self._rooms.named()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where the run that `state_dict` was taken of stood, whatever this object was built with, and set the LRs.

@@ -227,6 +227,7 @@ _STATE: Final = _record(
         "watched": _flag,
         "start_loss": optional(_loss),
         "settled": _flag,
+        "again": _flag,
         "batch": optional(_whole(1)),
         "batch_factor": _lr,
     }

@@ -77,6 +77,11 @@ class Rooms:
     held_out: HeldOut
     record: Record = field(default_factory=Record)
 
+    def named(self) -> dict[str, Any]:
+        """What saves and loads itself, by the name under which it is saved."""
+        named = {"judge": self.judge, "events": self.log, "reader": self.reader, "snapshot": self.rollback}
+        return named | {"record": self.record, "held_out": self.held_out}
+
     def compare(self, config: Config, step: int) -> None:
         """Learn whether all ranks were given the same arguments, after `step` steps; all come there, whatever they were given.
 
@@ -89,7 +94,7 @@ class Rooms:
 
     def begin_again(self, config: Config, before: Config) -> None:
         """Forget the losses and the copies: a warm-up begins by `config`, after one by another."""
-        self.judge.begin(config, before.warmup_steps / config.warmup_steps)
+        self.judge.begin(config, before)
         self.reader.watch = LossWatch()
         self.reader.begin(config.warmup_origin, None)
         self.rollback.free()
@@ -240,6 +245,7 @@ class WarmUp:
         switch, rooms = _switch(state), self.rooms
         rooms.held_out.begin()
         rooms.reader.begin(switch.step, None if restored is None else restored.level)
+        rooms.reader.watch.slack = 0.0  # what leapt up and back did so at other LRs
         if self.config.cooldown == "auto" and state.start_loss is None:
             state = replace(state, start_loss=start_of(rooms.judge.history))
         message = switch_message(self.config, switch, ended_by, None if restored is None else restored.step)
@@ -374,6 +380,9 @@ class AfterSwitch:
     def _heed_held_out(self, step: int, state: State) -> State:
         """Keep the weights that are best by the held-out losses; go back to them, with a lower peak, where the run is past them."""
         rooms, held_out = self.rooms, self.rooms.held_out
+        if state.watched:
+            rooms.reader.catch_up()
+            self._heed_flag()
         loss = held_out.read()
         if math.isnan(loss):
             rooms.log.warn_once("held_out", step, "a held-out loss was not finite; it is left out")
@@ -395,8 +404,9 @@ class AfterSwitch:
         """The state of a run whose loss may have stopped improving by `step`."""
         if state.settled or phase_at(self.config, state, step - 1) != "stable":
             return state
-        if self._plateau is None or self._plateau.peak != peak_lrs(state)[0]:  # at another LR the loss falls, or rises, anew
-            self._plateau = Plateau(self.rooms.ranks, peak_lrs(state)[0])
+        peak, *_ = peak_lrs(replace(state, batch_factor=1.0))  # at which a batch of another size goes on
+        if self._plateau is None or self._plateau.peak != peak:  # at another LR the loss falls, or rises, anew
+            self._plateau = Plateau(self.rooms.ranks, peak)
         self._plateau.append(loss)
         warmup = _switch(state).step - self.config.warmup_origin
         if not self._plateau.is_due(warmup):

@@ -60,28 +60,30 @@ class Leaps:
     """High losses in a row: whether the first of them was so at once, as of sources that alternate, and has been before.
 
     Attributes:
-        foot, bottom, top: the loss before the last high ones, the lowest and the highest of these.
+        foot, bottom, middle: the loss before the last high ones, the lowest of these and their mean.
         plateau: height of the last rise that was an alarm, where it was at once; else 0.
         visits: such alarms in a row, of the same height.
         stayed: whether a loss on the weights of the copy was as high.
     """
 
-    __slots__ = ("bottom", "foot", "plateau", "stayed", "top", "visits")
+    __slots__ = ("bottom", "foot", "middle", "plateau", "stayed", "visits")
 
     def __init__(self) -> None:
-        self.foot = self.bottom = self.top = self.plateau = 0.0
+        self.foot = self.bottom = self.middle = self.plateau = 0.0
         self.visits = 0
         self.stayed = False
 
     def follow(self, loss: float, last: float, high: int) -> None:
         """Take a high loss, after `last` and so many other high ones."""
         if high == 0:
-            self.foot, self.bottom, self.top = last, loss, loss
-        self.bottom, self.top = min(self.bottom, loss), max(self.top, loss)
+            self.foot = last
+            self.bottom = self.middle = loss
+        self.bottom = min(self.bottom, loss)
+        self.middle += (loss - self.middle) / (high + 1)
 
     def height(self, high: int) -> float:
         """Of the last high losses, if there were enough, the first was one at once, and they stayed there; else 0."""
-        height = self.top - self.foot
+        height = self.middle - self.foot
         return height if high >= IN_A_ROW and self.bottom - self.foot > _AT_ONCE * height else 0.0
 
     def is_again(self, height: float) -> bool:

@@ -23,6 +23,8 @@ def averaged(values, share):
 
 
 class Phase:
+    events = ()
+
     def __init__(self, phase):
         self.phase = phase
 

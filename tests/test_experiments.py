@@ -313,7 +313,7 @@ def blocks():
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "figure"), blocks(), ids=lambda value: value.stem if isinstance(value, Path) else ""
+    ("script", "arguments", "figure"), list(blocks()), ids=lambda value: value.stem if isinstance(value, Path) else ""
 )
 def test_the_page_has_the_tables_and_the_figure_of_the_results(module, capsys, script, arguments, figure):
     assert module(script).main(arguments) == 0

@@ -154,5 +154,8 @@ def test_the_blocks_of_the_page_that_have_the_callback_run(tmp_path, monkeypatch
     exec(first, names)
     assert names["callback"].scheduler.switch.by_test
     names["module"] = Plain()
+    with pytest.raises(ValueError, match="give it a new one"):
+        exec(second, names)
+    names["trainer"] = L.Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False)
     exec(second, names)
     assert names["found"].sure

@@ -856,7 +856,7 @@ def test_copies_go_on_alike_and_apart(arguments, cut, copied):
         ({"device": "abacus"}, "device='abacus'"),
         ({"seed": 0.5}, r"seed=0\.5"),
         ({"optimizer": "sgd"}, "optimizer='sgd'"),
-        ({"optimizer": [parameter()]}, "optimizer="),
+        ({"optimizer": [parameter()]}, r"optimizer\[0\]="),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
 )

@@ -302,7 +302,7 @@ def test_numbers_and_events_are_in_the_log(trained):
 def test_the_model_is_passed_unless_it_is_left_out(tmp_path, kwargs, has_one):
     trainer = trainer_of(tmp_path, lr_scheduler_kwargs=kwargs)
     trainer.create_optimizer_and_scheduler(20)
-    assert (trainer.lr_scheduler._rooms.rollback.live.model is trainer.model) == has_one
+    assert (trainer.lr_scheduler._rooms.rollback._live.model is trainer.model) == has_one
 
 
 @pytest.mark.slow

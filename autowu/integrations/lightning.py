@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from autowu.integrations import trackers
 from autowu.range_test import FoundLR
 from autowu.range_test import find_lr as _find_lr
 from autowu.scheduler import AutoWU
+
+_logger = logging.getLogger("autowu")
 
 __all__ = ["AutoWUCallback", "find_lr"]
 
@@ -103,11 +106,19 @@ class AutoWUCallback(L.Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective
         if self.scheduler is None or not self.figure or not trainer.is_global_zero:
             return
-        with contextlib.suppress(ImportError):  # without matplotlib there is none
+        try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.scheduler.plot().savefig(folder / "autowu.png", dpi=150)
+            figure = self.scheduler.plot()
+            figure.savefig(folder / "autowu.png", dpi=150)
             for logger in trainer.loggers:
-                trackers.log_figure(self.scheduler, logger.experiment)
+                if (run := getattr(logger, "run_id", None)) and hasattr(logger.experiment, "log_figure"):  # of MLflow a client
+                    logger.experiment.log_figure(run, figure, "autowu.png")
+                else:
+                    trackers.log_figure(self.scheduler, logger.experiment)
+        except ImportError:  # without matplotlib there is none
+            pass
+        except Exception as error:  # the run is over and well
+            _logger.warning("AutoWU: the figure could not be kept: %s", error)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the module its methods back."""
@@ -150,14 +161,15 @@ def find_lr(
         arguments: of :func:`autowu.find_lr`: ``steps``, ``min_lr``, ``max_lr``.
 
     Raises:
-        ValueError: of a module with several optimizers or with manual optimization.
+        ValueError: of a module with several optimizers or with manual optimization; of a trainer that has nothing left to do.
     """
     if not model.automatic_optimization:
         raise ValueError("find_lr: the module has manual optimization; call autowu.find_lr with a step_fn")
     search = _Search(arguments)
     with isolate_rng(), _alone(trainer, search):
         trainer.fit(model, train_dataloaders, datamodule=datamodule)
-    assert search.found is not None
+    if search.found is None:
+        raise ValueError("find_lr: the trainer has trained to its end already; give it a new one")
     return search.found
 
 
