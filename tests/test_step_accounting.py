@@ -205,7 +205,7 @@ BAD = {
     "str": ("0.5", TypeError),
     "list": ([0.5], TypeError),
     "array of integers": (np.array([1]), TypeError),
-    "array of several": (np.array([0.5, 0.5]), ValueError),
+    "array of several": (np.array([0.5, 0.5]), TypeError),
     "tensor of integers": (torch.tensor(1), TypeError),
     "complex tensor": (torch.tensor(1j), TypeError),
     "several": (torch.ones(2), ValueError),
