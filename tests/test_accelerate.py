@@ -260,6 +260,7 @@ def ranks(tmp_path_factory):
     return {name: [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in (0, 1)] for name in RANK_RUNS}
 
 
+@pytest.mark.slow  # ranks are held together without a host, too
 @pytest.mark.parametrize("name", RANK_RUNS)
 def test_two_processes_count_each_optimizer_step_once_and_switch_together(ranks, name):
     first, second = ranks[name]

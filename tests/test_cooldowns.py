@@ -268,6 +268,7 @@ def test_a_signal_in_trunk_or_branch_costs_no_step(tmp_path, steps):
         assert_same(weights(tmp_path / "cut" / name), weights(tmp_path / "all" / name))
 
 
+@pytest.mark.slow  # of one process this is held above, and that ranks agree in test_distributed.py
 def test_two_processes_branch_as_one_run(tmp_path):
     # 4 epochs of 10 steps, with batch norm; the branch leaves after step 25.
     options = ["train.py", "--batch-size", "64", "--epochs", "4", "--img-size", "8", *OPTIONS[4:], "--cooldown-fraction", "0.37"]

@@ -359,6 +359,7 @@ run_ranks(2, work, sys.argv[1])
 """
 
 
+@pytest.mark.slow  # ranks are held together without a host, too
 def test_ranks_switch_alike_and_resume_alike(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK.format(tests=str(Path(__file__).parent)))
