@@ -2,10 +2,9 @@
 
     python benchmarks/pairs.py
 
-The tasks had no part in any choice: made-up classes, scikit-learn's second Friedman regression, and a small transformer on the
-source of Python's standard library, by characters. Two Muons: torch's, and the trust-scaled one of this package. The grid runs a
-cosine, with 5 % linear warm-up, from each pair of peak LRs. ``results/pairs.jsonl`` holds a row for each run; runs that it has are
-not run again.
+The tasks had no part in any choice: made-up classes, and scikit-learn's second Friedman regression. Two Muons: torch's, and the
+trust-scaled one of this package. The grid runs a cosine, with 5 % linear warm-up, from each pair of peak LRs.
+``results/pairs.jsonl`` holds a row for each run; runs that it has are not run again.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import logging
 import math
 import os
 import statistics
-import sysconfig
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -42,23 +40,6 @@ GRID: Final = {
 Batch: TypeAlias = "tuple[Tensor, Tensor]"
 Task: TypeAlias = "tuple[nn.Module, Callable[[], Batch], Batch, Callable[[Tensor, Tensor], Tensor]]"
 """A model, what draws its batches, the test set, and the loss."""
-
-
-class Characters(nn.Module):
-    """A transformer of two layers that predicts the next character."""
-
-    def __init__(self, symbols: int, width: int = 48, context: int = 32) -> None:
-        super().__init__()
-        self.embedding, self.place = nn.Embedding(symbols, width), nn.Embedding(context, width)
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, symbols)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context))
-
-    def forward(self, text: Tensor) -> Tensor:
-        hidden = self.embedding(text) + self.place.weight[: text.shape[1]]
-        logits: Tensor = self.head(self.norm(self.layers(hidden, mask=self.mask, is_causal=True)))
-        return logits
 
 
 def perceptron(inputs: int, outputs: int) -> nn.Module:
@@ -87,32 +68,13 @@ def _drawn(x: Tensor, y: Tensor) -> Callable[[], Batch]:
     return batch
 
 
-def source(seed: int) -> Task:
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    text = "".join((folder / name).read_text() for name in ("argparse.py", "ast.py", "bdb.py", "cmd.py", "csv.py", "doctest.py"))
-    symbols = {symbol: index for index, symbol in enumerate(sorted(set(text)))}
-    codes, context = torch.tensor([symbols[symbol] for symbol in text]), 32
-    kept = len(codes) * 9 // 10
-
-    def windows(starts: Tensor) -> Batch:
-        rows = codes[starts[:, None] + torch.arange(context + 1)]
-        return rows[:, :-1], rows[:, 1:]
-
-    test = windows(torch.arange(kept, len(codes) - context - 1, 97))
-    return Characters(len(symbols)), lambda: windows(torch.randint(kept - context - 1, (16,))), test, _of_characters
-
-
-def _of_characters(logits: Tensor, wanted: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-
-
-TASKS: Final = {"classes": (classes, 500), "friedman": (friedman, 500), "source": (source, 300)}
+TASKS: Final = {"classes": (classes, 500), "friedman": (friedman, 500)}
 """What makes a task, and how many steps a run has."""
 
 
 def optimizers(model: nn.Module, kind: str, lrs: tuple[float, float]) -> list[Optimizer]:
     """Muon for the matrices between input and output, AdamW for all else, as Muon's authors divide them."""
-    matrices = [name for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name and "place" not in name]
+    matrices = [name for name, p in model.named_parameters() if p.ndim == 2]
     hidden = {name for name in matrices if name != matrices[-1]}
     of_muon = [p for name, p in model.named_parameters() if name in hidden]
     of_adamw = [p for name, p in model.named_parameters() if name not in hidden]

@@ -27,6 +27,14 @@ def grid_row(lr, loss, seed=0, case="a b 1 100"):
     return {"case": case, "method": "grid", "lr": lr, "seed": seed, "finite": math.isfinite(loss), "test_loss": loss}
 
 
+def test_the_page_of_several_optimizers_has_the_measured_table(benchmark):
+    pairs = benchmark("pairs")
+    table = pairs.report([json.loads(line) for line in pairs.RESULTS.read_text().splitlines()])
+    page = (ROOT / "docs" / "several-optimizers.md").read_text()
+    assert len(table) >= 6
+    assert all(line in page for line in table if line.startswith("|"))
+
+
 @pytest.mark.slow  # a grid that is run once is held below
 def test_regret_measures_a_case_and_runs_nothing_twice(tmp_path):
     out, figure = tmp_path / "regret.jsonl", tmp_path / "regret.png"
