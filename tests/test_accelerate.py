@@ -273,6 +273,7 @@ def test_two_processes_count_each_optimizer_step_once_and_switch_together(ranks,
     assert first["last_epoch"] == second["last_epoch"] == len(first["lrs"]) == steps
 
 
+@pytest.mark.slow  # as the two processes above
 def test_the_repeated_calls_change_nothing(ranks):
     for name in ("before", "scaled_after", "scaled_before", "scaled_unwrapped"):
         assert ranks[name][0]["lrs"] == ranks["after"][0]["lrs"]

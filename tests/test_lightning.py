@@ -231,7 +231,7 @@ def test_the_monitor_logs_the_lr_of_every_step(tmp_path, plain):
     assert lrs[scheduler.switch.step] == scheduler.switch.lr
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_run_resumed_within_an_epoch_is_the_uncut_one(tmp_path, accumulate):
     size = 90 if accumulate == 1 else 30
     epoch = math.ceil(len(Batches(size)) / accumulate)
