@@ -169,3 +169,12 @@ def test_losses_that_are_not_finite_are_told_once_and_change_nothing():
 def test_what_is_no_loss_is_refused(loss):
     with pytest.raises((TypeError, ValueError), match="loss"):
         Overfitting().scheduler.observe_validation(loss)
+
+
+@pytest.mark.parametrize("until", [20, 200])
+def test_what_is_observed_is_read_in_the_next_step_whatever_its_loss(until):
+    run = Overfitting(observing=False).train(until)
+    for step in range(until, until + 12):
+        run.scheduler.observe_validation(1.0)
+        run.train(step + 1)
+        assert not run.scheduler._rooms.held_out.came
