@@ -20,7 +20,7 @@ from autowu.events import EventLog
 from autowu.gp import MIN_LENGTHSCALE, ClosedFormGP, CurvePosterior, LossCurveGP
 from autowu.gpytorch_engine import GPyTorchGP, PublishedGP
 from autowu.history import MISSING, LossHistory
-from autowu.phases import State, Verdict, verdict, verdict_of
+from autowu.phases import BEFORE, State, Verdict, verdict, verdict_of
 from autowu.ranks import Heard, Ranks
 from autowu.switching import MIN_LOSSES, SwitchDecision, decide
 
@@ -39,6 +39,7 @@ class Judge:
         history: the losses of the warm-up.
         decision, posterior: of the last test; None before it and on all ranks but the first.
         last: the last verdict, None as long as no curve could be fitted.
+        before: the verdicts before that one, four at most, the oldest first.
     """
 
     def __init__(self, config: Config, gp: LossCurveGP, device: torch.device | None, ranks: Ranks, log: EventLog) -> None:
@@ -48,6 +49,7 @@ class Judge:
         self.decision: SwitchDecision | None = None
         self.posterior: CurvePosterior | None = None
         self.last: Verdict | None = None
+        self.before: tuple[Verdict, ...] = ()
         self._next: Verdict | None = None  # of the first rank of several, to travel with the next test
         self._previous = torch.tensor(math.nan, dtype=torch.float64)  # the last loss of the interval before
         self._varied = torch.tensor(False)  # whether two losses in a row have differed
@@ -83,6 +85,8 @@ class Judge:
             self._log.once("rank", step, f"{few}; the mean is over the others")
         self._next, found = None, None
         if heard.words:
+            if self.last is not None:
+                self.before = (*self.before, self.last)[-BEFORE:]
             found = self.last = Verdict.of(heard.words)
         return found, heard
 
@@ -164,6 +168,7 @@ class Judge:
             "repeated": int(self._repeated),
             "varied": bool(self._varied),
             "last": None if self.last is None else asdict(self.last),
+            "before": [asdict(verdict) for verdict in self.before],
             "next": None if self._next is None else asdict(self._next),
             "decision": None if self.decision is None else asdict(self.decision),
             "posterior": None if self.posterior is None else {k: torch.as_tensor(v) for k, v in vars(self.posterior).items()},
@@ -178,6 +183,7 @@ class Judge:
         self.gp = _loaded_engine(self.gp, state["gp"])
         self.history = LossHistory.from_state_dict(state["history"])
         self.last, self._next = (None if state[key] is None else verdict_of(state[key]) for key in ("last", "next"))
+        self.before = tuple(map(verdict_of, state["before"]))
         self._previous = torch.tensor(state["previous"], dtype=torch.float64)
         self._repeated, self._varied = torch.tensor(state["repeated"]), torch.tensor(state["varied"])
         decision, posterior = state["decision"], state["posterior"]

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
+import numpy as np
+
 from autowu.config import Config, brief
 from autowu.schedules import cooldown_factor, warmup_lr
 from autowu.switching import MIN_LOSSES, SwitchDecision
@@ -61,6 +63,8 @@ LRs: TypeAlias = "float | tuple[float, ...]"
 
 FALLING: Final = 0.8
 """A test that finds the minimum past with less than this probability says that the loss still falls."""
+BEFORE: Final = 4
+"""Verdicts that are kept beside the last one, for a run that explodes."""
 SETBACK_FACTOR: Final = 0.5
 """On the peak LR, each time that training has diverged after the switch."""
 MAX_SETBACKS: Final = 3
@@ -347,16 +351,20 @@ def switched(config: Config, state: State, step: int, verdict: Verdict | None, f
     return replace(state, votes=verdict.votes, switch=switch)
 
 
-def exploded(config: Config, state: State) -> State:
-    """The state of a run that a loss which exploded has switched: the peak LR follows from the minimum.
+def exploded(config: Config, state: State, before: Sequence[Verdict]) -> State:
+    """The state of a run that a loss which exploded has switched: the peak LR is the median of what the tests `before` said.
 
-    Such a curve has no far edge that can be trusted: the explosion is in the spread that the edge is told by.
+    A curve that ends in an explosion has no far edge that can be trusted, for the explosion is in the spread that the edge is told
+    by. Its lowest point is no better where the loss rested on a plateau before; it counts where there was no other test.
     """
     switch = state.switch
     if not config.min_rise or switch is None or switch.minimum is None:
         return state
-    place = switch.minimum - config.warmup_origin
-    lr, *others = (max(_peak(one, [place]), one.min_lr) for one in each_config(config))
+    if before:
+        lr, *others = (float(np.median(lrs)) for lrs in zip(*((verdict.lr, *verdict.others) for verdict in before), strict=True))
+    else:
+        place = switch.minimum - config.warmup_origin
+        lr, *others = (max(_peak(one, [place]), one.min_lr) for one in each_config(config))
     return replace(state, switch=replace(switch, lr=lr, others=tuple(others)))
 
 

@@ -21,7 +21,7 @@ from autowu.checks import Check, between, count, flag, optional, positive, share
 from autowu.config import ARGUMENTS, BUDGETS, Config, check_together
 from autowu.gp import MIN_LENGTHSCALE
 from autowu.held_out import AVERAGED, MAX_LOWERINGS
-from autowu.phases import Event, State
+from autowu.phases import BEFORE, Event, State
 from autowu.record import MOST
 from autowu.watch import BLOCK, HUGE, Leaps, LossWatch
 
@@ -366,6 +366,7 @@ _TABLE: Final = _record(
                 "repeated": _whole(0),
                 "varied": _flag,
                 "last": optional(_VERDICT),
+                "before": _list_of(_VERDICT, BEFORE),
                 "next": optional(_VERDICT),
                 "decision": optional(_DECISION),
                 "posterior": optional(_POSTERIOR),
@@ -491,6 +492,7 @@ def _several_agree(name: str, state: Mapping[str, Any]) -> None:
     number = len(state["config"].get("others", ()))
     switch, judge = state["state"]["switch"], state["judge"]
     found = {'["groups"]': state["groups"], '["state"]["switch"]': switch, '["judge"]["last"]': judge["last"]}
+    found |= {f'["judge"]["before"][{index}]': verdict for index, verdict in enumerate(judge["before"])}
     for path, value in (found | {'["judge"]["next"]': judge["next"]}).items():
         if value is not None and len(others := value.get("others", ())) != number:
             raise ValueError(f'{name}{path}["others"] of {len(others)} entries: must have {number}, as the configuration has')

@@ -212,7 +212,7 @@ class WarmUp:
         """A loss that explodes ends the warm-up at once."""
         self.rooms.log.warn("explosion", step, "the loss has exploded, which ends the warm-up")
         found, _ = self._verdict(step, state)
-        after = exploded(self.config, self._ended(step, state, found))
+        after = exploded(self.config, self._ended(step, state, found), self.rooms.judge.before)
         restored = self._go_back(step, _switch(after))
         if restored is None and self.rooms.rollback.lost(step):
             after = replace(after, watched=False)

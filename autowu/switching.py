@@ -16,6 +16,7 @@ __all__ = [
     "far_edge",
     "minimum_interval",
     "probability_past_minimum",
+    "rise_contrast",
     "rise_share",
     "valley_contrast",
 ]
@@ -24,6 +25,8 @@ MIN_LOSSES = 10
 """With fewer finite losses a test has no vote: one can draw any curve through a handful of points."""
 MIN_FALL = 1.0
 """Standard deviations that a curve must have fallen to its minimum: less is the noise of a curve that only rises."""
+SURE: Final = 4.0
+"""Standard deviations of a rise alone, at least: where the fall is small, the noise of a plateau is a good part of it."""
 EARLY: Final = 0.28
 """Share of the planned warm-up in which a valley may be one period of a wave, as the order of the data makes them."""
 STANDS: Final = 0.3
@@ -115,6 +118,13 @@ def rise_share(fit: CurvePosterior) -> float:
     return float(rise / fall) if fall > 0 else math.inf
 
 
+def rise_contrast(fit: CurvePosterior) -> float:
+    """How clearly one fit, S = 1, has risen from its minimum, in the standard deviations of :func:`valley_contrast`."""
+    mean, variance = fit.mean[0], fit.variance[0]
+    lowest = mean.argmin()
+    return float(_ratio(mean[-1:] - mean[lowest], np.sqrt(variance[-1:] + variance[lowest]))[0])
+
+
 def lost_rise(fit: CurvePosterior) -> float:
     """The largest rise of one fit, S = 1, from an early valley that it has come back from, in units of the loss; 0 for none."""
     mean = fit.mean[0]
@@ -195,13 +205,14 @@ def decide(
         min_contrast: a subsample finds the minimum past only where :func:`valley_contrast` exceeds this as well, 0 or more. Unless
             0, the curve must have fallen; where it rises first, its minimum is looked for after that.
         min_rise: share of its largest fall by which the curve must have risen from its minimum, 0 or more: less is a first dip, or
-            noise on a plateau. Unless 0, what counts of a valley is its far edge.
+            noise on a plateau. Unless 0, that rise must also be :data:`SURE`, and what counts of a valley is its far edge.
         reach: how far past the minimum that edge is looked for, as a fraction of the planned warm-up.
         waves: whether a valley in the first quarter of the warm-up may be one of a wave. It has a vote once it has stood for a
             third, and a rise that the curve has come back from is no rise.
         silent: whether losses came since the test before and none was finite: a run that has blown up is past its best.
 
-    The test votes "past" where most subsamples do: where the medians exceed `confidence`, `min_contrast` and `min_rise`.
+    The test votes "past" where most subsamples do: where the medians exceed `confidence`, `min_contrast`, `min_rise` and
+    :data:`SURE`.
 
     Example:
         >>> import numpy as np
@@ -215,7 +226,9 @@ def decide(
     fits, contrast = _valleys(posterior) if min_contrast and enough else (_single_fits(posterior), 0.0)
     probability = float(np.median([probability_past_minimum(fit)[0] for fit in fits]))
     past = probability > confidence and (min_contrast == 0 or contrast > min_contrast)
-    past = past and (min_rise == 0 or float(np.median([rise_share(fit) for fit in fits])) > min_rise)
+    if min_rise:
+        past = past and float(np.median([rise_share(fit) for fit in fits])) > min_rise
+        past = past and float(np.median([rise_contrast(fit) for fit in fits])) > SURE
     past = past and (not waves or 2 * sum(_stands(fit) for fit in fits) > len(fits))
     if silent:
         probability, past = 1.0, True

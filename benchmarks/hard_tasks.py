@@ -10,6 +10,15 @@
   descriptions of scikit-learn's data sets, which it overfits.
 - ``net``, a perceptron 64-64-64-10 on the digits: long runs of fast steps. ``cnn``, ``mlp``: of tasks.py, with optimizers that are
   not in its own suite.
+
+And those of a suite of its own, whose loss rests for long on what a simpler model reaches, and then falls:
+
+- ``spirals``: two spirals in the plane, a perceptron 2-64-64-2 of tanh; a straight border comes first. ``checkers``: the fields
+  of a board of four by four, a perceptron 2-64-64-2.
+- ``parity``: of the first four of ten bits, a perceptron 10-64-64-2. ``ripples``: the sine of a number, three periods of it, a
+  perceptron 1-64-64-1 of tanh.
+- ``deep``: the digits, a perceptron of three hidden layers of sigmoids. ``adding``: the sum of the two numbers that are marked in a
+  sequence of 24, a GRU.
 """
 
 from __future__ import annotations
@@ -27,7 +36,7 @@ from tasks import Task, make_optimizer, make_task
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["HARD", "make_hard_task"]
+__all__ = ["HARD", "PLATEAUS", "make_hard_task"]
 
 HARD = (
     *("friedman adamw 64 920", "vit sgd 32 300", "autoencoder sgd 64 1000", "autoencoder adamw 64 1000", "mlp lion 64 300"),
@@ -36,6 +45,15 @@ HARD = (
     *("cnn adafactor 64 200", "vit sgd 32 1000", "sounds adamw 32 300", "net adamw 32 5000", "net sgd 32 10000"),
 )
 """Task, optimizer, batch size, steps."""
+PLATEAUS = tuple(
+    f"{task} {optimizer} {size}"
+    for task, size in (
+        *(("spirals", "64 1110"), ("checkers", "64 1200"), ("parity", "64 900")),
+        *(("ripples", "64 1500"), ("deep", "64 1000"), ("adding", "32 1000")),
+    )
+    for optimizer in ("sgd", "adamw")
+    if (task, optimizer) != ("adding", "sgd")  # learns nothing at any LR
+)
 
 Data = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 LETTERS_AND_SOUNDS = 20
@@ -110,8 +128,21 @@ class Recurrent(nn.Module):
         return logits
 
 
-def _perceptron(*widths: int) -> nn.Module:
-    hidden = (layer for a, b in pairwise(widths[:-1]) for layer in (nn.Linear(a, b), nn.ReLU()))
+class Adder(nn.Module):
+    """A number from a whole sequence."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.gru = nn.GRU(2, width, batch_first=True)
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        number: Tensor = self.head(self.gru(x)[0][:, -1])
+        return number
+
+
+def _perceptron(*widths: int, bend: type[nn.Module] = nn.ReLU) -> nn.Module:
+    hidden = (layer for a, b in pairwise(widths[:-1]) for layer in (nn.Linear(a, b), bend()))
     return nn.Sequential(*hidden, nn.Linear(widths[-2], widths[-1]))
 
 
@@ -138,6 +169,36 @@ def _table(name: str) -> Data:
     if name == "diabetes":
         y = ((y - y.mean()) / y.std())[:, None]
     return _split(x, y, len(x) // 4)
+
+
+@lru_cache
+def _drawn(name: str) -> Data:
+    """4,000 rows of a task whose data are drawn, a quarter of them held out."""
+    draw = np.random.default_rng(7)
+    x: Any
+    if name == "spirals":
+        angle, y = 0.5 + 3 * np.pi * np.sqrt(draw.random(4000)), draw.integers(0, 2, 4000)
+        turned = angle + np.pi * y
+        x = angle[:, None] / 10 * np.stack([np.cos(turned), np.sin(turned)], 1) + 0.02 * draw.standard_normal((4000, 2))
+    elif name == "checkers":
+        x = draw.uniform(-1, 1, (4000, 2))
+        y = np.floor(2 * x).astype(int).sum(1) % 2
+    elif name == "parity":
+        x = draw.integers(0, 2, (4000, 10)).astype(float)
+        y = x[:, :4].sum(1).astype(int) % 2
+    elif name == "ripples":
+        x = draw.uniform(-1, 1, (4000, 1))
+        y = np.sin(3 * np.pi * x)
+    else:
+        x = np.stack([draw.random((4000, 24)), np.zeros((4000, 24))], 2)
+        for half in (slice(0, 12), slice(12, 24)):
+            x[np.arange(4000), draw.integers(half.start, half.stop, 4000), 1] = 1
+        y = x.prod(2).sum(1, keepdims=True)
+    if name not in ("spirals", "adding"):
+        return _split(x, y, 1000)
+    inputs = torch.tensor(x, dtype=torch.float32)  # as they come: smaller inputs make a longer plateau
+    targets = torch.tensor(y, dtype=torch.int64 if name == "spirals" else torch.float32)
+    return (inputs[1000:], targets[1000:]), (inputs[:1000], targets[:1000])
 
 
 @lru_cache
@@ -197,18 +258,26 @@ def make_hard_task(name: str, device: str = "cpu") -> Task:
         (train, test), model = (moved.train, moved.test), lambda: finetune.begin(kept, torch.initial_seed())
     elif name == "notes":
         (train, test), model = _notes()
-    elif name in ("vit", "net", "autoencoder"):
+    elif name in ("vit", "net", "autoencoder", "deep"):
         digits = make_task("mlp", device)
         train, test, model = digits.train, digits.test, VisionTransformer
         if name != "vit":
             (x, y), (test_x, test_y) = ((x.flatten(1), y) for x, y in (train, test))
             train, test, model = (x, y), (test_x, test_y), partial(_perceptron, 64, 64, 64, 10)
+        if name == "deep":
+            model = partial(_perceptron, *(64,) * 4, 10, bend=nn.Sigmoid)
         if name == "autoencoder":
             train, test, kind, model = (x, x), (test_x, test_x), Regression, partial(_perceptron, 64, 64, 8, 64, 64)
     elif name == "gru":
         text = make_task("lm32", device)
         train, test = ((x.reshape(-1, 16), y.reshape(-1, 16)) for x, y in (text.train, text.test))
         model = partial(Recurrent, 256)
+    elif name in ("spirals", "checkers", "parity", "ripples", "adding"):
+        train, test = _drawn(name)
+        kind = Regression if name in ("ripples", "adding") else Task
+        outputs = 1 if kind is Regression else 2
+        bend = nn.Tanh if name in ("spirals", "ripples") else nn.ReLU
+        model = Adder if name == "adding" else partial(_perceptron, train[0].shape[1], 64, 64, outputs, bend=bend)
     elif name == "sounds":
         (train, test), kinds = _words()
         model = partial(Recurrent, kinds)

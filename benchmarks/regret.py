@@ -49,7 +49,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch
-from hard_tasks import HARD
+from hard_tasks import HARD, PLATEAUS
 from machine import machine
 from measures import FLOOR, LOOKS, best_of_grid, freeze, geometric_mean, outcomes, profile, table, tuned_lrs
 from peers import EPOCHS, PEERS, Recipe, cosine, peer
@@ -72,6 +72,7 @@ CASES: dict[str, tuple[str, ...]] = {
         *("lm128 adamw 8 300", "resnet sgd 32 300", "resnet adamw 64 240", "resnet lars 128 210"),
     ),
     "hard": HARD,
+    "plateaus": PLATEAUS,
     "quick": ("mlp sgd 128 240", "cnn adamw 128 240", "mlp lamb 128 240"),
     "gpu": (
         *(
@@ -87,6 +88,8 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
+ADAPTIVE = ("hard", "plateaus")
+"""Suites whose grid grows outward from a middle LR."""
 STARTS = {
     "sgd": 0.1,
     "adamw": 0.01,
@@ -484,7 +487,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def grid_file(suite: str) -> Path:
-    return RESULTS / {"cpu": "regret.jsonl", "hard": "hard/grid.jsonl"}.get(suite, f"regret_{suite}.jsonl")
+    if suite in ADAPTIVE:
+        return RESULTS / suite / "grid.jsonl"
+    return RESULTS / ("regret.jsonl" if suite == "cpu" else f"regret_{suite}.jsonl")
 
 
 def chosen_cases(suite: str, patterns: list[str] | None) -> list[str]:
@@ -518,7 +523,7 @@ def compare(args: argparse.Namespace, suite: str) -> None:
             raise SystemExit(f"{path} has runs with other arguments than {args.autowu}: take another name, or remove it")
         mine = [job for job in wanted[shard - 1 :: shards] if args.tuned or job[1] == name]
         if not report:
-            run_all(mine, path, args.device, args.jobs, variants, args.minutes, looks=suite == "hard")
+            run_all(mine, path, args.device, args.jobs, variants, args.minutes, looks=suite in ADAPTIVE)
     files = [folder / f"{name}.jsonl" for name in names or args.report or []] or sorted(folder.glob("*.jsonl"))
     files = [args.out] if args.out else files
     rows = [row for file in files for row in read(file) if row["case"] in cases and row["seed"] in args.seeds]
@@ -556,7 +561,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     suite = args.suite or ("quick" if args.quick else "cpu" if args.device == "cpu" else "gpu")
-    if suite == "hard" or args.variant or args.report is not None or args.tuned:
+    if suite in ADAPTIVE or args.variant or args.report is not None or args.tuned:
         compare(args, suite)
         return
     out = args.out or grid_file(suite)

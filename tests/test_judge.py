@@ -71,6 +71,18 @@ def test_a_verdict_is_what_the_pure_parts_make_of_the_losses():
     assert (judge.last, heard.sound, heard.flagged) == (found, True, False)
 
 
+def test_the_four_verdicts_before_the_last_are_kept_and_saved():
+    config, judge = judge_of(valley(60))
+    found = [judged(judge, config, State(), 60)[0]]
+    for step in range(61, 67):
+        judge.history.append(1.0 + step / 100)
+        found.append(judged(judge, config, State(), step)[0])
+    assert (judge.before, judge.last) == (tuple(found[-5:-1]), found[-1])
+    _, other = judge_of([])
+    other.load_state_dict(judge.state_dict())
+    assert other.before == judge.before
+
+
 def test_a_fit_that_fails_is_no_verdict_and_the_last_one_stays():
     config, judge = judge_of(valley(80))
     last, _ = judged(judge, config, State(), 80)

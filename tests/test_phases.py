@@ -19,6 +19,7 @@ from autowu.phases import (
     after_test,
     base_lr,
     end_plateau_epoch,
+    exploded,
     is_test_due,
     next_test,
     phase_at,
@@ -199,6 +200,19 @@ def test_a_warmup_at_its_limit_goes_back_to_the_minimum():
     switch = switched(config_of(), State(), 100, verdict(config_of(), 100, not_past(0.75)), fallback_lr=0.5).switch
     assert (switch.step, switch.by_test) == (100, False)
     assert switch.lr == pytest.approx(1e-5 * 1e5**0.75)
+
+
+def test_after_an_explosion_the_peak_is_the_median_of_the_tests_before_it_else_that_of_the_minimum():
+    config = config_of()
+    state = switched(config, State(), 60, Verdict(False, 0, 1.0, 0.9, 30.0), fallback_lr=0.5)
+    before = [Verdict(False, 0, 0.5, lr, 20.0) for lr in (0.1, 0.4, 0.2)]
+    assert exploded(config, state, before).switch == dataclasses.replace(state.switch, lr=0.2)
+    assert exploded(config, state, []).switch.lr == pytest.approx(1e-5 * 1e5**0.3)
+    assert exploded(dataclasses.replace(config, min_rise=0.0), state, before) == state  # where the minimum alone counts
+    several = dataclasses.replace(config, others=((1e-4, 1.0, 0.5),))
+    pair = switched(several, State(), 60, Verdict(False, 0, 1.0, 0.9, 30.0, (0.8,)), fallback_lr=(0.5, 0.5))
+    both = [dataclasses.replace(verdict, others=(verdict.lr / 2,)) for verdict in before]
+    assert exploded(several, pair, both).switch.lrs == (0.2, 0.1)
 
 
 def test_a_failed_test_ends_the_votes_in_a_row():

@@ -106,6 +106,42 @@ def test_a_wave_on_the_way_down_is_passed_over(amplitude, periods):
     assert minimum == pytest.approx(0.72, abs=0.12)
 
 
+@pytest.mark.parametrize("fall", [0.04, 0.08, 0.16])
+@pytest.mark.parametrize("n", [200, 320, pytest.param(800, marks=pytest.mark.slow)])
+def test_the_noise_of_a_plateau_after_a_small_fall_is_no_rise(n, fall):
+    x = np.arange(n) / n
+    curve = 0.69 - fall * np.clip((x - 0.15) / 0.12, 0, 1) - 0.5 * np.clip((x - 0.6) / 0.2, 0, 1)
+    curve += 40 * np.clip(x - 0.85, 0, None) ** 2
+    for seed in range(8):
+        noise = 0.04 * np.random.default_rng(seed).normal(size=n) * np.where(x > 0.3, 2, 1)
+        assert decide(curve + noise)[1] > 0.55
+
+
+@pytest.mark.parametrize("seed", [8, 9])
+def test_two_spirals_are_not_left_at_a_straight_border(seed):
+    """It is reached early, at a loss of 0.6, and the loss rests there until the LR is tens of times higher."""
+    generator = torch.Generator().manual_seed(seed)
+    angle, side = (
+        3 * math.pi * torch.rand(2400, generator=generator).sqrt() + 0.5,
+        torch.randint(0, 2, (2400,), generator=generator),
+    )
+    turned = angle + math.pi * side
+    points = angle[:, None] / 10 * torch.stack([turned.cos(), turned.sin()], 1)
+    torch.manual_seed(seed)
+    layers = (torch.nn.Linear(2, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 2))
+    model = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = AutoWU(optimizer, total_steps=1110)
+    while scheduler.switch is None:
+        batch = torch.randint(0, 2400, (64,))
+        loss = torch.nn.functional.cross_entropy(model(points[batch]), side[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
+    assert 0.005 < scheduler.switch.lr < 0.05
+
+
 def lr_found(curve, **arguments):
     """The peak LR on a recorded full warm-up of an even ramp, which ends where the loss was not finite."""
     parameters, steps = [torch.nn.Parameter(torch.zeros(1))], curve["warmup_steps"]

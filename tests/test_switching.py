@@ -1,5 +1,6 @@
 """The vote of a test, and how votes add up to a switch."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +15,12 @@ from autowu.switching import (
     EARLY,
     MIN_LOSSES,
     STANDS,
+    SURE,
     decide,
     far_edge,
     lost_rise,
     probability_past_minimum,
+    rise_contrast,
     rise_share,
     valley_contrast,
 )
@@ -243,6 +246,7 @@ def test_rise_and_edge_are_those_of_a_slow_reference_and_blind_to_scale_and_shif
     fall, rise = max(points[: lowest + 1]) - points[lowest], points[-1] - points[lowest]
     assert rise_share(fit) == (pytest.approx(rise / fall) if fall else np.inf)
     spread = np.sqrt(variance[0] + variance[0, lowest])
+    assert rise_contrast(fit) == pytest.approx(rise / spread[-1])
     margin = np.abs(mean[0] - points[lowest] - spread).min()
     edge = max(x for x, value, room in zip(grid, points, spread, strict=True) if value - points[lowest] <= room)
     assert far_edge(fit) == edge >= grid[lowest]
@@ -250,6 +254,12 @@ def test_rise_and_edge_are_those_of_a_slow_reference_and_blind_to_scale_and_shif
     if margin > 1e-6:
         changed = CurvePosterior(grid, 0.5, scale * (mean + shift), scale**2 * variance, np.ones_like(mean), 100)
         assert far_edge(changed) == edge
+
+
+@pytest.mark.parametrize(("std", "votes"), [(0.9 / SURE / math.sqrt(2), 1), (1.1 / SURE / math.sqrt(2), 0)])
+def test_a_rise_must_be_sure_by_itself_however_far_the_loss_has_fallen(std, votes):
+    assert decide(curve_of([5, 4, 3, 1, 2], std), 0, **RULE, min_rise=0.2).votes == votes
+    assert decide(curve_of([5, 4, 3, 1, 2], std), 0, **RULE).votes == 1  # by the fall
 
 
 def test_of_a_flat_valley_the_far_edge_counts_a_decade_past_its_minimum_at_most():
