@@ -9,7 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autowu.config import Config
-from autowu.phases import MAX_SETBACKS, Event, State, Switch, all_lrs, each_config, each_lr, first_switch, peak_lrs, phase_at
+from autowu.phases import (
+    MAX_EXPLOSIONS,
+    MAX_SETBACKS,
+    Event,
+    State,
+    Switch,
+    all_lrs,
+    each_config,
+    each_lr,
+    first_switch,
+    peak_lrs,
+    phase_at,
+)
 from autowu.ranks import Ranks
 
 __all__ = [
@@ -137,9 +149,14 @@ def doubt_message(config: Config, switch: Switch) -> str | None:
 
 def divergence_message(state: State, restored: int | None) -> str:
     """What is said of a divergence, after which the run has `state`. `restored`: step of the copy that was put back."""
-    lowered = f"training has diverged ({state.setbacks} of {MAX_SETBACKS}); the peak LR is now {in_words(peak_lrs(state))}"
-    alone = "" if state.setbacks < MAX_SETBACKS else "; from here on the run is left alone"
-    return f"{lowered}{_back_at(restored)}{alone}"
+    most = MAX_SETBACKS if state.setbacks <= MAX_SETBACKS else MAX_EXPLOSIONS
+    lowered = f"training has diverged ({state.setbacks} of {most}); the peak LR is now {in_words(peak_lrs(state))}"
+    after = ""
+    if state.setbacks == MAX_SETBACKS and restored is not None:
+        after = "; from here on only a loss that explodes lowers it"
+    elif state.setbacks == most:
+        after = "; from here on the run is left alone"
+    return f"{lowered}{_back_at(restored)}{after}"
 
 
 def overfitting_message(state: State, level: float, best: float, restored: int | None) -> str:

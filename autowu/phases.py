@@ -65,10 +65,14 @@ FALLING: Final = 0.8
 """A test that finds the minimum past with less than this probability says that the loss still falls."""
 BEFORE: Final = 4
 """Verdicts that are kept beside the last one, for a run that explodes."""
+_AT_START: Final = 0.25
+"""Share of a warm-up so far in which the lowest point means that the loss has hardly fallen before it exploded."""
 SETBACK_FACTOR: Final = 0.5
 """On the peak LR, each time that training has diverged after the switch."""
 MAX_SETBACKS: Final = 3
-"""After so many the run is left alone."""
+"""After so many only a loss that explodes sets a run back, and without a copy to go back to nothing does."""
+MAX_EXPLOSIONS: Final = 10
+"""After so many setbacks the run is left alone."""
 WATCHED_DOWN_TO: Final = 0.5
 """Share of the peak LR: a cooldown that has come below it is not watched any longer."""
 PLATEAU_PATIENCE: Final = 5
@@ -355,15 +359,16 @@ def exploded(config: Config, state: State, before: Sequence[Verdict]) -> State:
     """The state of a run that a loss which exploded has switched: the peak LR is the median of what the tests `before` said.
 
     A curve that ends in an explosion has no far edge that can be trusted, for the explosion is in the spread that the edge is told
-    by. Its lowest point is no better where the loss rested on a plateau before; it counts where there was no other test.
+    by. Its lowest point is no better where the loss rested on a plateau before. It counts where there was no other test, and where
+    it lies so near the start that all tests saw a curve without a fall.
     """
     switch = state.switch
     if not config.min_rise or switch is None or switch.minimum is None:
         return state
-    if before:
+    place = switch.minimum - config.warmup_origin
+    if before and place >= _AT_START * (switch.step - config.warmup_origin):
         lr, *others = (float(np.median(lrs)) for lrs in zip(*((verdict.lr, *verdict.others) for verdict in before), strict=True))
     else:
-        place = switch.minimum - config.warmup_origin
         lr, *others = (max(_peak(one, [place]), one.min_lr) for one in each_config(config))
     return replace(state, switch=replace(switch, lr=lr, others=tuple(others)))
 

@@ -166,7 +166,7 @@ class Report:
                 rows.append(("minimum", f"{lowest}; past with probability {switch.probability:.3f}"))
             rows.append(("peak LR", in_words(switch.lrs)))
             if state.setbacks:
-                rows.append(("setbacks", f"{state.setbacks} of {MAX_SETBACKS}"))
+                rows.append(("setbacks", f"{state.setbacks}, at most {MAX_SETBACKS} but for explosions"))
         rows += [("went back", f"at step {step}, to the copy of step {to}") for step, to in self.returns]
         rows += [(event.kind, f"step {event.step}: {event.message}") for event in self.events if event.kind != "switch"]
         return rows

@@ -158,7 +158,7 @@ def _stage(stage: Mapping[str, Any], epochs: _Epochs, taken: int) -> dict[str, A
     if "losses" not in stage:
         return dict(stage)
     epoch = None if stage["epoch"] is None else _history(stage["epoch"], epochs, taken).state_dict()
-    return {**stage, "losses": LossHistory(max_points=2).state_dict(), "epoch": epoch, "plateau": None}
+    return {**stage, "losses": LossHistory(max_points=2).state_dict(), "epoch": epoch, "plateau": None, "back_at": None}
 
 
 def _record(record: Mapping[str, Any], epochs: _Epochs, taken: int) -> dict[str, Any]:

@@ -67,8 +67,9 @@ class AutoWU(Shown, OpenEnded, Drawn):
         patience: tests in a row that must find the minimum past, 1 or more.
         confidence: probability that each must exceed, in (0.5, 1).
         min_contrast: standard deviations that the fall to the minimum and the rise from it must make up together, 0 or more.
-        min_rise: share of the fall that the rise must make up: a smaller one is a first dip, or noise on a plateau. 0: no matter
-            how much, and the peak follows from the minimum in place of its valley's far edge.
+        min_rise: share of the fall that the rise must make up: a smaller one is a first dip, or noise on a plateau. It must
+            also be sure, by four standard deviations. 0: no matter how much, and the peak follows from the minimum in place of its
+            valley's far edge.
         peak_factor: the peak LR as a share of the LR at that edge, in (0, 1]; None: by family, less in short warm-ups.
         gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`, an extra),
             or any :class:`~autowu.gp.LossCurveGP`.

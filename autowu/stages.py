@@ -20,6 +20,7 @@ from autowu.history import MISSING, LossHistory
 from autowu.judge import Judge, engine
 from autowu.live import LiveRun
 from autowu.phases import (
+    MAX_EXPLOSIONS,
     MAX_SETBACKS,
     LRs,
     State,
@@ -61,6 +62,8 @@ _FOLDED_EVERY: Final = 512
 """Steps, where the watch follows at once: what is staged must outlast a block, should it be read in blocks from now on."""
 _SPACING: Final = 2.0
 """On `peak_factor`, the share of the LR between two copies of a warm-up: so far past the minimum the edge lies in the mean."""
+_PROBATION: Final = 40
+"""Steps after going back before the run is copied again: what comes apart once more is no better than the copy it began at."""
 _SKIPPED: Final = 20
 """Calls without an optimizer step after which the loss is looked at."""
 
@@ -270,6 +273,7 @@ class AfterSwitch:
         self.busy_at = 0  # as of WarmUp
         self._losses = LossHistory(_POINTS)  # those since the switch; staged are those since the last look, at least
         self._epoch: LossHistory | None = None  # those of the epoch, for the plateau rule
+        self._back_at: int | None = None  # the step of the last divergence
         self._plateau: Plateau | None = None  # those at the present peak LR, for a cooldown that begins by itself
 
     def _copies_every(self, step: int) -> int:
@@ -322,14 +326,15 @@ class AfterSwitch:
             self._heed_flag()
         if reader.watch.changed:
             state = self._undo_set_backs(step, state)
-        if state.setbacks >= MAX_SETBACKS:  # no more are borne; it only remains to be seen whether the last was one
+        if self._bears_no_more(state):  # it only remains to be seen whether the last was one
             seen = not reader.watch.on_trial or watch_is_over(self.config, state, step)
             return self.end_watch(state) if seen else state
-        if reader.watch.diverged:
+        if reader.watch.exploded if state.setbacks >= MAX_SETBACKS else reader.watch.diverged:
             return self._set_back(step, state)
         if since // BLOCK < step // BLOCK and watch_is_over(self.config, state, step):
             return self.end_watch(state)
-        if copy_is_due and reader.watch.near_best and not reader.watch.doubt:
+        on_probation = self._back_at is not None and step < self._back_at + _PROBATION
+        if copy_is_due and reader.watch.near_best and not reader.watch.doubt and not on_probation:
             rollback.renew(step, reader.watch.level)
         return state
 
@@ -360,12 +365,16 @@ class AfterSwitch:
         if restored is None and self.rooms.rollback.lost(step):
             return self.end_watch(state)
         self.rooms.held_out.leave()
-        state = set_back(state)
+        state, self._back_at = set_back(state), step
         self.rooms.reader.go_back(None if restored is None else restored.level)
         message = divergence_message(state, None if restored is None else restored.step)
         self.rooms.log.warn("divergence", step, message)
-        over = state.setbacks >= MAX_SETBACKS and not self.rooms.reader.watch.on_trial
+        over = self._bears_no_more(state) and not self.rooms.reader.watch.on_trial
         return self.end_watch(state) if over else state
+
+    def _bears_no_more(self, state: State) -> bool:
+        """Whether nothing sets the run back any longer."""
+        return state.setbacks >= (MAX_SETBACKS if self.rooms.rollback.held is None else MAX_EXPLOSIONS)
 
     def _undo_set_backs(self, step: int, state: State) -> State:
         """The loss is high on the weights of the copy, or at a lower LR, too: it has changed, and the peak was not too high."""
@@ -421,7 +430,8 @@ class AfterSwitch:
     def state_dict(self) -> dict[str, Any]:
         epoch = None if self._epoch is None else self._epoch.state_dict()
         plateau = {} if self._plateau is None else {"plateau": self._plateau.state_dict()}
-        return {"losses": self._losses.state_dict(), "epoch": epoch, **plateau}
+        back = {} if self._back_at is None else {"back_at": self._back_at}
+        return {"losses": self._losses.state_dict(), "epoch": epoch, **plateau, **back}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._losses, saved = LossHistory(_POINTS), LossHistory.from_state_dict(state["losses"])
@@ -431,7 +441,7 @@ class AfterSwitch:
             for loss in saved.staged.tolist():
                 self._losses.append(loss)
         self._epoch = None if state["epoch"] is None else LossHistory.from_state_dict(state["epoch"])
-        self._plateau = None
+        self._plateau, self._back_at = None, state.get("back_at")
         if (plateau := state.get("plateau")) is not None:
             self._plateau = Plateau(self.rooms.ranks, plateau["peak"])
             self._plateau.load_state_dict(plateau)

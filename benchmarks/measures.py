@@ -52,6 +52,8 @@ def _by_case_and_lr(grid: Iterable[Row]) -> dict[str, dict[float, dict[int, floa
     """Test losses of the grid, by case, LR and seed; infinite where a run ended non-finite."""
     losses: dict[str, dict[float, dict[int, float]]] = {}
     for row in grid:
+        if row["lr"] is None:  # another method's, in a file of all
+            continue
         loss = max(row["test_loss"], FLOOR) if row["finite"] else math.inf
         losses.setdefault(row["case"], {}).setdefault(row["lr"], {})[row["seed"]] = loss
     return losses

@@ -3,6 +3,7 @@
 import logging
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from test_judge import config_of
@@ -68,8 +69,13 @@ def test_the_words_of_a_divergence():
     state = State(switch=Switch(40, 0.1, 0.987, 31.6, by_test=True), setbacks=3, watched=False)
     assert divergence_message(state, 60) == (
         "training has diverged (3 of 3); the peak LR is now 0.0125, model and optimizer are back at step 60; "
-        "from here on the run is left alone"
+        "from here on only a loss that explodes lowers it"
     )
+    assert divergence_message(state, None) == (
+        "training has diverged (3 of 3); the peak LR is now 0.0125; from here on the run is left alone"
+    )
+    assert "(4 of 10)" in divergence_message(replace(state, setbacks=4), 60)
+    assert divergence_message(replace(state, setbacks=10), 60).endswith("step 60; from here on the run is left alone")
 
 
 @contextmanager

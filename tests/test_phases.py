@@ -208,6 +208,8 @@ def test_after_an_explosion_the_peak_is_the_median_of_the_tests_before_it_else_t
     before = [Verdict(False, 0, 0.5, lr, 20.0) for lr in (0.1, 0.4, 0.2)]
     assert exploded(config, state, before).switch == dataclasses.replace(state.switch, lr=0.2)
     assert exploded(config, state, []).switch.lr == pytest.approx(1e-5 * 1e5**0.3)
+    at_start = dataclasses.replace(state, switch=dataclasses.replace(state.switch, minimum=14.0))  # of 60: there was no fall
+    assert exploded(config, at_start, before).switch.lr == pytest.approx(1e-5 * 1e5**0.14)
     assert exploded(dataclasses.replace(config, min_rise=0.0), state, before) == state  # where the minimum alone counts
     several = dataclasses.replace(config, others=((1e-4, 1.0, 0.5),))
     pair = switched(several, State(), 60, Verdict(False, 0, 1.0, 0.9, 30.0, (0.8,)), fallback_lr=(0.5, 0.5))

@@ -450,7 +450,7 @@ def perceptron(seed, **arguments):
 def test_an_overshoot_leaves_no_trace(seed, caplog):
     with caplog.at_level("INFO", logger="autowu"):
         scheduler, accuracy = perceptron(seed, keeps=True)
-    assert scheduler.switch.by_test
+    assert scheduler.switch.by_test or "explosion" in [event.kind for event in scheduler.events]
     assert accuracy > 0.98
     assert "model and optimizer are back at step" in caplog.text
     assert scheduler._rooms.rollback.held is None  # given back
@@ -486,6 +486,14 @@ def test_the_plain_call_survives_an_explosion(seed):
     scheduler, loss = regression(seed)
     assert "lost" not in [event.kind for event in scheduler.events]
     assert loss < 10_000  # 29,000 at the start
+
+
+@pytest.mark.parametrize("seed", [12, 15])
+def test_a_run_that_comes_apart_again_and_again_ends_with_finite_weights(seed):
+    """Three setbacks were all, and copies taken soon after going back were no better than what had come apart."""
+    scheduler, loss = regression(seed)
+    assert math.isfinite(loss)
+    assert "lost" not in [event.kind for event in scheduler.events]
 
 
 def test_without_going_back_weights_that_are_lost_are_an_error_and_no_lower_peak(caplog):

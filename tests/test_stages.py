@@ -102,22 +102,53 @@ def after_switch(watched=True, **arguments):
     return config, rooms, stage_of(config, state, rooms, 0.1), state
 
 
-def test_a_divergence_sets_a_run_back_and_a_third_ends_the_watch():
+def test_after_a_third_divergence_only_an_explosion_sets_a_run_back_and_after_ten_nothing_does():
     _, rooms, stage, state = after_switch()
     good = [1.0, 1.01, 0.99] * 10
     state, stage = run(stage, [*np.linspace(3, 1, 40), *good], state, first=61)[-1]
     assert state.setbacks == 0
-    bad_from = 131
-    for step in range(131, 331):
-        before = state.setbacks
+    bad_from, step = 131, 130
+    while state.setbacks < 3:
+        step, before = step + 1, state.setbacks
         state, stage = stage.after_step(step, (5.0 if step >= bad_from else 1.0) + 1e-6 * step, state)
         if state.setbacks > before:
             bad_from = step + 6  # the copy is good, and comes apart again
     assert 131 < rooms.log.events[0].step <= 140
-    assert (state.setbacks, state.watched) == (3, False)
-    assert kinds(rooms) == ["divergence"] * 3
-    assert all("back at step" in event.message for event in rooms.log.events)
+    assert (state.setbacks, state.watched) == (3, True)
+    for number, size in enumerate([1e3, math.nan, 1e9, math.inf, 1e3, 1e5, math.nan], 4):
+        # 8 losses as good as at the copy, then three that are none
+        state, stage = run(stage, [1.0 + 1e-6 * k for k in range(8)] + [size, size * 1.1, size * 1.2], state, first=step + 1)[-1]
+        step += 11
+        assert (state.setbacks, state.watched) == (number, number < 10)
+    assert kinds(rooms).count("divergence") == 10
+    assert all("back at step" in event.message for event in rooms.log.events if event.kind == "divergence")
     assert rooms.rollback.held is None
+
+
+def test_without_a_copy_the_third_divergence_ends_the_watch():
+    _, rooms, stage, state = after_switch()
+    rooms.rollback.give_up()
+    good = [1.0, 1.01, 0.99] * 10
+    for number in (1, 2, 3):
+        state, stage = run(stage, [*good, math.nan, math.inf, math.nan], state, first=61 + 33 * number)[-1]
+        assert (state.setbacks, state.watched) == (number, number < 3)
+    assert rooms.log.events[-1].message.endswith("left alone")
+
+
+def test_a_run_that_went_back_is_copied_again_after_forty_steps():
+    _, rooms, stage, state = after_switch(total_steps=1000)
+    good = [1.0, 1.01, 0.99]
+    state, stage = run(stage, [*np.linspace(3, 1, 40), *good * 10, *[7.0] * 8], state, first=61)[-1]
+    (event,), held = rooms.log.events, rooms.rollback.held
+    for step in range(139, 300):
+        state, stage = stage.after_step(step, good[step % 3], state)
+        assert (rooms.rollback.held == held) == (step < 5 * math.ceil((event.step + 40) / 5))
+        saved = stage.state_dict()
+        stage = stage_of(stage.config, state, rooms, 0.1)
+        stage.load_state_dict(saved)
+        held = rooms.rollback.held if step >= event.step + 40 and step % 5 == 4 else held
+        if step > event.step + 60:
+            break
 
 
 def test_copies_are_as_far_apart_as_tests_but_two_hundred_in_a_run_at_most():
