@@ -381,6 +381,16 @@ def test_a_configuration_whose_step_makes_no_sense_is_said(tmp_path, name):
             RunFolder(configured(tmp_path / "run", "--resume"), 1).check()
 
 
+def test_a_step_of_any_size_is_split_at_once(tmp_path):
+    folder = RunFolder(configured(tmp_path / "run"), 1)
+    folder.claim()
+    for processes, split in ((10**30, (64, 10**30)), (10**9 + 7, (64, 10**9 + 7))):
+        folder.write_json("config.json", folder.config | {"world_size": processes, "batch_size": 64})
+        config = configured(tmp_path / "run", "--batch-size", "64", "--resume")
+        assert (config.batch_size, config.grad_accum) == split
+    folder.release()
+
+
 def test_only_a_run_that_follows_its_losses_is_extended(tmp_path):
     for sched, extended in (("autowu", True), ("paper", True), ("cosine", False), ("poly", False)):
         folder = RunFolder(configured(tmp_path / sched, "--sched", sched), 1)

@@ -68,5 +68,5 @@ def _split_again(before: dict[str, int], most: int, processes: int) -> tuple[int
     share, rest = divmod(whole, processes)
     if rest:
         raise UsageError(f"--resume: a step of the run takes {whole} images, which {processes} processes cannot share evenly")
-    accum = next(number for number in range(1, share + 1) if share % number == 0 and share // number <= most)
-    return share // accum, accum
+    size = next(number for number in range(min(most, share), 0, -1) if share % number == 0)
+    return size, share // size
