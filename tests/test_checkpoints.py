@@ -370,6 +370,27 @@ def test_a_run_from_before_an_option_was_there_had_its_default(tmp_path, options
             later.check()
 
 
+@pytest.mark.parametrize("name", ["world_size", "batch_size", "grad_accum"])
+def test_a_configuration_whose_step_makes_no_sense_is_said(tmp_path, name):
+    folder = RunFolder(configured(tmp_path / "run"), 1)
+    folder.claim()
+    folder.release()
+    for value in (0, -1, 1.5, float("inf"), float("nan"), "64", "many", None, [1], {}):
+        folder.write_json("config.json", folder.config | {name: value})
+        with pytest.raises(UsageError, match=rf"config\.json cannot be read: {name} is "):
+            RunFolder(configured(tmp_path / "run", "--resume"), 1).check()
+
+
+def test_a_step_of_any_size_is_split_at_once(tmp_path):
+    folder = RunFolder(configured(tmp_path / "run"), 1)
+    folder.claim()
+    for processes, split in ((10**30, (64, 10**30)), (10**9 + 7, (64, 10**9 + 7))):
+        folder.write_json("config.json", folder.config | {"world_size": processes, "batch_size": 64})
+        config = configured(tmp_path / "run", "--batch-size", "64", "--resume")
+        assert (config.batch_size, config.grad_accum) == split
+    folder.release()
+
+
 def test_only_a_run_that_follows_its_losses_is_extended(tmp_path):
     for sched, extended in (("autowu", True), ("paper", True), ("cosine", False), ("poly", False)):
         folder = RunFolder(configured(tmp_path / sched, "--sched", sched), 1)

@@ -328,3 +328,38 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path, monkeypatch, capsys, optio
     assert error.count("\n") == 1
     assert said in error
     assert set(tmp_path.rglob("*")) == before  # no folder of a run that never was
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=: must be the number of processes"),
+        ({"WORLD_SIZE": "four"}, "WORLD_SIZE=four: must be the number of processes"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be the number of processes"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: environment variable RANK expected, but not set; start by torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2: environment variable MASTER_ADDR expected, but not set"),
+        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}, "WORLD_SIZE=2: invalid literal"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "WORLD_SIZE=2: invalid literal"),
+    ],
+)
+def test_variables_that_no_launcher_has_set_are_said_in_one_line(tmp_path, monkeypatch, capsys, variables, said):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--device", "cpu", "--run-dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train.py: error: {said}")
+    assert error.count("\n") == 1
+
+
+def test_processes_that_cannot_meet_say_where(tmp_path, monkeypatch, capsys):
+    def unreachable(*_):
+        raise torch.distributed.DistNetworkError("The client socket has timed out after 300000ms")
+
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("autowu.training.process.rendezvous", unreachable)
+    assert main(["--device", "cpu", "--run-dir", str(tmp_path / "run")]) == 1
+    said = "train.py: error: the processes cannot meet at node-0:29500: The client socket has timed out after 300000ms\n"
+    assert capsys.readouterr().err == said

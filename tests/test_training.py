@@ -849,7 +849,7 @@ MAY_USE = {
     "recipes": "errors options",
     "batches": "errors options",
     "config": "batches errors limits options recipes",
-    "process": "config",
+    "process": "batches config",
     "files": "",
     "layers": "config files",
     "augment": "config",

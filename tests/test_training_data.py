@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import struct
 from collections import Counter
 from dataclasses import replace
@@ -249,6 +250,24 @@ def test_tiny_imagenet_lies_in_its_own_layout(tmp_path):
     assert (find_data(config, ALONE).num_classes, find_data(config, ALONE).num_train) == (2, 8)
     _, labels = next(iter(loaders_of(config).test))
     assert labels.tolist() == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"0.png\tn00\n1.png\n", "val_annotations.txt: no tab and class after '1.png'"),
+        (b"0.png n00 0 0\n", "val_annotations.txt: no tab and class after '0.png n00 0 0'"),
+        (b"\xff\xfe0\0.\0p\0n\0g\0", "'utf-8' codec can't decode"),
+        (b"", "do not have the same classes"),
+    ],
+    ids=["cut", "spaces", "bytes", "empty"],
+)
+def test_annotations_that_are_none_are_said(tmp_path, text, said):
+    write_images(tmp_path / "train" / "n00", 1, 0)
+    write_images(tmp_path / "val" / "images", 1, 0)
+    (tmp_path / "val" / "val_annotations.txt").write_bytes(text)
+    with pytest.raises(UsageError, match=f"--data-dir .*: .*{re.escape(said)}"):
+        find_data(configured(tmp_path), ALONE)
 
 
 class Numbers(IterableDataset):

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from autowu.training.errors import UsageError
 from autowu.training.options import option_of
 
-__all__ = ["SPLIT", "split_batch"]
+__all__ = ["SPLIT", "processes_of_run", "split_batch"]
 
 SPLIT = ("world_size", "batch_size", "grad_accum", "global_batch_size")
 """The fields that may be others where the number of processes is another, as long as a step takes as many images."""
+
+
+def processes_of_run() -> int:
+    """How many processes a launcher has started, by the environment's WORLD_SIZE; 1 without one.
+
+    Raises:
+        UsageError: if it is no such number.
+    """
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise UsageError(f"WORLD_SIZE={given}: must be the number of processes, as a launcher sets it; unset it for one process")
+    return int(given)
 
 
 def split_batch(args: dict[str, Any], processes: int) -> None:
@@ -43,9 +56,10 @@ def _started_with(folder: Path) -> dict[str, int] | None:
     """How the steps of the run in `folder` were split; None where that cannot be read, which is told when the run is looked for."""
     try:
         saved = json.loads((folder / "config.json").read_text())
-        return {name: int(saved.get(name, 1)) for name in SPLIT[:3]}
-    except (OSError, ValueError, TypeError, AttributeError):
+        split = {name: int(saved.get(name, 1)) for name in SPLIT[:3]}
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError):
         return None
+    return split if min(split.values()) >= 1 else None
 
 
 def _split_again(before: dict[str, int], most: int, processes: int) -> tuple[int, int]:
@@ -54,5 +68,5 @@ def _split_again(before: dict[str, int], most: int, processes: int) -> tuple[int
     share, rest = divmod(whole, processes)
     if rest:
         raise UsageError(f"--resume: a step of the run takes {whole} images, which {processes} processes cannot share evenly")
-    accum = next(number for number in range(1, share + 1) if share % number == 0 and share // number <= most)
-    return share // accum, accum
+    size = next(number for number in range(min(most, share), 0, -1) if share % number == 0)
+    return size, share // size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autowu.training.batches import split_batch
+from autowu.training.batches import processes_of_run, split_batch
 from autowu.training.errors import RunError, UsageError, unknown_name
 from autowu.training.limits import check_numbers
 from autowu.training.options import RECIPES, defaults, given, option_of
@@ -154,7 +153,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
         stamp, own = time.strftime("%Y%m%d-%H%M%S"), secrets.token_hex(3)
         args["run_dir"] = Path("runs", f"{stamp}-{args['model'].replace('/', '_')}-{args['opt']}-{args['sched']}-{own}")
     check_numbers(args)
-    split_batch(args, int(os.environ.get("WORLD_SIZE", "1")))
+    split_batch(args, processes_of_run())
     config = TrainConfig(**args)
     _check(config)
     return config

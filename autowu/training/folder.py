@@ -229,4 +229,8 @@ class RunFolder:
 
 
 def _images_a_step(fields: Mapping[str, Any]) -> int:
-    return math.prod(int(fields[name]) for name in ("world_size", "batch_size", "grad_accum"))
+    factors = {name: fields[name] for name in ("world_size", "batch_size", "grad_accum")}
+    for name, value in factors.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}")
+    return math.prod(factors.values())

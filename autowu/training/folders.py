@@ -27,8 +27,8 @@ def image_folder(root: Path, transform: Any = None) -> Any:
     kind = _Annotated if (root / _ANNOTATIONS).is_file() else ImageFolder
     try:
         return kind(str(root), transform, loader=_load)
-    except OSError as error:
-        # It says whether the folder, its class folders or their images are missing, or cannot be read.
+    except (OSError, ValueError, csv.Error) as error:
+        # It says whether the folder, its class folders or their images are missing, or what cannot be read.
         reason = str(error).split(". Supported")[0]
         raise UsageError(f"--data-dir {root.parent}: {reason}") from None
 
@@ -47,7 +47,10 @@ class _Annotated(ImageFolder):  # type: ignore[misc]
 
 def _annotations(directory: str) -> list[list[str]]:
     with Path(directory, _ANNOTATIONS).open(newline="") as file:
-        return [row[:2] for row in csv.reader(file, delimiter="\t") if row]
+        rows = [row[:2] for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
+    if short := next((row for row in rows if len(row) < 2), None):
+        raise ValueError(f"{_ANNOTATIONS}: no tab and class after {short[0]!r}")
+    return rows
 
 
 def _load(path: str) -> Any:

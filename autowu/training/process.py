@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from autowu.training.batches import processes_of_run
 from autowu.training.config import RunError, UsageError
 
 __all__ = ["Process", "join"]
@@ -78,15 +79,14 @@ def join(device: str | None, *, group: bool = False) -> Iterator[Process]:
     A UsageError or RunError within is printed, by one process where several have the same. With `group` one alone is a group too.
 
     Raises:
-        UsageError: if a GPU was asked for and there is none.
-        RunError: if another process has failed, or is gone.
+        UsageError: if a GPU was asked for and there is none, or the environment is not that of a launcher.
+        RunError: if another process has failed, is gone, or cannot be reached.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = 0
+    world_size, rank = processes_of_run(), 0
     store: Any = None
-    if world_size > 1:
-        store, rank, _ = next(rendezvous("env://"))
     try:
+        if world_size > 1:
+            store, rank = _meet(world_size)
         place = _device(device)
         if world_size > 1:
             store = _of_this_start(store, rank, world_size)
@@ -99,7 +99,7 @@ def join(device: str | None, *, group: bool = False) -> Iterator[Process]:
             dist.barrier()
     except (UsageError, RunError) as error:
         if _is_first(store, str(error)):
-            print(f"train.py: error: {f'rank {rank}: ' * (world_size > 1)}{error}", file=sys.stderr, flush=True)
+            print(f"train.py: error: {f'rank {rank}: ' * (store is not None)}{error}", file=sys.stderr, flush=True)
         raise
     except Exception as error:
         if _has_failed(store):  # the group breaks where one process leaves it
@@ -112,6 +112,21 @@ def join(device: str | None, *, group: bool = False) -> Iterator[Process]:
     finally:
         if dist.is_initialized() and (world_size > 1 or group):
             dist.destroy_process_group()
+
+
+def _meet(world_size: int) -> tuple[Any, int]:
+    """The store of all processes, and the rank of this one, as the launcher's variables say."""
+    try:
+        store, rank, _ = next(rendezvous("env://"))
+        if not 0 <= rank < world_size:
+            raise ValueError(f"RANK is {rank}")
+    except ValueError as error:  # one that is missing, or no number
+        reason = str(error).rsplit("rendezvous: ", 1)[-1]
+        raise UsageError(f"WORLD_SIZE={world_size}: {reason}; start by torchrun, or unset WORLD_SIZE for one process") from None
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RunError(f"the processes cannot meet at {place}: {_in_short(error)}") from None
+    return store, rank
 
 
 def _start_group(place: torch.device, store: Any, rank: int, world_size: int) -> None:
