@@ -220,7 +220,8 @@ def test_pyright_finds_no_error_in_a_project_of_a_user(pyright):
 def test_pyright_knows_the_type_of_all_that_the_reference_has(pyright):
     reference = (ROOT / "docs" / "api.rst").read_text()
     modules = re.findall(r"automodule:: (autowu\b(?!\.integrations\.(?!trackers)).*)", reference)  # hosts are not installed there
-    symbols = json.loads(pyright("--verifytypes", "autowu", "--ignoreexternal", "--outputjson").stdout)["typeCompleteness"]["symbols"]
+    found = json.loads(pyright("--verifytypes", "autowu", "--ignoreexternal", "--outputjson").stdout)
+    symbols = found["typeCompleteness"]["symbols"]
     public = re.compile(rf"({'|'.join(map(re.escape, modules))})\.([A-Z]\w*\.)?[A-Za-z]\w*")
     unclear = {each["name"]: not each["isTypeKnown"] or each["isTypeAmbiguous"] for each in symbols if each["isExported"]}
     assert unclear["autowu.AutoWU"] is False
