@@ -51,7 +51,7 @@ class AnytimeAverage(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, share: float = 0.2) -> None:
-        self.power = 2 / fraction("share", share) - 2
+        self.power: float = 2 / fraction("share", share) - 2
 
         def average(averaged: Any, new: Any, number: Any) -> None:
             weight = (self.power + 1) / (float(number) + self.power + 1)

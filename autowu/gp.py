@@ -325,7 +325,7 @@ class ClosedFormGP:
     def __init__(self, lengthscale: float = 0.1) -> None:
         if not MIN_LENGTHSCALE <= lengthscale < math.inf:
             raise ValueError(f"lengthscale={lengthscale!r}: must be finite and at least {MIN_LENGTHSCALE}")
-        self.lengthscale = lengthscale
+        self.lengthscale: float = lengthscale
 
     def posterior(self, curve: LossCurve) -> CurvePosterior:
         """Fit `curve`; one small device-to-host read.

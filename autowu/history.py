@@ -35,9 +35,9 @@ class LossHistory:
 
     def __init__(self, max_points: int | None = 2048, stage: int = 0) -> None:
         self.max_points = max_points
-        self.steps = 0
+        self.steps: int = 0
         """Number of losses appended, the missing ones included."""
-        self.on_host = True
+        self.on_host: bool = True
         """Whether reading the losses waits for no device."""
         self._width = 1
         self._folded = 0

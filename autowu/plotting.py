@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 
@@ -92,9 +93,7 @@ class Drawn:
         except ImportError:
             return table
         figure.set_size_inches(5, 5)
-        png = io.BytesIO()
-        figure.savefig(png, dpi=100, format="png")
-        source = base64.b64encode(png.getvalue()).decode()
+        source = base64.b64encode(_png(figure)).decode()
         return f'{table}<img width="500" alt="losses, tests and LR of the run" src="data:image/png;base64,{source}"/>'
 
 
@@ -234,7 +233,15 @@ def _figure(**how: Any) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("a figure needs matplotlib: pip install autowu[plot]") from error
-    return Figure(layout="constrained", **how)
+    figure: Any = Figure(layout="constrained", **how)
+    figure._repr_png_ = partial(_png, figure)  # else a notebook shows figures only where it has imported pyplot
+    return cast("Figure", figure)
+
+
+def _png(figure: Figure) -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, dpi=100, format="png")
+    return png.getvalue()
 
 
 def _checked(axes: Any) -> list[Axes]:

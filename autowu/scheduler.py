@@ -103,6 +103,9 @@ class AutoWU(Shown, OpenEnded, Drawn):
         config: the arguments as resolved, a :class:`~autowu.phases.Config`.
     """
 
+    last_epoch: int
+    base_lrs: list[float | Tensor]
+
     def __init__(
         self,
         optimizer: Optimizer | Sequence[Optimizer],

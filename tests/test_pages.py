@@ -52,6 +52,7 @@ def test_the_reference_has_each_module_that_a_page_names():
     imported = set(re.findall(r"^from (autowu[\w.]*) import", pages, re.MULTILINE))
     assert "autowu.plotting" in imported
     assert imported <= {"autowu.scheduler"} | set(MODULES)
+    assert len(MODULES) == len(set(MODULES))
 
 
 # Notebooks
@@ -190,6 +191,9 @@ def test_the_pages_build_as_a_site_without_a_warning(tmp_path):
     assert "how-it-works.html" in site["index.html"]
     for name in ("AutoWU.step", "AutoWU.plot", "optim.LARS.step", "plotting.draw_state"):
         assert f'id="autowu.{name}"' in site["api.html"]
+    for notebook, figures in (("first-run", 1), ("sweep", 2)):
+        shown = re.findall(r'<img [^>]*src="(\.\./_images/\w+\.png)"', site[f"notebooks/{notebook}.html"])
+        assert len(shown) == figures
     for page, text in site.items():
         for link in re.findall(r'href="([^":?]+)"', text):
             path, _, anchor = link.partition("#")

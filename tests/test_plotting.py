@@ -291,6 +291,13 @@ def test_a_notebook_shows_table_and_figure(run):
     assert 'src="data:image/png;base64,' in shown
 
 
+def test_a_notebook_shows_a_figure_though_pyplot_was_never_imported(run):
+    for figure in (run.plot(), draw_run([3.0, 2.0], [0.1, 0.2])):
+        png = figure._repr_png_()  # which notebooks ask for
+        assert png.startswith(b"\x89PNG")
+        assert len(png) > 5000
+
+
 def test_without_matplotlib_a_notebook_shows_the_table_and_a_plot_names_the_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run._repr_html_().endswith("</table>")

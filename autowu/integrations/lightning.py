@@ -53,7 +53,8 @@ class AutoWUCallback(L.Callback):
     """
 
     def __init__(self, *, figure: bool = True, **arguments: Any) -> None:
-        self.figure, self.arguments = figure, arguments
+        self.figure: bool = figure
+        self.arguments: dict[str, Any] = arguments
         self.scheduler: AutoWU | None = None
         self._logged = 0
 

@@ -69,7 +69,7 @@ class AutoWUScheduler:
             raise ValueError(f"metric={metric!r}: must be 'running_mean' or 'loss'")
         self.scheduler = scheduler
         self.metric = metric
-        self.num_updates = 0
+        self.num_updates: int = 0
         self._count = 0  # updates since the epoch began
         self._known = 0  # as many of them are in the last mean that was passed,
         self._sum: float | Tensor = 0.0  # and this is the sum of their losses

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from autowu.optim.layerwise import TrustScaled
-from autowu.optim.rules import LAMB_RULE
+from autowu.optim.rules import LAMB_RULE, StepRule
 
 __all__ = ["LAMB"]
 
@@ -56,7 +56,7 @@ class LAMB(TrustScaled):
         >>> optimizer.step()
     """
 
-    rules = (LAMB_RULE,)
+    rules: ClassVar[tuple[StepRule[Any], ...]] = (LAMB_RULE,)
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from autowu.optim.batches import Batch, wide
 from autowu.optim.engines.eager import scale_
 from autowu.optim.layerwise import TrustScaled
-from autowu.optim.rules import ADAMW_RULE, Direction, Lamb, LambNumbers, adam_roots, correct_firsts_, decayed_
+from autowu.optim.rules import ADAMW_RULE, Direction, Lamb, LambNumbers, StepRule, adam_roots, correct_firsts_, decayed_
 
 __all__ = ["LANS"]
 
@@ -79,7 +79,7 @@ class LANS(TrustScaled):
         >>> optimizer.step()
     """
 
-    rules = (Lans(), ADAMW_RULE)
+    rules: ClassVar[tuple[StepRule[Any], ...]] = (Lans(), ADAMW_RULE)
 
     def refusal(self, param: Tensor, group: dict[str, Any]) -> str | None:
         return _NO_FLOAT16 if param.dtype == torch.float16 and group["adapt"] else super().refusal(param, group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class Muon(TrustScaled):
         >>> optimizer.step()
     """
 
-    rules = (MuonRule(), ADAMW_RULE)
+    rules: ClassVar[tuple[StepRule[Any], ...]] = (MuonRule(), ADAMW_RULE)
 
     def __init__(
         self,

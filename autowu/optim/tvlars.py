@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class TVLARS(LARS):
         1
     """
 
-    ranges = LARS.ranges | {
+    ranges: ClassVar[dict[str, checks.Range]] = LARS.ranges | {
         "lmbda": checks.AT_LEAST_0,
         "alpha": checks.ABOVE_0,
         "delay": checks.FINITE,
