@@ -10,7 +10,6 @@ from typing import Any
 
 from autowu.config import Config
 from autowu.phases import (
-    MAX_EXPLOSIONS,
     MAX_SETBACKS,
     Event,
     State,
@@ -19,6 +18,7 @@ from autowu.phases import (
     each_config,
     each_lr,
     first_switch,
+    most_setbacks,
     peak_lrs,
     phase_at,
 )
@@ -149,7 +149,7 @@ def doubt_message(config: Config, switch: Switch) -> str | None:
 
 def divergence_message(state: State, restored: int | None) -> str:
     """What is said of a divergence, after which the run has `state`. `restored`: step of the copy that was put back."""
-    most = MAX_SETBACKS if state.setbacks <= MAX_SETBACKS else MAX_EXPLOSIONS
+    most = most_setbacks(state)
     lowered = f"training has diverged ({state.setbacks} of {most}); the peak LR is now {in_words(peak_lrs(state))}"
     after = ""
     if state.setbacks == MAX_SETBACKS and restored is not None:

@@ -43,6 +43,7 @@ __all__ = [
     "is_test_due",
     "lower",
     "lowered",
+    "most_setbacks",
     "next_test",
     "peak_lrs",
     "phase_at",
@@ -413,6 +414,11 @@ def peak_lrs(state: State) -> tuple[float, ...]:
 def set_back(state: State) -> State:
     """The state after a divergence: a lower peak."""
     return replace(state, setbacks=state.setbacks + 1)
+
+
+def most_setbacks(state: State) -> int:
+    """How many setbacks a run bears, of which it has had so many: more than the first few only where it explodes."""
+    return MAX_SETBACKS if state.setbacks <= MAX_SETBACKS else MAX_EXPLOSIONS
 
 
 def lowered(state: State) -> State:

@@ -13,13 +13,13 @@ from autowu.events import back_at, in_words
 from autowu.gp import FloatArray
 from autowu.history import LossHistory
 from autowu.phases import (
-    MAX_SETBACKS,
     Event,
     State,
     all_lrs,
     cooldown_begin,
     each_config,
     each_lr,
+    most_setbacks,
     phase_at,
     state_of,
     warmup_lr_at,
@@ -166,7 +166,7 @@ class Report:
                 rows.append(("minimum", f"{lowest}; past with probability {switch.probability:.3f}"))
             rows.append(("peak LR", in_words(switch.lrs)))
             if state.setbacks:
-                rows.append(("setbacks", f"{state.setbacks}, at most {MAX_SETBACKS} but for explosions"))
+                rows.append(("setbacks", f"{state.setbacks} of {most_setbacks(state)}"))
         rows += [("went back", f"at step {step}, to the copy of step {to}") for step, to in self.returns]
         rows += [(event.kind, f"step {event.step}: {event.message}") for event in self.events if event.kind != "switch"]
         return rows
