@@ -10,6 +10,7 @@ from typing import Any
 
 from autowu.config import Config
 from autowu.phases import (
+    MAX_EXPLOSIONS,
     MAX_SETBACKS,
     Event,
     State,
@@ -152,10 +153,10 @@ def divergence_message(state: State, restored: int | None) -> str:
     most = most_setbacks(state)
     lowered = f"training has diverged ({state.setbacks} of {most}); the peak LR is now {in_words(peak_lrs(state))}"
     after = ""
-    if state.setbacks == MAX_SETBACKS and restored is not None:
-        after = "; from here on only a loss that explodes lowers it"
-    elif state.setbacks == most:
+    if state.setbacks == MAX_EXPLOSIONS or (state.setbacks >= MAX_SETBACKS and restored is None):
         after = "; from here on the run is left alone"
+    elif state.setbacks == MAX_SETBACKS:
+        after = "; from here on only a loss that explodes lowers it"
     return f"{lowered}{_back_at(restored)}{after}"
 
 

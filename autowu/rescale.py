@@ -103,11 +103,12 @@ def _judge(judge: Mapping[str, Any], epochs: _Epochs, taken: int, interval: int)
     history = _history(judge["history"], epochs, taken, interval + MIN_LOSSES)
     missing = judge["history"]["steps"] - _number(judge["history"]) - judge["repeated"]
     state = history.state_dict()
-    verdicts = {
-        which: {**verdict, "minimum": verdict["minimum"] * epochs.now / epochs.before}
-        for which in ("last", "next")
-        if (verdict := judge[which]) is not None
-    }
+
+    def placed(verdict: Mapping[str, Any]) -> dict[str, Any]:
+        return {**verdict, "minimum": verdict["minimum"] * epochs.now / epochs.before}
+
+    verdicts: dict[str, Any] = {which: placed(judge[which]) for which in ("last", "next") if judge[which] is not None}
+    verdicts["before"] = [placed(verdict) for verdict in judge["before"]]
     return {**judge, **verdicts, "history": state, "repeated": max(0, history.steps - _number(state) - max(0, missing))}
 
 

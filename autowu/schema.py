@@ -531,6 +531,7 @@ def _rest_agrees(name: str, state: Mapping[str, Any]) -> None:
                 _history_agrees(f'{path}["{key}"]', state["stage"][key], state)
         if (back_at := state["stage"].get("back_at")) is not None:
             _whole(0)(f'{path}["back_at"]', back_at)
+            _most(f'{path}["back_at"]', back_at, taken, "the steps taken")
         if (plateau := state["stage"].get("plateau")) is not None:
             path = f'{path}["plateau"]'
             _record({"peak": _lr, "losses": _HISTORY})(path, plateau)

@@ -50,7 +50,7 @@ from autowu.reader import Reader
 from autowu.record import Record
 from autowu.rollback import NoRollback, Restored, Rollback
 from autowu.switching import MIN_LOSSES
-from autowu.watch import BLOCK, LossWatch
+from autowu.watch import BLOCK, IN_A_ROW, LossWatch
 
 __all__ = ["AfterSwitch", "Rooms", "Stage", "WarmUp", "rooms_of", "stage_of"]
 
@@ -63,7 +63,7 @@ _FOLDED_EVERY: Final = 512
 _SPACING: Final = 2.0
 """On `peak_factor`, the share of the LR between two copies of a warm-up: so far past the minimum the edge lies in the mean."""
 _PROBATION: Final = 40
-"""Steps after going back before the run is copied again: what comes apart once more is no better than the copy it began at."""
+"""Steps after a divergence before the run is copied again: what comes apart once more is no better than the copy it began at."""
 _SKIPPED: Final = 20
 """Calls without an optimizer step after which the loss is looked at."""
 
@@ -273,7 +273,7 @@ class AfterSwitch:
         self.busy_at = 0  # as of WarmUp
         self._losses = LossHistory(_POINTS)  # those since the switch; staged are those since the last look, at least
         self._epoch: LossHistory | None = None  # those of the epoch, for the plateau rule
-        self._back_at: int | None = None  # the step of the last divergence
+        self._back_at: int | None = None  # the step of the last divergence, if a copy was put back
         self._plateau: Plateau | None = None  # those at the present peak LR, for a cooldown that begins by itself
 
     def _copies_every(self, step: int) -> int:
@@ -329,7 +329,8 @@ class AfterSwitch:
         if self._bears_no_more(state):  # it only remains to be seen whether the last was one
             seen = not reader.watch.on_trial or watch_is_over(self.config, state, step)
             return self.end_watch(state) if seen else state
-        if reader.watch.exploded if state.setbacks >= MAX_SETBACKS else reader.watch.diverged:
+        exploded = reader.watch.exploded or reader.watch.silent >= IN_A_ROW
+        if exploded if state.setbacks >= MAX_SETBACKS else reader.watch.diverged:
             return self._set_back(step, state)
         if since // BLOCK < step // BLOCK and watch_is_over(self.config, state, step):
             return self.end_watch(state)
@@ -365,7 +366,7 @@ class AfterSwitch:
         if restored is None and self.rooms.rollback.lost(step):
             return self.end_watch(state)
         self.rooms.held_out.leave()
-        state, self._back_at = set_back(state), step
+        state, self._back_at = set_back(state), None if restored is None else step
         self.rooms.reader.go_back(None if restored is None else restored.level)
         message = divergence_message(state, None if restored is None else restored.step)
         self.rooms.log.warn("divergence", step, message)
@@ -373,13 +374,15 @@ class AfterSwitch:
         return self.end_watch(state) if over else state
 
     def _bears_no_more(self, state: State) -> bool:
-        """Whether nothing sets the run back any longer."""
-        return state.setbacks >= (MAX_SETBACKS if self.rooms.rollback.held is None else MAX_EXPLOSIONS)
+        """Whether nothing sets the run back any longer, by what all ranks know alike."""
+        return state.setbacks >= (MAX_SETBACKS if self._back_at is None else MAX_EXPLOSIONS)
 
     def _undo_set_backs(self, step: int, state: State) -> State:
         """The loss is high on the weights of the copy, or at a lower LR, too: it has changed, and the peak was not too high."""
         watch = self.rooms.reader.watch
         state = undo_set_backs(state, watch.halved)
+        if self._back_at is not None:  # it was the loss: the run may be copied
+            self._back_at = max(0, step - _PROBATION)
         watch.changed = False
         back = watch.level < watch.returned + watch.rise / 2  # it has leapt up and back
         risen = watch.rise if back or self.rooms.rollback.held is None else None

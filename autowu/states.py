@@ -35,7 +35,7 @@ _LATER: Final[Mapping[str, Mapping[str, Any]]] = {
     "state": {"start_loss": None, "settled": False, "again": False, "batch": None, "batch_factor": 1.0},
     "judge": {"before": ()},
 }
-"""What the first states of version 6 have not, and what it is in their runs."""
+"""What the first states of version 6, which no release has saved, have not, and what it is in their runs."""
 _NO_BUDGET: Final[dict[str, Any]] = {"used": 0.0, "own": 0.0, "over": False, "given": None, "recent": []}
 
 

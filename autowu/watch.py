@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from math import inf, sqrt
 from typing import Any, Final
 
-__all__ = ["BLOCK", "HUGE", "Leaps", "LossWatch"]
+__all__ = ["BLOCK", "HUGE", "IN_A_ROW", "Leaps", "LossWatch"]
 
 _START: Final = 10
 """Losses whose mean is where the run started."""

@@ -319,8 +319,9 @@ def go_wrong(rank, size, nan_at=None, breaks=None, slope=-0.3):
     model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     more = FIXED | {"immediate_cooldown": False, "cooldown_fraction": 0.3}
-    scheduler = AutoWU(optimizer, total_steps=steps, model=model, min_lr=1e-5, max_lr=10.0, **more)
-    lrs, weights, restored = [], [], []
+    lrs, weights, restored, backs = [], [], [], []
+    lr_range = {"min_lr": 1e-5, "max_lr": 10.0}
+    scheduler = AutoWU(optimizer, total_steps=steps, model=model, on_rollback=backs.append, **lr_range, **more)
     for step in range(steps):
         if breaks is not None and rank == 1 and breaks(scheduler):
             optimizer.param_groups[0]["lock"] = threading.Lock()  # no copy of it can be made
@@ -330,12 +331,11 @@ def go_wrong(rank, size, nan_at=None, breaks=None, slope=-0.3):
         optimizer.zero_grad()
         (loss * (float("nan") if step == nan_at else slope if wrong else 1.0)).backward()
         lrs.append(optimizer.param_groups[0]["lr"])
-        held = scheduler._rooms.rollback.held
         optimizer.step()
         scheduler.step(loss)
         weights.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
-        if held is not None and torch.equal(weights[-1], weights[held - 1]) and held <= step:
-            restored.append((step + 1, held))
+        restored += [(step + 1, back) for back in backs if torch.equal(weights[-1], weights[back - 1])]
+        backs.clear()
     return result(
         scheduler,
         lrs,

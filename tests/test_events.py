@@ -74,6 +74,7 @@ def test_the_words_of_a_divergence():
     assert divergence_message(state, None) == (
         "training has diverged (3 of 3); the peak LR is now 0.0125; from here on the run is left alone"
     )
+    assert divergence_message(replace(state, setbacks=5), None).endswith("left alone")
     assert "(4 of 10)" in divergence_message(replace(state, setbacks=4), 60)
     assert divergence_message(replace(state, setbacks=10), 60).endswith("step 60; from here on the run is left alone")
 

@@ -79,7 +79,7 @@ def same(one, other):
 # ---------------------------------------------------------------- micro-batches
 
 
-MAKES = [autowu, plateau, functools.partial(autowu, gp="gpytorch", test_interval=7)]
+MAKES = [autowu, plateau, functools.partial(autowu, gp="gpytorch", test_interval=7, patience=3)]
 
 
 @pytest.mark.parametrize("make", MAKES, ids=["closed-form", "plateau", "gpytorch"])
