@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -347,7 +348,25 @@ def go_wrong(rank, size, nan_at=None, breaks=None, slope=-0.3):
     )
 
 
+def a_rank_that_stops_copying_after_three_setbacks(rank, size):
+    """Copies are 20 steps apart, so that the watch looks twice before the others learn of it."""
+    scheduler = scheduler_of(total_steps=4000, watch=True, rollback=True, max_warmup_fraction=0.02, cooldown_fraction=0.1)
+    losses, lrs = [*np.linspace(3, 1, 80), *[1.0, 1.01, 0.99] * 40], []
+    for step, loss in enumerate(losses):
+        if step == 120:
+            scheduler._state = replace(scheduler._state, setbacks=3)
+            scheduler._stage._back_at = 70
+        if step == 125 and rank == 1:
+            scheduler.optimizer.param_groups[0]["lock"] = threading.Lock()
+        lrs.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step(float(loss))
+    gave_up = not scheduler._rooms.rollback.able
+    return result(scheduler, lrs, watched=scheduler._state.watched, setbacks=scheduler._state.setbacks, gave_up=gave_up)
+
+
 CASES = {
+    "a_rank_that_stops_copying_after_three_setbacks": a_rank_that_stops_copying_after_three_setbacks,
     "watched": watched,
     "explodes_and_diverges": lambda rank, size: go_wrong(rank, size, nan_at=90, slope=float("nan")),
     "goes_uphill": go_wrong,

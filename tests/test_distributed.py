@@ -54,7 +54,9 @@ def assert_agree_and_switch(ranks, case):
     assert first["phase"] == "done"
 
 
-@pytest.mark.parametrize("case", sorted(set(CASES) - {"groups_of_one", "groups_of_two"}))
+@pytest.mark.parametrize(
+    "case", sorted(set(CASES) - {"groups_of_one", "groups_of_two", "a_rank_that_stops_copying_after_three_setbacks"})
+)
 def test_ranks_run_at_the_same_lr_at_every_step(ranks, case):
     assert_agree_and_switch(ranks, case)
 
@@ -186,6 +188,11 @@ def test_where_one_rank_cannot_copy_its_model_all_go_on_without(ranks, case):
         np.testing.assert_array_equal(found["weights"], first["weights"])  # NaN or not
         assert found["gave_up_copying"]
     assert [sum(kind == "snapshot" for kind, *_ in rank[case]["events"]) for rank in ranks] == [0, 1] + [0] * (len(ranks) - 2)
+
+
+def test_ranks_watch_on_together_where_one_stops_copying_after_three_setbacks(ranks):
+    found = [rank["a_rank_that_stops_copying_after_three_setbacks"] for rank in ranks]
+    assert {(each["watched"], each["setbacks"], each["gave_up"]) for each in found} == {(True, 3, True)}
 
 
 def test_the_losses_are_averaged_and_the_verdict_comes_one_test_later(two_or_four):

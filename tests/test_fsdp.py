@@ -1,5 +1,6 @@
 """--fsdp: two processes that have half of the model each train as two that have all of it, and so they go on. Real processes."""
 
+import io
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ from torch import nn
 
 from autowu.training.config import UsageError
 from autowu.training.main import main
-from autowu.training.shards import _blocks, read_shards
+from autowu.training.shards import _blocks, _Metadata, read_shards
 
 OPTIONS = [
     "--batch-size",
@@ -254,3 +255,23 @@ def test_a_sharded_run_killed_while_it_writes_goes_on(tmp_path, uncut):
             assert {process.end() for process in processes} == {-signal.SIGKILL, 1}
     run(tmp_path, 2, "--fsdp", *OPTIONS)
     assert rows(tmp_path) == rows(uncut)
+
+
+class Pickled:
+    """Pickles as that call."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_of_a_checkpoint_the_members_of_enums_are_read_and_no_other_attribute_is():
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as KIND
+
+    read = lambda *call: _Metadata(io.BytesIO(pickle.dumps(Pickled(*call)))).load()  # noqa: E731
+    assert read(getattr, (KIND, "TORCH_PRESERVE_FORMAT")) is KIND.TORCH_PRESERVE_FORMAT  # as Python 3.11.2 has them
+    for call in ((getattr, (torch.Size, "mro")), (getattr, (KIND.TORCH_PRESERVE_FORMAT, "__class__")), (os.getenv, ("HOME",))):
+        with pytest.raises(pickle.UnpicklingError, match="is no part of a checkpoint"):
+            read(*call)
