@@ -270,7 +270,9 @@ class Pickled:
 def test_of_a_checkpoint_the_members_of_enums_are_read_and_no_other_attribute_is():
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as KIND
 
-    read = lambda *call: _Metadata(io.BytesIO(pickle.dumps(Pickled(*call)))).load()  # noqa: E731
+    def read(*call):
+        return _Metadata(io.BytesIO(pickle.dumps(Pickled(*call)))).load()
+
     assert read(getattr, (KIND, "TORCH_PRESERVE_FORMAT")) is KIND.TORCH_PRESERVE_FORMAT  # as Python 3.11.2 has them
     for call in ((getattr, (torch.Size, "mro")), (getattr, (KIND.TORCH_PRESERVE_FORMAT, "__class__")), (os.getenv, ("HOME",))):
         with pytest.raises(pickle.UnpicklingError, match="is no part of a checkpoint"):

@@ -450,7 +450,8 @@ def perceptron(seed, **arguments):
 def test_an_overshoot_leaves_no_trace(seed, caplog):
     with caplog.at_level("INFO", logger="autowu"):
         scheduler, accuracy = perceptron(seed, keeps=True)
-    assert scheduler.switch.by_test or "explosion" in [event.kind for event in scheduler.events]
+    assert scheduler.switch.by_test == (seed != 2)
+    assert ("explosion" in [event.kind for event in scheduler.events]) == (seed == 2)
     assert accuracy > 0.98
     assert "model and optimizer are back at step" in caplog.text
     assert scheduler._rooms.rollback.held is None  # given back
