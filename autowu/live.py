@@ -55,8 +55,9 @@ class LiveRun:
     @torch.no_grad()
     def begin(self) -> None:
         """The run begins here, or goes on: what does not train and keeps its value from here on is frozen."""
-        labelled = self.everything()
-        trained = self._trained(labelled)
+        optimizers = self.optimizers()
+        labelled = self._labelled(optimizers)
+        trained = _trained(labelled, optimizers)
         frozen = {label: local(p) for label, p in labelled.items() if label not in trained and _can_be_normed(p)}
         self._frozen = dict(zip(frozen, torch._foreach_norm(list(frozen.values()), 1), strict=True)) if frozen else {}
         self._moving: set[Label] = set()
@@ -67,11 +68,7 @@ class LiveRun:
 
     def optimized(self) -> list[Tensor]:
         """The optimizer's parameters, those of its first group first."""
-        found: dict[int, Tensor] = {}
-        for optimizer in self.optimizers():
-            for group in optimizer.param_groups:
-                found.update((id(p), p) for p in group["params"] if id(p) not in found)
-        return list(found.values())
+        return _optimized(self.optimizers())
 
     def labels(self) -> list[Label]:
         """Those of the optimizer's parameters, in their order."""
@@ -80,7 +77,8 @@ class LiveRun:
 
     def parameters(self) -> dict[Label, Tensor]:
         """The parameters that change."""
-        return self._changing(self.everything())
+        optimizers = self.optimizers()
+        return self._changing(self._labelled(optimizers), optimizers)
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers of the model."""
@@ -88,12 +86,13 @@ class LiveRun:
 
     def look(self) -> Seen:
         """All that changes, as it is now; nothing is copied."""
-        labelled = self.everything()
-        parameters = self._changing(labelled)
+        optimizers = self.optimizers()
+        labelled = self._labelled(optimizers)
+        parameters = self._changing(labelled, optimizers)
         tensors: dict[Key, Tensor] = {("parameter", label): local(p) for label, p in parameters.items()}
         tensors |= {("buffer", name): local(t) for name, t in self.buffers().items()}
         rest: dict[Key, Any] = {("extra", name): module.get_extra_state() for name, module in self.modules_with_more().items()}
-        for where, _, holder in self._holders(labelled):
+        for where, _, holder in _holders(labelled, optimizers):
             for name, value in holder.items():
                 if not is_kept(name):
                     continue
@@ -108,8 +107,9 @@ class LiveRun:
         """Find the frozen parameters that have changed; waits for the device where there are any frozen ones."""
         if not self._frozen:
             return
-        labelled = self.everything()
-        trained = self._trained(labelled)
+        optimizers = self.optimizers()
+        labelled = self._labelled(optimizers)
+        trained = _trained(labelled, optimizers)
         now = {label: p for label, p in labelled.items() if label in self._frozen and label not in trained}
         if now:
             norms = torch._foreach_norm([local(p) for p in now.values()], 1)
@@ -122,9 +122,10 @@ class LiveRun:
 
     def source_of(self, average: Label) -> Tensor | None:
         """What a frozen parameter is an average of: of its shape, with the name that ends alike for longest; None if unclear."""
-        labelled = self.everything()
+        optimizers = self.optimizers()
+        labelled = self._labelled(optimizers)
         shape, best, found = labelled[average].shape, 0, []
-        for label, parameter in self._trained(labelled).items():
+        for label, parameter in _trained(labelled, optimizers).items():
             alike = _alike(str(label), str(average)) if parameter.shape == shape else 0
             if alike > best:
                 best, found = alike, [parameter]
@@ -134,22 +135,8 @@ class LiveRun:
 
     def holders(self) -> Iterator[tuple[Key, Tensor | None, dict[str, Any]]]:
         """Where each dictionary in which the optimizer keeps what it knows stands, of which parameter it is, and itself."""
-        return self._holders(self.everything())
-
-    def _holders(self, labelled: dict[Label, Tensor]) -> Iterator[tuple[Key, Tensor | None, dict[str, Any]]]:
-        labels = {id(p): label for label, p in labelled.items()}
-        seen: set[int] = set()
-        for level, optimizer in enumerate(self.optimizers()):
-            places: list[tuple[Key, Tensor | None, Any]] = [
-                (("state", level, labels[id(p)]), p, state)
-                for p, state in optimizer.state.items()
-                if isinstance(p, Tensor) and id(p) in labels
-            ]
-            places += [(("group", level, index), None, group) for index, group in enumerate(optimizer.param_groups)]
-            for where, parameter, holder in places:
-                if id(holder) not in seen and isinstance(holder, dict):
-                    seen.add(id(holder))
-                    yield where, parameter, holder
+        optimizers = self.optimizers()
+        return _holders(self._labelled(optimizers), optimizers)
 
     def modules_with_more(self) -> dict[str, nn.Module]:
         """The modules that have an extra state."""
@@ -175,24 +162,53 @@ class LiveRun:
     @property
     def place(self) -> torch.device:
         """Where what changes lies, by the first parameter."""
-        return next((parameter.device for parameter in self.optimized()), torch.device("cpu"))
+        groups = (group for optimizer in self.optimizers() for group in optimizer.param_groups)
+        return next((parameter.device for group in groups for parameter in group["params"]), torch.device("cpu"))
 
     def everything(self) -> dict[Label, Tensor]:
         """All parameters, each once, whether they change or not."""
+        return self._labelled(self.optimizers())
+
+    def _labelled(self, optimizers: list[Optimizer]) -> dict[Label, Tensor]:
         named = {} if self.model is None else _bare(dict(self.model.named_parameters()))
         labelled: dict[Label, Tensor] = {}
         labelled.update(named)
         seen = {id(p) for p in named.values()}
-        return labelled | {index: p for index, p in enumerate(self.optimized()) if id(p) not in seen}
+        return labelled | {index: p for index, p in enumerate(_optimized(optimizers)) if id(p) not in seen}
 
-    def _trained(self, labelled: dict[Label, Tensor]) -> dict[Label, Tensor]:
-        """Those parameters that are trained: that want gradients, or of which an optimizer keeps a state."""
-        states = [optimizer.state for optimizer in self.optimizers()]
-        return {label: p for label, p in labelled.items() if p.requires_grad or any(p in state for state in states)}
-
-    def _changing(self, labelled: dict[Label, Tensor]) -> dict[Label, Tensor]:
-        trained = self._trained(labelled)
+    def _changing(self, labelled: dict[Label, Tensor], optimizers: list[Optimizer]) -> dict[Label, Tensor]:
+        trained = _trained(labelled, optimizers)
         return trained | {label: labelled[label] for label in self._moving if label in labelled} if self._moving else trained
+
+
+def _optimized(optimizers: list[Optimizer]) -> list[Tensor]:
+    found: dict[int, Tensor] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            found.update((id(p), p) for p in group["params"] if id(p) not in found)
+    return list(found.values())
+
+
+def _trained(labelled: dict[Label, Tensor], optimizers: list[Optimizer]) -> dict[Label, Tensor]:
+    """Those parameters that are trained: that want gradients, or of which an optimizer keeps a state."""
+    states = [optimizer.state for optimizer in optimizers]
+    return {label: p for label, p in labelled.items() if p.requires_grad or any(p in state for state in states)}
+
+
+def _holders(labelled: dict[Label, Tensor], optimizers: list[Optimizer]) -> Iterator[tuple[Key, Tensor | None, dict[str, Any]]]:
+    labels = {id(p): label for label, p in labelled.items()}
+    seen: set[int] = set()
+    for level, optimizer in enumerate(optimizers):
+        places: list[tuple[Key, Tensor | None, Any]] = [
+            (("state", level, labels[id(p)]), p, state)
+            for p, state in optimizer.state.items()
+            if isinstance(p, Tensor) and id(p) in labels
+        ]
+        places += [(("group", level, index), None, group) for index, group in enumerate(optimizer.param_groups)]
+        for where, parameter, holder in places:
+            if id(holder) not in seen and isinstance(holder, dict):
+                seen.add(id(holder))
+                yield where, parameter, holder
 
 
 def _alike(name: str, other: str) -> int:

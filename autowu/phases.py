@@ -15,12 +15,13 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 
 from autowu.config import Config, brief
-from autowu.schedules import cooldown_factor, warmup_lr
+from autowu.schedules import COOLDOWNS, WARMUPS, warmup_lr
 from autowu.switching import MIN_LOSSES, SwitchDecision
 
 __all__ = [
     "Config",
     "Event",
+    "LRRule",
     "LRs",
     "Phase",
     "State",
@@ -217,24 +218,50 @@ def phase_at(config: Config, state: State, step: int) -> Phase:
     return "stable"
 
 
+class LRRule:
+    """The LRs of a run by what is known now. What does not change from step to step is looked up once: it is asked at each."""
+
+    def __init__(self, config: Config, state: State) -> None:
+        self.config, self.state = config, state
+        self._last, self._origin, self._steps = config.end - 1, config.warmup_origin, config.warmup_steps
+        self._rise, self._low, self._high = WARMUPS[config.warmup_type], config.min_lr, config.max_lr
+        self._epoch = config.steps_per_epoch if config.warmup_unit == "epoch" and config.steps_per_epoch is not None else 1
+        self._switch = self._cooldown = math.inf
+        if (switch := state.switch) is not None:
+            self._switch, self._cooldown = switch.step, cooldown_begin(config, switch)
+            self._peak = switch.lr * SETBACK_FACTOR**state.setbacks * state.batch_factor * state.plateau_factor
+        self._fall, self._length = COOLDOWNS[config.cooldown_type], config.end - self._cooldown
+        self._stairs = config.decay_phase_factor != 1.0 and config.decay_phase_stat is None
+
+    def __reduce__(self) -> tuple[type[LRRule], tuple[Config, State]]:
+        return LRRule, (self.config, self.state)
+
+    def at(self, step: int) -> float:
+        """LR of optimizer step `step`, of the parameter group with the largest LR."""
+        if step > self._last:
+            step = int(self._last)
+        if step < self._switch:
+            position = step - self._origin if step > self._origin else 0
+            if self._epoch > 1:
+                position = position // self._epoch * self._epoch
+            return self._rise(position / self._steps, self._low, self._high)
+        lr, start = self._peak, self._cooldown
+        if self._stairs:
+            assert self.config.steps_per_epoch is not None
+            lr *= self.config.decay_phase_factor ** ((min(step, start) - self._switch) // self.config.steps_per_epoch)
+        if step < start:
+            return lr
+        if self.config.replanned_at is None:
+            return lr * self._fall((step - start) / self._length)
+        return lr * self._fall(cooldown_progress(self.config, start, step))
+
+
 def base_lr(config: Config, state: State, step: int) -> float:
     """LR of optimizer step `step`, of the parameter group with the largest LR.
 
     The first step after a switch runs at the peak, the last step of the run above 0, and every step after it at that same LR.
     """
-    switch = state.switch
-    if step >= config.end:
-        step = int(config.end) - 1
-    if switch is None or step < switch.step:
-        return warmup_lr_at(config, max(step - config.warmup_origin, 0))
-    start = cooldown_begin(config, switch)
-    lr = switch.lr * SETBACK_FACTOR**state.setbacks * state.batch_factor * state.plateau_factor
-    if config.decay_phase_factor != 1.0 and config.decay_phase_stat is None:
-        assert config.steps_per_epoch is not None
-        lr *= config.decay_phase_factor ** ((min(step, start) - switch.step) // config.steps_per_epoch)
-    if step < start:
-        return lr
-    return lr * cooldown_factor(cooldown_progress(config, start, step), config.cooldown_type)
+    return LRRule(config, state).at(step)
 
 
 def all_lrs(config: Config, state: State, step: int) -> LRs:
@@ -446,8 +473,8 @@ def watch_is_over(config: Config, state: State, step: int) -> bool:
     """Whether the cooldown has brought the LR of optimizer step `step` so far down that training will not diverge."""
     if state.switch is None or phase_at(config, state, step) not in ("cooldown", "done"):
         return False
-    top = base_lr(config, state, int(cooldown_begin(config, state.switch)))
-    return base_lr(config, state, step) < WATCHED_DOWN_TO * top
+    rule = LRRule(config, state)
+    return rule.at(step) < WATCHED_DOWN_TO * rule.at(int(cooldown_begin(config, state.switch)))
 
 
 def plateau_epoch_due(config: Config, state: State, step: int) -> bool:

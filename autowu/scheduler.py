@@ -23,7 +23,7 @@ from autowu.kin import parts
 from autowu.micro_batches import MicroBatches
 from autowu.open_ended import OpenEnded
 from autowu.optimizer_calls import OptimizerCalls
-from autowu.phases import LRs, State, all_lrs, base_lr, phase_at, state_of
+from autowu.phases import LRRule, LRs, State, all_lrs, phase_at, state_of
 from autowu.plotting import Drawn
 from autowu.rescale import rescaled
 from autowu.shown import Shown
@@ -148,6 +148,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         stepped: Optimizer = arguments["optimizer"]
         self.config: Config = configure(arguments)
         self._state = State()
+        self._rule = LRRule(self.config, self._state)
         self._rooms = rooms_of(self.config, arguments)
         self._micro_batches = MicroBatches()
         self._calls = OptimizerCalls(stepped, self._rooms.log)
@@ -256,12 +257,14 @@ class AutoWU(Shown, OpenEnded, Drawn):
         if not (ranks := self._rooms.ranks).compared and not ranks.alone:
             self._rooms.compare(self.config, self.last_epoch)
             self._stage.busy_at = 0  # no loss waits on one rank and not on another
-        used = self._horizon.budget.of_step(self.config, samples, tokens)
+        counted = samples is not None or tokens is not None or self.config.budget is not None
+        used = self._horizon.budget.of_step(self.config, samples, tokens) if counted else 0.0
         loss = self._micro_batches.loss_of_step(loss)
         self._horizon.budget.own += used
         step, before = self.last_epoch + 1, self._state
         if self._calls.took_step(self.optimizer, step):
-            self._plan(self._horizon.after_step(self.config, before, step))
+            if (config := self._horizon.after_step(self.config, before, step)) is not self.config:
+                self._plan(config)
             self._state, self._stage = self._stage.after_step(step, loss, before)
             if self._step_count == 1:  # where torch may have to warn of the order of the two calls
                 LRScheduler.step(self)
@@ -281,9 +284,9 @@ class AutoWU(Shown, OpenEnded, Drawn):
 
     def _write_lrs(self) -> None:
         """Set the LRs of the coming step: a restored run must not depend on the order in which its parts were restored."""
-        lr: LRs = base_lr(self.config, self._state, self.last_epoch)
-        if self.config.others:
-            lr = all_lrs(self.config, self._state, self.last_epoch)
+        if self._rule.state is not self._state or self._rule.config is not self.config:
+            self._rule = LRRule(self.config, self._state)
+        lr: LRs = all_lrs(self.config, self._state, self.last_epoch) if self.config.others else self._rule.at(self.last_epoch)
         if (written := self._groups.renew(self.optimizer, lr)) is None:
             self._meet_groups()
             written = self._groups.write(self.optimizer, lr)

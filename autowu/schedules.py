@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-__all__ = ["COOLDOWN_TYPES", "WARMUP_TYPES", "cooldown_factor", "decades", "warmup_lr"]
+__all__ = ["COOLDOWNS", "COOLDOWN_TYPES", "WARMUPS", "WARMUP_TYPES", "cooldown_factor", "decades", "warmup_lr"]
 
 _TWO_SPEED_PACE: Final = 0.8
 """Pace at which the last three quarters of a "two_speed" warm-up pass through the decades of LR, in that of an even one."""
 
-_WARMUPS: Final[dict[str, Callable[[float, float, float], float]]] = {
+WARMUPS: Final[dict[str, Callable[[float, float, float], float]]] = {
     "exp": lambda u, low, high: low * (high / low) ** u,
     "two_speed": lambda u, low, high: low * (high / low) ** (2 * _TWO_SPEED_PACE * u if u < 0.25 else 0.2 + _TWO_SPEED_PACE * u),
     "linear": lambda u, low, high: low + (high - low) * u,
@@ -24,16 +24,16 @@ _WARMUPS: Final[dict[str, Callable[[float, float, float], float]]] = {
 # Decades of LR in a warm-up that kept the pace of its end, over those that it passes through.
 _PACES: Final = {"exp": 1.0, "two_speed": _TWO_SPEED_PACE}
 
-_COOLDOWNS: Final[dict[str, Callable[[float], float]]] = {
+COOLDOWNS: Final[dict[str, Callable[[float], float]]] = {
     "cosine": lambda u: (1.0 + math.cos(math.pi * u)) / 2.0,
     "half_cosine": lambda u: math.cos(math.pi * u / 2.0),
     "linear": lambda u: 1.0 - u,
     "sqrt": lambda u: 1.0 - math.sqrt(u),
 }
 
-WARMUP_TYPES: Final = tuple(_WARMUPS)
+WARMUP_TYPES: Final = tuple(WARMUPS)
 """Of :func:`warmup_lr`."""
-COOLDOWN_TYPES: Final = tuple(_COOLDOWNS)
+COOLDOWN_TYPES: Final = tuple(COOLDOWNS)
 """Of :func:`cooldown_factor`."""
 
 
@@ -64,7 +64,7 @@ def warmup_lr(
         >>> [round(warmup_lr(k, 4, 1e-4, 1.0), 6) for k in range(5)]
         [0.0001, 0.001, 0.01, 0.1, 1.0]
     """
-    return _WARMUPS[warmup_type](position / warmup_steps, min_lr, max_lr)
+    return WARMUPS[warmup_type](position / warmup_steps, min_lr, max_lr)
 
 
 def decades(min_lr: float, max_lr: float, warmup_type: str = "exp") -> float:
@@ -88,4 +88,4 @@ def cooldown_factor(progress: float, cooldown_type: str = "cosine") -> float:
         >>> [round(cooldown_factor(u, "linear"), 2) for u in (0.0, 0.25, 1.0)]
         [1.0, 0.75, 0.0]
     """
-    return _COOLDOWNS[cooldown_type](progress)
+    return COOLDOWNS[cooldown_type](progress)

@@ -178,12 +178,11 @@ class Snapshot:
     def _make_room(self, tensors: dict[Key, Tensor]) -> None:
         """Have a buffer for each of `tensors`; those that fit are kept."""
         kept = {key: kept for key, t in tensors.items() if (kept := self._copies.get(key)) is not None and self._holds(kept, t)}
-        missing = {key: t for key, t in tensors.items() if key not in kept}
-        need = sum(t.numel() * t.element_size() for t in missing.values())
-        if self.device is None and self.live.place.type == "cuda" and need > free_memory(self.live.place):
-            self.device, kept, missing = torch.device("cpu"), {}, tensors
+        need, place = sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in kept), self.live.place
+        if need and self.device is None and place.type == "cuda" and need > free_memory(place):
+            self.device, kept = torch.device("cpu"), {}
             need = sum(t.numel() * t.element_size() for t in tensors.values())
-        if (self.device or self.live.place).type == "cpu" and need > (free := free_memory(torch.device("cpu"))):
+        if need and (self.device or place).type == "cpu" and need > (free := free_memory(torch.device("cpu"))):
             raise MemoryError(f"a copy of {need / 1e9:.3g} GB has no room in the {free / 1e9:.3g} GB that are free")
         self._copies = {key: kept[key] if key in kept else self._room(tensor) for key, tensor in tensors.items()}
 
