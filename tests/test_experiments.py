@@ -194,7 +194,10 @@ def test_barlow_twins_trains_on_two_ranks(module, tmp_path):
     assert np.isfinite(two["last_loss"])
 
 
-def test_alexnet_trains_with_several_optimizers_at_several_batch_sizes(module, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "names", [("momentum", "adam"), pytest.param(("sgd", "momentum", "adam", "lars"), marks=pytest.mark.slow)], ids=" ".join
+)
+def test_alexnet_trains_with_several_optimizers_at_several_batch_sizes(module, tmp_path, capsys, names):
     options = (
         "--batch-size",
         "256",
@@ -207,10 +210,10 @@ def test_alexnet_trains_with_several_optimizers_at_several_batch_sizes(module, t
         "cpu",
         "--figure",
         str(tmp_path / "figure.png"),
+        *(() if len(names) == 4 else ("--optimizers", *names)),
     )
     code, rows = call(module("alexnet_batches"), tmp_path, *options)
     assert code == 0
-    names = ("sgd", "momentum", "adam", "lars")
     assert {(row["optimizer"], row["schedule"], row["batch_size"]) for row in rows} == set(
         itertools.product(names, ("hand-set", "autowu"), (256, 512))
     )
