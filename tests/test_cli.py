@@ -221,7 +221,7 @@ def test_runs_are_compared(tmp_path, monkeypatch, capsys):
     assert cli.main(["plot", "a.pt", "--force"]) == 0
 
 
-@pytest.mark.parametrize("command", ["replay", "range"])
+@pytest.mark.parametrize("command", ["replay", pytest.param("range", marks=pytest.mark.slow)])
 def test_a_figure_is_written_once(command, tmp_path, capsys):
     path, figure = write(tmp_path / "a.csv", {"loss": LOSSES, "lr": LRS}), tmp_path / "a.svg"
     argv = [command, str(path), "--save", str(figure)]

@@ -154,7 +154,9 @@ def test_a_state_of_a_run_that_observed_nothing_holds_none_and_one_from_before_l
     assert observed.scheduler.state_dict()["held_out"] is None
 
 
-@pytest.mark.parametrize("options", [{"rollback": False}, {"watch": False}, {"model": None}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"rollback": False}, pytest.param({"watch": False}, marks=pytest.mark.slow), {"model": None}], ids=str
+)
 def test_with_less_to_go_by_the_lr_is_lowered_all_the_same(options):
     run = Overfitting(**options).train()
     assert "overfitting" in run.kinds()
