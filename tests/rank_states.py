@@ -1,4 +1,4 @@
-"""What tests/test_rank_states.py runs on two ranks: `torchrun --nproc-per-node 2 tests/rank_states.py FOLDER`."""
+"""What tests/test_rank_states.py runs on two ranks: `python tests/rank_states.py FOLDER`."""
 
 import copy
 import json

@@ -147,8 +147,8 @@ def test_a_start_of_no_cooldown_is_refused(fraction):
         Digits(0.2).scheduler.cooldown_start(fraction)
 
 
-# 6 epochs of 10 steps; the branches leave after steps 45, in an epoch, and 30, between two. Batch norm and dropout are in it.
-OPTIONS = ["--batch-size", "128", "--epochs", "6", "--device", "cpu", "--opt", "sgd"]
+# 6 epochs of 5 steps; the branches leave after steps 22, in an epoch, and 15, between two. Batch norm and dropout are in it.
+OPTIONS = ["--batch-size", "256", "--epochs", "6", "--device", "cpu", "--opt", "sgd"]
 SEVERAL = ["--cooldown-fraction", "0.5", "0.1", "0.25"]
 FOLDERS = {0.1: ".", 0.25: "cooldown-0.25", 0.5: "cooldown-0.5"}
 
@@ -206,7 +206,7 @@ def weights(folder):
 def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_path, request, capsys, steps):
     command = [*OPTIONS, *SEVERAL, "--run-dir", str(tmp_path / "all")]
     assert main(command) == 0
-    assert [steps.trained.count(f) for f in FOLDERS] == [60, 15, 30]
+    assert [steps.trained.count(f) for f in FOLDERS] == [30, 8, 15]
     said = capsys.readouterr().out
     request.getfixturevalue("blank_figures")  # those of the other runs are not looked at
     for fraction, name in FOLDERS.items():
@@ -215,23 +215,23 @@ def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_p
         assert records(folder) == records(single)
         assert_same(weights(folder), weights(single))
         assert (folder / "figure.png").exists()
-        assert json.loads((folder / "summary.json").read_text())["total_steps"] == 60
+        assert json.loads((folder / "summary.json").read_text())["total_steps"] == 30
     branch = torch.load(tmp_path / "all" / "branch-0.25.pt", weights_only=True)
-    assert (branch["epoch"], branch["step_in_epoch"]) == (4, 5)
+    assert (branch["epoch"], branch["step_in_epoch"]) == (4, 2)
     found = json.loads((tmp_path / "all" / "cooldowns.json").read_text())
     assert [run["cooldown_fraction"] for run in found["runs"]] == list(FOLDERS)
-    assert [run["trained_steps"] for run in found["runs"]] == [60, 15, 30]
-    assert found["trained_steps"] == 105
+    assert [run["trained_steps"] for run in found["runs"]] == [30, 8, 15]
+    assert found["trained_steps"] == 53
     best = max(found["runs"], key=lambda run: (run["test_accuracy"], -run["test_loss"]))
     assert found["best"] == best["cooldown_fraction"]
-    assert f"best by validation: cooldown_fraction {found['best']}; 105 steps trained in all" in said
+    assert f"best by validation: cooldown_fraction {found['best']}; 53 steps trained in all" in said
     with Image.open(tmp_path / "all" / "cooldowns.png") as image:
         assert image.width > 500
 
     # Interrupted in the trunk after branch-0.5.pt, in a branch without a checkpoint, in one with a checkpoint.
     command[-1] = str(tmp_path / "cut")
     resume = []
-    for steps.stop_at in (0.1, 36), (0.25, 3), (0.5, 12):
+    for steps.stop_at in (0.1, 18), (0.25, 3), (0.5, 6):
         steps.trained.clear()
         assert main([*command, *resume]) == 130
         resume = ["--resume"]
@@ -239,7 +239,7 @@ def test_several_values_are_as_many_single_runs_and_go_on_when_interrupted(tmp_p
     steps.trained.clear()
     steps.stop_at = None
     assert main([*command, "--resume"]) == 0
-    assert steps.trained == [0.5] * 20  # of its 30 steps one epoch of 10 was done
+    assert steps.trained == [0.5] * 10  # of its 15 steps one epoch of 5 was done
     for name in FOLDERS.values():
         assert records(tmp_path / "cut" / name) == records(tmp_path / "all" / name)
         assert_same(weights(tmp_path / "cut" / name), weights(tmp_path / "all" / name))
@@ -257,12 +257,12 @@ def test_a_signal_in_trunk_or_branch_costs_no_step(tmp_path, steps):
     steps.trained.clear()
     steps.by_signal = True
     resume = []
-    for steps.stop_at in (0.1, 36), (0.5, 3), (0.5, 12):  # the branch before its first epoch is done, and after
+    for steps.stop_at in (0.1, 18), (0.5, 3), (0.5, 6):  # the branch before its first epoch is done, and after
         assert main([*command, str(tmp_path / "cut"), *resume]) == 0
         resume = ["--resume"]
     steps.stop_at = None
     assert main([*command, str(tmp_path / "cut"), "--resume"]) == 0
-    assert steps.trained == [0.1] * 60 + [0.5] * 30
+    assert steps.trained == [0.1] * 30 + [0.5] * 15
     for name in (FOLDERS[0.1], FOLDERS[0.5]):
         assert records(tmp_path / "cut" / name) == records(tmp_path / "all" / name)
         assert_same(weights(tmp_path / "cut" / name), weights(tmp_path / "all" / name))
@@ -285,7 +285,7 @@ def test_two_processes_branch_as_one_run(tmp_path):
         (["0", "0.5"], "--cooldown-fraction 0.0: must be above 0 and below 1"),
         (["nan", "0.5"], "--cooldown-fraction nan: must be above 0 and below 1"),
         (["0.2", "0.5", "0.20"], "--cooldown-fraction 0.2: is there twice"),
-        (["0.2", "0.7"], "--cooldown-fraction 0.7: cooldown_fraction=0.7: the warm-up would end by step"),
+        (["0.2", "0.8"], "--cooldown-fraction 0.8: cooldown_fraction=0.8: the warm-up would end by step"),
         (["0.2", "0.5", "--sched", "cosine"], "--cooldown-fraction: goes with AutoWU"),
         (["1.5"], "cooldown_fraction=1.5: must be above 0 and below 1"),
     ],

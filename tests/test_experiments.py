@@ -102,7 +102,7 @@ def test_the_probe_is_a_logistic_regression(module):
 
 # ---------------------------------------------------------------- the scripts
 
-SHORT = ("--epochs", "2", "--batch-size", "256", "--device", "cpu", "--log-layers", "3")
+SHORT = ("--epochs", "1", "--batch-size", "256", "--device", "cpu", "--log-layers", "3")
 
 
 def call(script, tmp_path, *arguments):
@@ -148,7 +148,7 @@ def test_tvlars_classifies_with_every_combination_once_and_logs_trust_ratios(mod
             ("tvlars", "autowu", None, 0.5),
         ),
     ]
-    assert all(row["steps"] == 10 and 0 <= row["top1"] <= row["top5"] <= 1 for row in rows)
+    assert all(row["steps"] == 5 and 0 <= row["top1"] <= row["top5"] <= 1 for row in rows)
     table = capsys.readouterr().out.split("| optimizer |")[1]
     assert table.count("| TVLARS | None | 256 | 1 |") == 2
     tables = {}
@@ -157,13 +157,13 @@ def test_tvlars_classifies_with_every_combination_once_and_logs_trust_ratios(mod
     lars, slow, fast = (tables[key] for key in (("lars", "None", "1.0"), ("tvlars", "None", "1.0"), ("tvlars", "autowu", "1e-06")))
     for logged in (lars, slow, fast):
         assert logged.column_names == ["step", "layer", "weight_norm", "grad_norm", "trust_ratio", "lr"]
-        assert sorted(set(logged["step"].to_pylist())) == [0, 3, 6, 9]
+        assert sorted(set(logged["step"].to_pylist())) == [0, 3]
         assert set(logged["layer"].to_pylist()) == {"0.0.weight", "0.3.weight", "0.6.weight", "1.weight"}
     assert set(lars["lr"].to_pylist()) == {1.0}
     # Both begin with the same weights and batch; TVLARS then has 1 / (1 + 1) + gamma_min times the ratio of LARS.
     of_lars, of_tvlars = (logged["trust_ratio"].to_numpy()[:4] for logged in (lars, slow))
     np.testing.assert_allclose(of_tvlars, 0.501 * of_lars, rtol=1e-4)
-    medians = [float(np.median(lars["trust_ratio"].to_numpy()[first : first + 4])) for first in range(0, 16, 4)]
+    medians = [float(np.median(lars["trust_ratio"].to_numpy()[first : first + 4])) for first in range(0, 8, 4)]
     assert [ratio for _, ratio in rows[0]["trust_ratios"]] == pytest.approx(medians, rel=1e-3)
     before = (tmp_path / "rows.jsonl").read_text()
     assert call(tvlars, tmp_path, *command, "--figure", str(tmp_path / "figure.png"))[0] == 0
@@ -176,7 +176,7 @@ def test_barlow_twins_is_trained_and_probed(module, tmp_path, capsys):
         module("tvlars"), tmp_path, "--mode", "bt", "--sd", "autowu", *SHORT, "--figure", str(tmp_path / "figure.png")
     )
     assert code == 0
-    assert [row[key] for key in ("mode", "opt", "sd", "steps", "projector")] == ["bt", "tvlars", "autowu", 10, "256-256-256"]
+    assert [row[key] for key in ("mode", "opt", "sd", "steps", "projector")] == ["bt", "tvlars", "autowu", 5, "256-256-256"]
     assert all(0.2 < row[f"{kind}_{which}"] <= 1 for kind in ("trained", "random", "pixels") for which in ("all", "few"))
     assert row["pixels_all"] > 0.9
     assert np.isfinite(row["last_loss"])
@@ -190,11 +190,14 @@ def test_barlow_twins_trains_on_two_ranks(module, tmp_path):
     options = ("--mode", "bt", "--sd", "autowu", *SHORT, "--out", tmp_path / "rows.jsonl", "--runs", tmp_path / "runs")
     ranks(tmp_path, 2, "experiments/tvlars.py", *options)
     (two,) = rows_of(tmp_path / "rows.jsonl")
-    assert two["steps"] == 10
+    assert two["steps"] == 5
     assert np.isfinite(two["last_loss"])
 
 
-def test_alexnet_trains_with_several_optimizers_at_several_batch_sizes(module, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "names", [("momentum", "adam"), pytest.param(("sgd", "momentum", "adam", "lars"), marks=pytest.mark.slow)], ids=" ".join
+)
+def test_alexnet_trains_with_several_optimizers_at_several_batch_sizes(module, tmp_path, capsys, names):
     options = (
         "--batch-size",
         "256",
@@ -207,10 +210,10 @@ def test_alexnet_trains_with_several_optimizers_at_several_batch_sizes(module, t
         "cpu",
         "--figure",
         str(tmp_path / "figure.png"),
+        *(() if len(names) == 4 else ("--optimizers", *names)),
     )
     code, rows = call(module("alexnet_batches"), tmp_path, *options)
     assert code == 0
-    names = ("sgd", "momentum", "adam", "lars")
     assert {(row["optimizer"], row["schedule"], row["batch_size"]) for row in rows} == set(
         itertools.product(names, ("hand-set", "autowu"), (256, 512))
     )

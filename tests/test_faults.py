@@ -36,7 +36,7 @@ config = LaunchConfig(
 )
 elastic_launch(config, work)()
 """
-TWO = ["--model", "test_vit", "--img-size", "16", "--epochs", "2", "--device", "cpu", "--batch-size", "64"]
+TWO = ["--model", "test_vit", "--img-size", "16", "--epochs", "2", "--device", "cpu", "--batch-size", "128"]
 TWO += ["--checkpoint-steps", "3", "--resume", "auto", "--max-warmup-fraction", "0.5", "--run-dir"]
 
 
@@ -59,15 +59,15 @@ def two(tmp_path_factory):
 
 
 def test_a_job_goes_on_by_itself_when_one_of_its_processes_is_killed(tmp_path, two):
-    job = agent(tmp_path / "out", tmp_path / "run", dies_at=14)
+    job = agent(tmp_path / "out", tmp_path / "run", dies_at=7)
     assert job.end() == 0, job.stderr
     said = [line for line in job.stderr.splitlines() if line.startswith("train.py: ")]
     assert len(said) == 1, job.stderr
     assert said[0].startswith("train.py: error: rank 0: another process is gone; go on from the last checkpoint with --resume")
     assert rows(tmp_path / "run") == rows(two)
-    assert job.stdout.count("epochs of 10 steps") == 2  # it was started twice, and found itself together at once
+    assert job.stdout.count("epochs of 5 steps") == 2  # it was started twice, and found itself together at once
     assert "failed to connect" not in job.stderr
-    assert job.stdout.count("epoch   1/2") == 1  # and went on from step 12
+    assert job.stdout.count("epoch   1/2") == 1  # and went on from step 6
 
 
 LOADER = """

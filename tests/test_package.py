@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import ROOT, launch
+from processes import ROOT, Forked, launch
 
 from autowu.version import __version__
 
@@ -196,8 +196,11 @@ def test_the_wheel_works_next_to_torch_alone(bare, tmp_path):
 # Types
 
 
-def test_a_project_of_a_user_runs():
-    assert launch("-W", "error", "tests/user_project.py").stdout == "done\n"
+def test_a_project_of_a_user_runs(tmp_path):
+    code = "import runpy, sys, warnings; warnings.simplefilter('error'); runpy.run_path(sys.argv[1], run_name='__main__')"
+    project = Forked(tmp_path, "-c", code, ROOT / "tests" / "user_project.py")
+    assert project.end() == 0, project.stderr
+    assert project.stdout == "done\n"
 
 
 @pytest.fixture

@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from processes import torchrun
+from processes import ranks as started
 from rank_states import CUTS, UNLIKE
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("states")
-    torchrun(2, "tests/rank_states.py", folder, timeout=200)
+    started(folder / "out", 2, "tests/rank_states.py", folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

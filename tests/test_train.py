@@ -6,21 +6,23 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from blank_figures import blank
 from PIL import Image
-from processes import ROOT, Forked, launch
+from processes import Forked, launch, ranks
 from sklearn.datasets import load_digits
 
+from autowu.training.config import parse_args
+from autowu.training.folder import RunFolder
 from autowu.training.main import main
 
-# A small model without batch norm, so that two processes compute what one does; 6 epochs of 10 steps.
-SMALL = ["--model", "test_vit", "--img-size", "16", "--epochs", "6", "--device", "cpu"]
+# A small model without batch norm, so that two processes compute what one does; 4 epochs of 10 steps.
+EPOCHS = 4
+SMALL = ["--model", "test_vit", "--img-size", "16", "--epochs", f"{EPOCHS}", "--device", "cpu"]
+HALF = ["--max-warmup-fraction", "0.5"]  # the warm-up is not over with the first epoch
 SHORT = [*SMALL, "--batch-size", "128"]
 
 
@@ -44,33 +46,40 @@ def image_folder(tmp_path_factory):
     return root
 
 
-def test_without_arguments_it_learns_the_digits(tmp_path):
-    result = launch("-W", "error", "train.py", "--device", "cpu", "--run-dir", tmp_path / "run")
+@pytest.mark.parametrize("epochs", [5, pytest.param(30, marks=pytest.mark.slow)])
+def test_by_its_defaults_it_learns_the_digits(tmp_path, epochs):
+    length = [] if epochs == 30 else ["--epochs", epochs]
+    result = launch("-W", "error", "train.py", "--device", "cpu", *length, "--run-dir", tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["test_accuracy"] > 0.97
-    assert summary["total_steps"] == 30 * (1347 // 64)
+    assert summary["total_steps"] == epochs * (1347 // 64)
     assert summary["switch_by_test"]
     steps = rows(tmp_path / "run" / "metrics.csv")
-    assert [int(row["step"]) for row in steps] == list(range(630))
+    assert [int(row["step"]) for row in steps] == list(range(epochs * 21))
     # The first step after the switch runs at the LR that was found.
     assert float(steps[summary["switch_step"]]["lr"]) == summary["peak_lr"]
     assert float(steps[-1]["lr"]) > 0
-    assert len(rows(tmp_path / "run" / "epochs.csv")) == 30
+    assert len(rows(tmp_path / "run" / "epochs.csv")) == epochs
     with Image.open(tmp_path / "run" / "figure.png") as image:
         assert image.width > 500
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["scheduler"][0]["last_epoch"] == 630
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["opt"] == "lars"
-    for word in ("epoch  30/30", f"switch at step {summary['switch_step']}", "peak LR", "test accuracy"):
+    assert checkpoint["scheduler"][0]["last_epoch"] == epochs * 21
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["opt"] == "lars"
+    for word in (f"epoch {epochs:3}/{epochs}", f"switch at step {summary['switch_step']}", "peak LR", "test accuracy"):
         assert word in result.stdout
+    # Without arguments it is this run, of 30 epochs.
+    defaults = RunFolder(parse_args(["--device", "cpu"]), 1).config
+    assert {name for name, value in defaults.items() if value != config[name]} <= {"run_dir", "epochs"}
+    assert defaults["epochs"] == 30
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, image_folder):
     """The options and the folder of a run from beginning to end, by its data."""
-    folder = [*SMALL, "--data-dir", str(image_folder), "--batch-size", "8", "--workers", "1"]
+    folder = [*SMALL, *HALF, "--data-dir", str(image_folder), "--batch-size", "8", "--workers", "1"]
     runs = {}
-    for data, options in (("digits", SHORT), ("folder", folder)):
+    for data, options in (("digits", [*SHORT, *HALF]), ("folder", folder)):
         path = tmp_path_factory.mktemp("whole") / data
         with blank():
             assert main([*options, "--run-dir", str(path)]) == 0
@@ -78,29 +87,29 @@ def whole(tmp_path_factory, image_folder):
     return runs
 
 
-LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run"],
-    "launch": ["-m", "torch.distributed.launch"],
-}
-TWO = [*SMALL, "--batch-size", "64", "--run-dir"]
+TWO = ["train.py", *SMALL, *HALF, "--batch-size", "64", "--run-dir"]
+# The program `torchrun`, or torch's older launcher: it is forked, but the processes that it starts import all there is.
+LAUNCHER = "import sys; from torch.distributed.{} import main; sys.exit(main())"
 
 
-def launched(launcher, run):
-    return [*LAUNCHERS[launcher], "--standalone", "--nproc-per-node", "2", "train.py", *TWO, str(run)]
+def launched(folder, launcher, run, *options):
+    """The launcher, which runs two processes."""
+    arguments = ["--standalone", "--nproc-per-node", 2, *TWO, run, *options]
+    return Forked(folder, "-c", LAUNCHER.format(launcher), *arguments)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The folder of a run of two processes from beginning to end."""
     path = tmp_path_factory.mktemp("two")
-    launch(*launched("torchrun", path / "run"))
+    ranks(path, 2, *TWO, path / "run")
     return path / "run"
 
 
 def test_two_processes_train_as_one(two, whole):
     folders = whole["digits"][1], two
     one, two = (rows(folder / "metrics.csv") for folder in folders)
-    assert len(one) == len(two) == 6 * 10
+    assert len(one) == len(two) == EPOCHS * 10
     # Rounding grows along the run; a rank that saw other data or kept its own loss would differ from the start.
     for key in ("lr", "loss"):
         assert [float(r[key]) for r in two[:12]] == pytest.approx([float(r[key]) for r in one[:12]], rel=1e-3)
@@ -122,7 +131,7 @@ def test_two_processes_train_as_one(two, whole):
 def test_a_killed_run_goes_on_exactly(tmp_path, whole, data, number, code, epoch):
     options, uncut = whole[data]
     cut = Forked(tmp_path, "train.py", *options, "--run-dir", tmp_path / "cut")
-    cut.wait_for_line(f"epoch   {epoch}/6")
+    cut.wait_for_line(f"epoch   {epoch}/{EPOCHS}")
     if number == signal.SIGKILL:
         os.kill(cut.process.pid, number)
     else:
@@ -139,25 +148,31 @@ def test_a_killed_run_goes_on_exactly(tmp_path, whole, data, number, code, epoch
         assert torch.equal(weight, resumed["model"][name])
 
 
-def test_two_processes_that_were_killed_go_on_exactly_under_either_launcher(tmp_path, two):
+@pytest.mark.parametrize("launcher", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("run", "launch"))])
+def test_two_processes_that_torchrun_has_stopped_go_on_exactly_under_any_launcher(tmp_path, two, launcher):
     # Cut early in the warm-up: a verdict is on its way from the first rank to the others.
-    cut = [sys.executable, *launched("torchrun", tmp_path / "cut")]
-    with subprocess.Popen(cut, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert any(line.startswith("epoch   1/6") for line in process.stdout)
-        process.terminate()  # the launcher hands it on, and they save
+    cut = launched(tmp_path / "out", "run", tmp_path / "cut")
+    cut.wait_for_line(f"epoch   1/{EPOCHS}")
+    cut.process.terminate()  # the launcher hands it on, and they save
+    cut.end()
+    assert len(rows(tmp_path / "cut" / "metrics.csv")) < EPOCHS * 10
     assert not (tmp_path / "cut" / "summary.json").exists()
-    launch(*launched("launch", tmp_path / "cut"), "--resume")
+    if launcher == "none":
+        ranks(tmp_path / "on", 2, *TWO, tmp_path / "cut", "--resume")
+    else:
+        resumed = launched(tmp_path / "on", launcher, tmp_path / "cut", "--resume")
+        assert resumed.end() == 0, resumed.stdout + resumed.stderr
     assert rows(tmp_path / "cut" / "metrics.csv") == rows(two / "metrics.csv")
 
 
 def test_a_run_goes_on_under_its_own_options_only(whole, capsys):
     options, folder = whole["digits"]
-    for option, value in (("--epochs", "3"), ("--opt", "lamb"), ("--sched", "cosine")):
+    for option, value in (("--epochs", "3"), ("--opt", "lamb"), ("--sched", "paper")):
         assert main([*options, option, value, "--run-dir", str(folder), "--resume"]) == 2
         assert f"{option} is {value}, but the run was started with" in capsys.readouterr().err
 
 
-ONE_EPOCH = [*SHORT, "--epochs", "1", "--max-warmup-fraction", "0.5", "--run-dir"]
+ONE_EPOCH = [*SHORT, *HALF, "--epochs", "1", "--run-dir"]
 
 
 @pytest.fixture(scope="module")
@@ -245,13 +260,13 @@ def test_help_names_each_default_once(capsys):
 
 
 def test_image_folder(whole):
-    assert len(rows(whole["folder"][1] / "metrics.csv")) == 6 * (80 // 8)
+    assert len(rows(whole["folder"][1] / "metrics.csv")) == EPOCHS * (80 // 8)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        ["--opt", "lamb"],
+        pytest.param(["--opt", "lamb"], marks=pytest.mark.slow),
         ["--opt", "lookahead_adamw", "--sched", "cosine"],
         ["--opt", "sgd", "--sched", "paper", "--amp"],
         ["--cooldown-fraction", "0.25", "--cooldown-type", "sqrt", "--label-smoothing", "0.1"],
