@@ -46,7 +46,7 @@ def image_folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("epochs", [5, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("epochs", [8, pytest.param(30, marks=pytest.mark.slow)])
 def test_by_its_defaults_it_learns_the_digits(tmp_path, epochs):
     length = [] if epochs == 30 else ["--epochs", epochs]
     result = launch("-W", "error", "train.py", "--device", "cpu", *length, "--run-dir", tmp_path / "run")
