@@ -119,8 +119,10 @@ def test_a_run_that_overfits_goes_back_to_its_best_weights_and_on_at_a_lower_lr(
 
 def test_the_run_resumes_bit_for_bit_wherever_it_was_cut(observed):
     first = next(event.step for event in observed.scheduler.events if event.kind == "overfitting")
+    before = Overfitting()
     for cut in (first - 30, first - 1, first + 2):
-        before, after = Overfitting().train(cut), Overfitting()
+        before.train(cut)
+        after = Overfitting()
         state = copy.deepcopy([before.model.state_dict(), before.optimizer.state_dict(), before.scheduler.state_dict()])
         after.model.load_state_dict(state[0])
         after.optimizer.load_state_dict(state[1])
