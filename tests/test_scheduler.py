@@ -825,10 +825,18 @@ def test_the_state_of_a_users_engine_needs_one_like_it():
     assert other.config.total_steps == 100
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize(
-    ("arguments", "cut"),
-    [({}, 1), ({}, 60), ({}, 130), ({}, 290), ({"gp": "gpytorch", "test_interval": 30}, 100)],
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda s: pickle.loads(pickle.dumps(s))}
+
+
+@pytest.mark.parametrize(  # that an engine is copied either way is a quick test in test_gpytorch_engine.py
+    ("arguments", "cut", "copied"),
+    [
+        *(pytest.param({}, cut, copied, id=f"{cut}-{name}") for cut in (1, 60, 130, 290) for name, copied in COPIES.items()),
+        pytest.param({"gp": "gpytorch", "test_interval": 30}, 100, COPIES["pickle"], id="gpytorch-pickle"),
+        pytest.param(
+            {"gp": "gpytorch", "test_interval": 30}, 100, COPIES["deepcopy"], id="gpytorch-deepcopy", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_copies_go_on_alike_and_apart(arguments, cut, copied):
     scheduler = AutoWU(sgd(), total_steps=300, **RANGE, **arguments)
