@@ -1,6 +1,7 @@
 """Runs with a budget of samples, tokens or seconds: they end where it is used, at their smallest LR, whatever the pace."""
 
 import copy
+import functools
 import time
 from itertools import pairwise
 
@@ -95,7 +96,17 @@ PACES = {
 }
 
 
-@pytest.mark.parametrize("pace", PACES.values(), ids=PACES)
+QUICK_PACES = (
+    "thrice as slow in the warm-up",
+    "thrice as slow near the end",
+    "thrice as fast near the end",
+    "now and then an evaluation",
+)
+
+
+@pytest.mark.parametrize(
+    "pace", [pytest.param(p, id=name, marks=[] if name in QUICK_PACES else [pytest.mark.slow]) for name, p in PACES.items()]
+)
 def test_a_deadline_is_met_within_a_hundredth_whatever_the_pace_becomes(pace, clock):
     scheduler = scheduler_of(WARMUP, total_seconds=500.0)
     began = clock.now + pace(0)
@@ -144,15 +155,39 @@ def test_pauses_and_the_time_between_two_processes_do_not_count(clock):
 CUTS = {"unmeasured": 5, "measured": 10, "in the warm-up": 60, "stable": 190, "in the cooldown": 300, "over": 500}
 
 
-@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("other", [{}, {"total_steps": 9000}], ids=["open", "length"])
-def test_a_cut_run_goes_on_to_the_bit(cut, other):
+OTHERS = {"open": {}, "length": {"total_steps": 9000}}
+
+
+def samples(step):
+    return 31 + step % 3
+
+
+@functools.cache
+def cut_runs():
+    """A run to its end and its LRs, and by cut the LRs up to it and the runs resumed there, by their own arguments."""
     arguments = {"total_samples": 32 * 500, "peak_factor": 0.7, "max_warmup_fraction": 0.25}
     whole, first = scheduler_of(None, **arguments), scheduler_of(None, **arguments)
-    expected, _ = to_the_end(whole, "samples", lambda step: 31 + step % 3)
-    lrs, _ = to_the_end(first, "samples", lambda step: 31 + step % 3, cut)
-    again = resumed(first, max_warmup_steps=None, **other)
-    lrs += to_the_end(again, "samples", lambda step: 31 + step % 3)[0]
+    expected, _ = to_the_end(whole, "samples", samples)
+    lrs, cuts = [], {}
+    for cut in CUTS.values():
+        lrs += to_the_end(first, "samples", samples, cut)[0]
+        again = {name: resumed(first, max_warmup_steps=None, **other) for name, other in OTHERS.items()}
+        cuts[cut] = list(lrs), again
+    return whole, expected, cuts
+
+
+@pytest.mark.parametrize(
+    ("other", "cut"),
+    [
+        pytest.param(other, cut, id=f"{other}-{name}", marks=[] if other == "open" or name == "stable" else [pytest.mark.slow])
+        for other in OTHERS
+        for name, cut in CUTS.items()
+    ],
+)
+def test_a_cut_run_goes_on_to_the_bit(cut, other):
+    whole, expected, cuts = cut_runs()
+    lrs, again = cuts[cut][0], cuts[cut][1][other]
+    lrs = lrs + to_the_end(again, "samples", samples)[0]
     assert lrs == expected
     assert again.config == whole.config
     assert again.switch == whole.switch

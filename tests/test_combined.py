@@ -37,8 +37,14 @@ def two(model):
     return torch.optim.SGD(first.parameters(), lr=0.1, momentum=0.9), torch.optim.AdamW(second.parameters(), lr=0.02)
 
 
-@pytest.mark.parametrize("as_one", [False, True])
-@pytest.mark.parametrize("by_itself", [False, True])
+@pytest.mark.parametrize(
+    ("by_itself", "as_one"),
+    [
+        pytest.param(by_itself, as_one, marks=[] if by_itself == as_one else [pytest.mark.slow])
+        for by_itself in (False, True)
+        for as_one in (False, True)
+    ],
+)
 def test_a_range_test_of_several_optimizers_leaves_them_as_they_were(as_one, by_itself):
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
     optimizers = two(model)

@@ -62,7 +62,7 @@ def expected_bins(losses, max_points, anchor):
 
 
 @given(appends=appends, max_points=max_points)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_bins_hold_the_sums_of_their_losses_at_any_cadence_of_tests(appends, max_points):
     history = LossHistory(max_points)
     for loss, test in appends:

@@ -93,10 +93,17 @@ def test_up_to_the_cooldown_it_is_the_run_with_a_length_whose_warmup_is_as_long(
     assert planned.switch == scheduler.switch
 
 
+LENGTHS = {"open": {}, "length": {"total_steps": 400}, "immediate": {"total_steps": 400, "immediate_cooldown": True}}
+
+
 @pytest.mark.parametrize(
-    "arguments", [{}, {"total_steps": 400}, {"total_steps": 400, "immediate_cooldown": True}], ids=["open", "length", "immediate"]
+    ("arguments", "asked_at"),
+    [
+        pytest.param(arguments, step, id=f"{name}-{step}", marks=[] if name == "open" or step in (20, 280) else [pytest.mark.slow])
+        for name, arguments in LENGTHS.items()
+        for step in (1, 20, 50, 120, 280)
+    ],
 )
-@pytest.mark.parametrize("asked_at", [1, 20, 50, 120, 280])
 def test_asked_in_any_phase_a_run_decays_from_where_it_is_and_ends(arguments, asked_at):
     scheduler = scheduler_of(**arguments)
     lrs = train(scheduler, asked_at)
@@ -316,8 +323,14 @@ def test_every_block_of_the_page_runs_to_its_end():
 # Going on later.
 
 
-@pytest.mark.parametrize("extended_at", [30, 100, 150, 200])
-@pytest.mark.parametrize("arguments", [{}, {"immediate_cooldown": True}], ids=["", "immediate"])
+@pytest.mark.parametrize(
+    ("arguments", "extended_at"),
+    [
+        *(({}, step) for step in (30, 100, 150, 200)),
+        ({"immediate_cooldown": True}, 150),
+        *(pytest.param({"immediate_cooldown": True}, step, marks=pytest.mark.slow) for step in (30, 100, 200)),
+    ],
+)
 def test_an_extension_is_what_loading_the_state_into_a_longer_run_is(arguments, extended_at):
     scheduler = scheduler_of(total_steps=200, cooldown_fraction=0.4, **arguments)
     train(scheduler, extended_at)

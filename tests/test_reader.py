@@ -35,7 +35,8 @@ def flags(watch):
 
 
 def assert_same(watch, other):
-    assert watch.state_dict() == pytest.approx(other.state_dict(), rel=0, abs=0, nan_ok=True)
+    ours, others = watch.state_dict(), other.state_dict()
+    assert ours == others or ours == pytest.approx(others, rel=0, abs=0, nan_ok=True)  # the first is faster, and NaN is not itself
 
 
 @given(losses_of_a_run(), st.sampled_from([3, 7, 10]), st.sampled_from([None, 0.1]), st.integers(1, 150))

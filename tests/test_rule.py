@@ -78,10 +78,14 @@ def test_a_small_bump_on_the_way_down_is_passed_over(height, seed):
     assert minimum == pytest.approx(0.72, abs=0.08)
 
 
-@pytest.mark.parametrize("shape", ["flat", "falling", "late fall", "drift down"])
 @pytest.mark.parametrize(
-    ("n", "noise"),
-    [(40, "normal"), (40, "heavy tails"), (240, "normal"), pytest.param(2000, "heavy tails", marks=pytest.mark.slow)],
+    ("n", "noise", "shape"),
+    [
+        pytest.param(n, noise, shape, marks=[] if n in hard and (n, noise) != (40, "normal") else [pytest.mark.slow])
+        # Of a loss that falls to the end is a quick test in test_scheduler.py.
+        for shape, hard in {"flat": (40, 240), "falling": (), "late fall": (40,), "drift down": (40, 240)}.items()
+        for n, noise in ((40, "normal"), (40, "heavy tails"), (240, "normal"), (2000, "heavy tails"))
+    ],
 )
 def test_without_a_minimum_there_is_no_switch_by_test(n, shape, noise):
     x = np.arange(n) / n
@@ -106,8 +110,14 @@ def test_a_wave_on_the_way_down_is_passed_over(amplitude, periods):
     assert minimum == pytest.approx(0.72, abs=0.12)
 
 
-@pytest.mark.parametrize("fall", [0.04, 0.08, 0.16])
-@pytest.mark.parametrize("n", [200, 320, pytest.param(800, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("n", "fall"),
+    [
+        pytest.param(n, fall, marks=[] if (n, fall) in ((200, 0.04), (320, 0.16)) else [pytest.mark.slow])
+        for n in (200, 320, 800)
+        for fall in (0.04, 0.08, 0.16)
+    ],
+)
 def test_the_noise_of_a_plateau_after_a_small_fall_is_no_rise(n, fall):
     x = np.arange(n) / n
     curve = 0.69 - fall * np.clip((x - 0.15) / 0.12, 0, 1) - 0.5 * np.clip((x - 0.6) / 0.2, 0, 1)
@@ -117,7 +127,7 @@ def test_the_noise_of_a_plateau_after_a_small_fall_is_no_rise(n, fall):
         assert decide(curve + noise)[1] > 0.55
 
 
-@pytest.mark.parametrize("seed", [8, 9])
+@pytest.mark.parametrize("seed", [8, pytest.param(9, marks=pytest.mark.slow)])
 def test_two_spirals_are_not_left_at_a_straight_border(seed):
     """It is reached early, at a loss of 0.6, and the loss rests there until the LR is tens of times higher."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,12 +1,13 @@
 """AutoWU on real optimizers: the LR of every step, what a loss may be, what a run survives, and how it is saved."""
 
 import copy
+import functools
 import gc
 import logging
 import math
 import pickle
 import weakref
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def runs(draw):
 
 
 @given(runs())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_every_step_runs_at_the_lr_of_the_definitions(run):
     arguments, minimum = run
     engine = Oracle(minimum)
@@ -146,9 +147,13 @@ def test_every_step_runs_at_the_lr_of_the_definitions(run):
     assert engine.asked_at[-1] == switch.step
 
 
-@pytest.mark.parametrize("immediate", [True, False])
-@pytest.mark.parametrize("cooldown_type", COOLDOWN_TYPES)
-@pytest.mark.parametrize("warmup_type", WARMUP_TYPES)
+@pytest.mark.parametrize(  # quick are all values of each; the LR of every step is that of the definitions in any combination, above
+    ("warmup_type", "cooldown_type", "immediate"),
+    [
+        pytest.param(*combination, marks=[] if k % 5 == 0 else [pytest.mark.slow])
+        for k, combination in enumerate(product(WARMUP_TYPES, COOLDOWN_TYPES, [True, False]))
+    ],
+)
 def test_a_whole_run_on_a_curve_with_a_minimum(warmup_type, cooldown_type, immediate):
     arguments = RANGE | {"warmup_type": warmup_type, "cooldown_type": cooldown_type, "immediate_cooldown": immediate}
     scheduler = AutoWU(sgd(), 20, 30, **arguments)
@@ -321,14 +326,24 @@ AS_LOSS = {
 }
 
 
+# Values that every one of the types holds exactly, to some steps after the switch.
+EXACT = torch.from_numpy(v_curve(300, lowest=60)).bfloat16().tolist()[:150]
+
+
+@functools.cache
+def run_on_floats():
+    scheduler = AutoWU(sgd(), total_steps=300)
+    lrs = advance(scheduler, EXACT)
+    assert scheduler.switch.by_test
+    assert scheduler.switch.step < 140
+    return scheduler.switch, lrs
+
+
 @pytest.mark.parametrize("convert", AS_LOSS.values(), ids=AS_LOSS)
 def test_decisions_do_not_depend_on_how_a_loss_is_passed(convert):
-    # Values that every one of the types holds exactly.
-    curve = torch.from_numpy(v_curve(300, lowest=60)).bfloat16().tolist()
-    plain, scheduler = (AutoWU(sgd(), total_steps=300) for _ in range(2))
-    assert advance(scheduler, [convert(v) for v in curve]) == advance(plain, curve)
-    assert scheduler.switch == plain.switch
-    assert scheduler.switch.by_test
+    scheduler = AutoWU(sgd(), total_steps=300)
+    lrs = advance(scheduler, [convert(v) for v in EXACT])
+    assert (scheduler.switch, lrs) == run_on_floats()
 
 
 def test_the_graph_of_a_loss_is_not_kept():
@@ -397,22 +412,25 @@ SCALES = [(1e4, -1e6), (1e-6, 0.0), (1e6, 0.0), (1.0, 1e6), (1.0, -1e6), (1e-3, 
     ],
 )
 def test_decisions_do_not_depend_on_scale_and_shift(factor, shift, engine):
-    interval = None if engine == "closed-form" else 15
-    curve = v_curve(400, lowest=60)
-    plain, scheduler = (AutoWU(sgd(), total_steps=400, gp=engine, test_interval=interval) for _ in range(2))
-    advance(plain, curve)
-    advance(scheduler, factor * curve + shift)
-    assert plain.switch.by_test
-    assert (scheduler.switch.step, scheduler.switch.lr) == (plain.switch.step, plain.switch.lr)
+    assert switch_of(engine, factor, shift) == switch_of(engine)
+
+
+@functools.cache
+def switch_of(engine, factor=1.0, shift=0.0):
+    scheduler = AutoWU(sgd(), total_steps=400, gp=engine, test_interval=None if engine == "closed-form" else 15)
+    advance(scheduler, factor * v_curve(400, lowest=60)[:200] + shift)
+    assert scheduler.switch.by_test
+    return scheduler.switch.step, scheduler.switch.lr
 
 
 ANY_SCALE = given(st.integers(0, 10**6), st.floats(1e-6, 1e6), st.floats(-1e6, 1e6))
 
 
 def assert_decisions_are_alike(seed, factor, shift):
-    curve = v_curve(200, lowest=50, seed=seed, noise=0.1)
+    curve = v_curve(200, lowest=50, seed=seed, noise=0.1)[:120]
     plain, scheduler, shifted = (AutoWU(sgd(), total_steps=200, rollback=False) for _ in range(3))
     expected = advance(plain, curve)
+    assert plain.switch is not None
     assert advance(scheduler, factor * curve) == expected
     assert advance(shifted, curve + shift) == expected
 
@@ -458,8 +476,14 @@ def test_a_run_that_blows_up_while_its_loss_falls_stops_the_warmup(bad):
     assert scheduler.switch.minimum == pytest.approx(100, abs=5)
 
 
-@pytest.mark.parametrize(("lr", "expected"), [(0.1, 0.1), (50.0, 1.0), (0.0, 1e-5)])
-@pytest.mark.parametrize("losses", [[math.nan], [math.inf, -math.inf], [0.5]], ids=["nan", "inf", "constant"])
+@pytest.mark.parametrize(
+    ("lr", "expected", "losses"),
+    [
+        pytest.param(lr, expected, losses, id=f"{name}-{lr}", marks=[] if name == "nan" or lr == 0.1 else [pytest.mark.slow])
+        for name, losses in {"nan": [math.nan], "inf": [math.inf, -math.inf], "constant": [0.5]}.items()
+        for lr, expected in ((0.1, 0.1), (50.0, 1.0), (0.0, 1e-5))
+    ],
+)
 def test_a_run_without_a_curve_falls_back_to_the_lr_of_the_optimizer(losses, lr, expected, caplog):
     scheduler = AutoWU(sgd(lr), total_steps=200, **RANGE)
     with caplog.at_level(logging.WARNING, logger="autowu"):
@@ -508,16 +532,16 @@ def test_the_seed_is_that_of_the_draws():
 
 
 def test_the_published_preset():
-    scheduler = AutoWU.paper(sgd(), 20, 30)
-    assert [scheduler.lr_at(k) for k in (0, 150)] == pytest.approx([1e-5, 1e-5 * 1e5**0.5])
+    scheduler = AutoWU.paper(sgd(), 20, 15)
+    assert [scheduler.lr_at(k) for k in (0, 75)] == pytest.approx([1e-5, 1e-5 * 1e5**0.5])
     assert isinstance(scheduler.gp, PublishedGP)
-    advance(scheduler, v_curve(600, lowest=150))
+    advance(scheduler, v_curve(300, lowest=75))
     start = scheduler.switch.step
     assert start % 20 == 0
-    assert scheduler.switch.minimum == pytest.approx(150, abs=30)
+    assert scheduler.switch.minimum == pytest.approx(75, abs=15)
     assert len(scheduler.decision.minima) == 5
-    cosine = [scheduler.switch.lr * cooldown_factor((k - start) / (600 - start), "cosine") for k in range(start, 600)]
-    assert [scheduler.lr_at(k) for k in range(start, 600)] == pytest.approx(cosine, rel=1e-12)
+    cosine = [scheduler.switch.lr * cooldown_factor((k - start) / (300 - start), "cosine") for k in range(start, 300)]
+    assert [scheduler.lr_at(k) for k in range(start, 300)] == pytest.approx(cosine, rel=1e-12)
 
 
 def test_the_published_preset_takes_overrides():
@@ -682,8 +706,17 @@ def assert_go_on_alike(scheduler, other, losses):
 
 
 # Before any test, within votes, just before and after the switch, in the stable phase, in the cooldown, at the end.
-@pytest.mark.parametrize("cut", [0, 1, 9, 50, 77, 80, 81, 82, 83, 109, 142, 170, 250, 299, 305])
-@pytest.mark.parametrize("stat", [None, "loss"])
+CUTS = [0, 1, 9, 50, 77, 80, 81, 82, 83, 109, 142, 170, 250, 299, 305]
+
+
+@pytest.mark.parametrize(
+    ("stat", "cut"),
+    [
+        pytest.param(stat, cut, marks=[] if stat or cut in (50, 109, 250) else [pytest.mark.slow])
+        for stat in (None, "loss")
+        for cut in CUTS
+    ],
+)
 def test_a_saved_run_goes_on_as_if_never_stopped(cut, stat, tmp_path):
     arguments = {**STABLE, "decay_phase_stat": stat, "decay_phase_factor": 0.7}
     scheduler = AutoWU(two_groups(), 6, 50, **arguments)
@@ -708,20 +741,29 @@ def test_a_run_saved_twice_on_the_way_is_the_run_in_one_piece(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "cut"),
+    ("make", "cut", "more"),
     [
-        (lambda: AutoWU(two_groups(), 20, 20, **RANGE, gp="gpytorch", seed=4, test_interval=20), 130),
-        (lambda: AutoWU.paper(two_groups(), 20, 20, seed=4), 10),
-        (lambda: AutoWU.paper(two_groups(), 20, 20, seed=4), 130),
+        pytest.param(
+            lambda: AutoWU(two_groups(), 20, 20, **RANGE, gp="gpytorch", seed=4, test_interval=20),
+            *(130, 100),
+            id="gpytorch",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda: AutoWU.paper(two_groups(), 20, 20, seed=4), 10, 100, id="paper, before a test", marks=pytest.mark.slow
+        ),
+        pytest.param(lambda: AutoWU.paper(two_groups(), 20, 20, seed=4), 50, 32, id="paper, between tests"),
+        pytest.param(
+            lambda: AutoWU.paper(two_groups(), 20, 20, seed=4), 130, 100, id="paper, over a switch", marks=pytest.mark.slow
+        ),
     ],
-    ids=["gpytorch", "paper, before a test", "paper, between tests"],
 )
-def test_a_saved_run_goes_on_with_gpytorch(make, cut, tmp_path):
+def test_a_saved_run_goes_on_with_gpytorch(make, cut, more, tmp_path):
     curve = v_curve(400, lowest=110, noise=0.2)
     scheduler = make()
     advance(scheduler, curve[:cut])
     other = saved_and_loaded(scheduler, AutoWU(two_groups(), **OTHER), tmp_path / "state.pt")
-    assert_go_on_alike(scheduler, other, curve[cut : cut + 100])
+    assert_go_on_alike(scheduler, other, curve[cut : cut + more])
     np.testing.assert_array_equal(other.posterior.mean, scheduler.posterior.mean)
 
 
@@ -783,10 +825,18 @@ def test_the_state_of_a_users_engine_needs_one_like_it():
     assert other.config.total_steps == 100
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize(
-    ("arguments", "cut"),
-    [({}, 1), ({}, 60), ({}, 130), ({}, 290), ({"gp": "gpytorch", "test_interval": 30}, 100)],
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda s: pickle.loads(pickle.dumps(s))}
+
+
+@pytest.mark.parametrize(  # that an engine is copied either way is a quick test in test_gpytorch_engine.py
+    ("arguments", "cut", "copied"),
+    [
+        *(pytest.param({}, cut, copied, id=f"{cut}-{name}") for cut in (1, 60, 130, 290) for name, copied in COPIES.items()),
+        pytest.param({"gp": "gpytorch", "test_interval": 30}, 100, COPIES["pickle"], id="gpytorch-pickle"),
+        pytest.param(
+            {"gp": "gpytorch", "test_interval": 30}, 100, COPIES["deepcopy"], id="gpytorch-deepcopy", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_copies_go_on_alike_and_apart(arguments, cut, copied):
     scheduler = AutoWU(sgd(), total_steps=300, **RANGE, **arguments)
@@ -911,7 +961,7 @@ def test_the_shortest_runs_go_through(total):
 # ---------------------------------------------------------------- training, and accelerators
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_trains_a_network_on_digits(seed):
     from sklearn.datasets import load_digits
 

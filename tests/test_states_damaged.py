@@ -66,6 +66,7 @@ STATES = {
 
 
 EVERY = {"of the paper": 5, "of version 4": 5}  # which load slowly
+QUICK = 4  # of the values one in so many, another one at each entry
 
 
 @functools.cache
@@ -154,15 +155,21 @@ def everything(scheduler):
     return {"state": scheduler.state_dict(), "lrs": lrs, "engine": repr(scheduler.gp)}
 
 
-@pytest.mark.parametrize("name", STATES)
-def test_a_state_with_one_entry_changed_is_loaded_whole_or_refused_whole(name):
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [
+        *(pytest.param(name, QUICK * EVERY.get(name, 1), id=name) for name in STATES),
+        *(pytest.param(name, EVERY.get(name, 1), id=f"{name}, all values", marks=pytest.mark.slow) for name in STATES),
+    ],
+)
+def test_a_state_with_one_entry_changed_is_loaded_whole_or_refused_whole(name, every):
     state = state_of(name)
     groups = len(state["base_lrs"])
     target = advanced(made(groups), valley(7))
     before = everything(target)
-    for path in entries_of(name):
+    for number, path in enumerate(entries_of(name)):
         value = functools.reduce(lambda inner, key: inner[key], path, state)
-        for to in [_GONE, *others(value)[:: EVERY.get(name, 1)]]:
+        for to in [_GONE, *others(value)[number % every :: every]]:
             message = refusal(target, changed(state, path, to))
             if message is None:  # plausible: the run goes on
                 if not {"rest", "tensors"} & set(path):  # what the optimizer keeps is looked into when it goes back

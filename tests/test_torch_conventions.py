@@ -1,6 +1,7 @@
 """AutoWU beside torch's own schedulers: what a caller may expect of any LRScheduler, and optimizers under torch.compile."""
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -61,14 +62,20 @@ def take(scheduler, losses):
 # ---------------------------------------------------------------- the state
 
 
-@pytest.mark.parametrize("taken", [0, 1, 20, 70, 119])
+DIFFERENT = {
+    "range": {"max_lr": 7.0},
+    "length": {"total_steps": 60, "immediate_cooldown": True, "cooldown_type": "linear"},
+    "epochs": {"total_steps": None, "steps_per_epoch": 3, "total_epochs": 9, "warmup_unit": "epoch", "decay_phase_factor": 0.5},
+    "rule": {"gp": "gpytorch", "patience": 9, "confidence": 0.6, "min_contrast": 0.0, "test_interval": 11},
+}
+
+
 @pytest.mark.parametrize(
-    "different",
+    ("different", "taken"),
     [
-        {"max_lr": 7.0},
-        {"total_steps": 60, "immediate_cooldown": True, "cooldown_type": "linear"},
-        {"total_steps": None, "steps_per_epoch": 3, "total_epochs": 9, "warmup_unit": "epoch", "decay_phase_factor": 0.5},
-        {"gp": "gpytorch", "patience": 9, "confidence": 0.6, "min_contrast": 0.0, "test_interval": 11},
+        pytest.param(different, taken, id=f"{name}-{taken}", marks=[] if name == "rule" or taken == 20 else [pytest.mark.slow])
+        for name, different in DIFFERENT.items()
+        for taken in (0, 1, 20, 70, 119)
     ],
 )
 def test_a_state_makes_another_instance_alike(different, taken):
@@ -285,8 +292,14 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("first", ["autowu", "other"])
-@pytest.mark.parametrize("make", BESIDE.values(), ids=BESIDE)
+@pytest.mark.parametrize(
+    ("make", "first"),
+    [
+        pytest.param(make, first, id=f"{name}-{first}", marks=[] if (k + (first == "other")) % 2 else [pytest.mark.slow])
+        for k, (name, make) in enumerate(BESIDE.items())
+        for first in ("autowu", "other")
+    ],
+)
 def test_a_scheduler_of_torch_on_the_same_optimizer_does_not_warn(make, first):
     optimizer = sgd()
     if first == "other":
@@ -350,10 +363,15 @@ def test_tensor_lrs_are_restored_in_place():
     assert float(lr) == pytest.approx(scheduler.get_last_lr()[0])
 
 
+@functools.cache
+def lrs_of_a_run():
+    return take(autowu(sgd(lr=torch.tensor(0.1))), CURVE)
+
+
 @pytest.mark.skipif(TORCH < (2, 6), reason="torch before 2.6 hands out the tensors of the groups themselves")
 @pytest.mark.parametrize("stage", [0, 20, 70, 110, 130])
 def test_what_get_last_lr_returns_cannot_corrupt_the_schedule(stage):
-    expected = take(autowu(sgd(lr=torch.tensor(0.1))), CURVE)
+    expected = lrs_of_a_run()
     scheduler = autowu(sgd(lr=torch.tensor(0.1)))
     lrs = take(scheduler, CURVE[:stage])
     for lr in scheduler.get_last_lr():
@@ -381,9 +399,17 @@ def test_what_get_last_lr_returns_cannot_corrupt_a_restored_schedule():
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda pair: pickle.loads(pickle.dumps(pair))}
 
 
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
-@pytest.mark.parametrize("taken", [1, 40, 80, 115])
+@pytest.mark.parametrize(
+    ("copied", "lr", "taken"),
+    [
+        pytest.param(
+            copied, lr, taken, id=f"{name}-{kind}-{taken}", marks=[] if kind == "tensor" or taken == 40 else [pytest.mark.slow]
+        )
+        for name, copied in COPIES.items()
+        for kind, lr in (("float", 0.1), ("tensor", torch.tensor(0.1)))
+        for taken in (1, 40, 80, 115)
+    ],
+)
 def test_a_pair_of_optimizer_and_scheduler_is_copied_as_a_pair(taken, lr, copied):
     scheduler = autowu(sgd(lr=lr))
     take(scheduler, CURVE[:taken])

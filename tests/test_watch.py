@@ -568,7 +568,7 @@ def up_the_hill(times, slope, wait=25):
 STABLE = {"immediate_cooldown": False, "cooldown_fraction": 0.3}
 
 
-@pytest.mark.parametrize("seed", [0, 4])
+@pytest.mark.parametrize("seed", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_peak_that_is_too_high_is_lowered_and_the_model_goes_back(seed, caplog):
     run = Run(400, seed=seed, gp=TooHigh(0.1), **STABLE).advance(400)
     times = run.kinds().count("divergence")
@@ -622,7 +622,13 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+# Quick are the two that say most: one term joins in two of them, and what alternates does so faster below.
+SAY_MOST = ("two terms join, one after the other", "a term ramps up")
+
+
+@pytest.mark.parametrize(
+    "change", [pytest.param(c, id=name, marks=[] if name in SAY_MOST else [pytest.mark.slow]) for name, c in CHANGES.items()]
+)
 def test_a_loss_that_changes_leaves_the_peak(change):
     run = Run(500, **STABLE)
     run.also = lambda scheduler: change(scheduler.last_epoch - scheduler.switch.step) if scheduler.switch else 0.0
@@ -647,10 +653,17 @@ def test_sources_that_alternate_every_few_steps_leave_the_peak():
 
 
 # A ramp that never ends does not settle: without a copy it looks as a divergence does.
-SETTLING = [change for name, change in CHANGES.items() if name != "a term ramps up"]
+SETTLING = {name: change for name, change in CHANGES.items() if name != "a term ramps up"}
+SETTLING["a large term joins"] = lambda since: 5.0 * (since > 60)
 
 
-@pytest.mark.parametrize("change", [*SETTLING, lambda since: 5.0 * (since > 60)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(c, id=name, marks=[] if name in (*SAY_MOST, "a large term joins") else [pytest.mark.slow])
+        for name, c in SETTLING.items()
+    ],
+)
 def test_a_loss_that_changes_leaves_the_peak_where_nothing_goes_back_either(change):
     run = Run(500, keeps=False, **STABLE)
     run.also = lambda scheduler: change(scheduler.last_epoch - scheduler.switch.step) if scheduler.switch else 0.0
@@ -869,7 +882,10 @@ def test_the_run_that_is_cut_has_a_history():
     assert 119 < told[2][1] < 150
 
 
-@pytest.mark.parametrize("cut", CUTS)
+QUICK_CUTS = ("at a copy", "after two NaN", "at the switch", "a step before the divergence", "at the divergence", "after the watch")
+
+
+@pytest.mark.parametrize("cut", [pytest.param(cut, marks=[] if cut in QUICK_CUTS else [pytest.mark.slow]) for cut in CUTS])
 def test_a_run_that_is_cut_goes_on_as_the_uncut_one(cut):
     whole, saved = uncut()
     step = CUTS[cut](whole)
