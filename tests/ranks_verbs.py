@@ -1,4 +1,4 @@
-"""What tests/test_ranks.py runs on two ranks: `torchrun --nproc-per-node 2 tests/ranks_verbs.py FOLDER`."""
+"""What tests/test_ranks.py runs on each of two ranks: `python tests/ranks_verbs.py FOLDER`."""
 
 import json
 import math

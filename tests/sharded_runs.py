@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from autowu.optim import LAMB, LANS, LARS, TVLARS, Muon, param_groups
 
-STEPS = 5
+STEPS = 3
 OPTIMIZERS = {
     "lars": lambda groups: LARS(torch.optim.SGD(groups, lr=2.0, momentum=0.9), trust_coef=0.02),
     "lars_adamw": lambda groups: LARS(torch.optim.AdamW(groups, lr=0.01)),
@@ -85,7 +85,7 @@ def main(folder):
     }
     results = {(name, kind): train(make, rank, size, mesh) for name, make in OPTIMIZERS.items() for kind, mesh in meshes.items()}
     for name in ("lamb", "tvlars", "muon"):
-        results[name, "resumed"] = train(OPTIMIZERS[name], rank, size, meshes["fsdp"], resume_at=3)
+        results[name, "resumed"] = train(OPTIMIZERS[name], rank, size, meshes["fsdp"], resume_at=2)
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     for name in ("lars", "lamb", "lans", "muon"):
         results[name, "tensor parallel"] = {"layers": tensor_parallel(OPTIMIZERS[name], mesh)}

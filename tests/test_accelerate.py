@@ -314,7 +314,7 @@ def assert_learned(done):
 def test_the_example_learns():
     command = "examples/accelerate_digits.py"
     assert f"\npython {command}\n" in PAGE
-    assert_learned(launch(command, "--epochs", 6))
+    assert_learned(launch(command, "--epochs", 3))
 
 
 @pytest.mark.slow  # what two processes do is held above, and that the example learns

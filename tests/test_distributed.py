@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from processes import launch
-from rank_runs import CASES, LOWEST, OF_FOUR, STEPS, curve, run, scheduler_of
+from processes import Forked
+from rank_runs import CASES, LOWEST, OF_FOUR, SLOW, STEPS, curve, run, scheduler_of
 
 from autowu.ranks import Ranks
 
@@ -15,10 +15,12 @@ NEAR_THE_LOWEST = (0.8 * LOWEST, 1.2 * LOWEST)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, request):
     """What each rank found, of two and of four."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch("tests/rank_runs.py", folder, timeout=400)
+    slow = ["--slow"] if request.config.getoption("--slow") else []
+    runs = Forked(folder / "out", "tests/rank_runs.py", folder, *slow)
+    assert runs.end(400) == 0, runs.stderr
     return {size: [json.loads((folder / f"{rank}_of_{size}.json").read_text()) for rank in range(size)] for size in (2, 4)}
 
 
@@ -54,9 +56,11 @@ def assert_agree_and_switch(ranks, case):
     assert first["phase"] == "done"
 
 
-@pytest.mark.parametrize(
-    "case", sorted(set(CASES) - {"groups_of_one", "groups_of_two", "a_rank_that_stops_copying_after_three_setbacks"})
-)
+def quick_or_slow(*cases):
+    return pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in cases])
+
+
+@quick_or_slow(*sorted(set(CASES) - {"groups_of_one", "groups_of_two", "a_rank_that_stops_copying_after_three_setbacks"}))
 def test_ranks_run_at_the_same_lr_at_every_step(ranks, case):
     assert_agree_and_switch(ranks, case)
 
@@ -175,7 +179,7 @@ def test_a_divergence_that_is_found_late_goes_back_to_a_copy_from_before_it_show
     assert found["restored"][-1][1] <= wrong + 10  # before the loss shows it
 
 
-@pytest.mark.parametrize("case", ["a_rank_that_never_copies", "a_rank_that_stops_copying"])
+@quick_or_slow("a_rank_that_never_copies", "a_rank_that_stops_copying")
 def test_where_one_rank_cannot_copy_its_model_all_go_on_without(ranks, case):
     first = assert_agree(ranks, case)
     told = ("explosion", "divergence", "lost")  # weights that go uphill for long are lost
@@ -234,7 +238,7 @@ def test_a_warmup_at_its_limit_goes_back_to_the_common_minimum(ranks):
 def test_ranks_in_groups_of_their_own_run_apart_without_a_collective(ranks):
     for number, rank in enumerate(ranks):
         alone = scheduler_of()
-        lrs, _ = run(alone, curve(number).tolist())
+        lrs = run(alone, curve(number).tolist())
         assert rank["groups_of_one"]["lrs"] == lrs
         assert not any(rank["groups_of_one"]["collectives"])
 

@@ -42,7 +42,7 @@ pytestmark = [
 ]
 
 PAGE = (ROOT / "docs" / "lightning.md").read_text()
-EPOCHS = 10
+EPOCHS = 6
 
 
 def digits():
@@ -424,7 +424,7 @@ def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
 
 def test_the_example_learns_in_two_processes():
     (command,) = re.findall(r"^python (examples/.*)$", PAGE, re.MULTILINE)
-    done = launch(*command.split(), "--epochs", 8)
+    done = launch(*command.split(), "--epochs", 4)
     assert "--devices 2" in command
     switch, total = map(int, re.search(r"peak LR \S+ from step (\d+) of (\d+)", done.stdout).groups())
     assert f"AutoWU switched at step {switch} of {total}" in done.stderr

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from test_lightning import PAGE, Batches, Observing, assert_same_weights, digits, fit, network, pytestmark, sgd  # noqa: F401
+from test_lightning import EPOCHS, PAGE, Batches, Observing, assert_same_weights, digits, fit, network, pytestmark, sgd  # noqa: F401
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -63,7 +63,7 @@ def test_phase_and_probability_are_logged_and_the_figure_is_drawn_at_the_end(tmp
     fit(Plain(), callbacks=[callback], logger=[CSVLogger(tmp_path), board], log_every_n_steps=5)
     with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["autowu/phase"]]
-    assert [int(row["step"]) for row in rows] == list(range(4, 190, 5))
+    assert [int(row["step"]) for row in rows] == list(range(4, EPOCHS * 19, 5))
     phases = [float(row["autowu/phase"]) for row in rows]
     assert phases == sorted(phases)
     assert {0.0, 1.0, 2.0} <= {*phases}
@@ -76,7 +76,7 @@ def test_a_run_that_is_resumed_is_the_one_that_was_never_stopped(tmp_path):
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=50, save_top_k=-1)
     how = {"enable_checkpointing": True, "default_root_dir": tmp_path}
     whole = fit(Plain(), callbacks=[AutoWUCallback(figure=False), saving], **how)
-    callback = AutoWUCallback(figure=False, total_steps=190)
+    callback = AutoWUCallback(figure=False, total_steps=EPOCHS * 19)
     (path,) = tmp_path.glob("*step=50.ckpt")
     resumed = fit(Plain(), callbacks=[callback], ckpt_path=path, default_root_dir=tmp_path)
     assert resumed.lrs == whole.lrs[50:]

@@ -15,6 +15,7 @@ import torch
 from autowu.optim import LAMB
 
 print(hasattr(torch.ops.autowu, "lamb_"), hasattr(torch.ops.autowu, "lars_"), "torch._inductor" in sys.modules, flush=True)
+import torch._dynamo  # takes seconds, and longer in threads that take turns
 
 def by_threads():
     sys.setswitchinterval(1e-6)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processes import launch
+from processes import Forked
 from sharded_runs import OPTIMIZERS, tensor_parallel, train
 
 
@@ -10,7 +10,8 @@ from sharded_runs import OPTIMIZERS, tensor_parallel, train
 def ranks(tmp_path_factory):
     """The results of four processes; hybrid sharding has shards on two of them."""
     folder = tmp_path_factory.mktemp("sharded")
-    launch("tests/sharded_runs.py", folder, timeout=400)
+    runs = Forked(folder / "out", "tests/sharded_runs.py", folder)
+    assert runs.end(400) == 0, runs.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(4)]
 
 

@@ -7,7 +7,7 @@ from processes import ROOT, launch
 
 
 def test_the_example_learns():
-    done = launch("examples/pytorch_digits.py", "--backend", "aot_eager", "--epochs", 8)
+    done = launch("examples/pytorch_digits.py", "--backend", "aot_eager", "--epochs", 5)
     assert "before `optimizer.step()`" not in done.stderr
     assert "AutoWU switched at step" in done.stderr
     assert float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) > 90

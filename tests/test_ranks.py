@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from processes import torchrun
+from processes import ranks
 from ranks_verbs import FLAGS, LOSSES, SAID
 
 from autowu.history import MISSING
@@ -28,7 +28,7 @@ def test_of_one_rank_every_verb_is_the_identity():
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verbs")
-    torchrun(2, "tests/ranks_verbs.py", folder, timeout=200)
+    ranks(folder / "out", 2, "tests/ranks_verbs.py", folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
