@@ -161,7 +161,7 @@ ALL = {
     "LARS around Adam": lambda groups, lr, **options: LARS(torch.optim.Adam(groups, lr=lr), **options),
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.float8_e4m3fn)
-SHAPES = ((2, 0), (3, 2), (0, 2), (0,), (), (1, 1), (2, 0, 3))
+SHAPES = ((3, 2), (0, 2), (2, 0), (0,), (), (1, 1), (2, 0, 3))
 
 
 @pytest.mark.filterwarnings("ignore:LARS around")
@@ -169,7 +169,7 @@ SHAPES = ((2, 0), (3, 2), (0, 2), (0,), (), (1, 1), (2, 0, 3))
 @pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 def test_what_is_accepted_when_made_steps(make, foreach):
     for dtype in DTYPES:
-        for shape in SHAPES if dtype == torch.float32 else SHAPES[1::3]:
+        for shape in SHAPES if dtype == torch.float32 else ((3, 2), (0, 2), ()):
             for device in ("cpu", "meta"):
                 for adapt in (True, False):
                     param = nn.Parameter(torch.ones(shape, device=device).to(dtype))
