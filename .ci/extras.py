@@ -77,7 +77,7 @@ def lightning():
 
     callback = AutoWUCallback(figure=False)  # that needs the extra "plot", too
     trainer = L.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=FOLDER, logger=False, callbacks=[callback])
-    trainer.fit(Module(), loader)
+    trainer.fit(Module(), torch.utils.data.DataLoader(loader, batch_size=None))
     assert callback.scheduler.phase == "done"
 
 
