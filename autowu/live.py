@@ -96,10 +96,11 @@ class LiveRun:
             for name, value in holder.items():
                 if not is_kept(name):
                     continue
+                key = (*where, name)  # a name: mypy takes a star within [] for one of Python 3.11
                 if isinstance(value, Tensor):
-                    tensors[(*where, name)] = local(value)
+                    tensors[key] = local(value)
                 else:
-                    rest[(*where, name)] = value
+                    rest[key] = value
         return Seen(parameters, tensors, rest)
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """The package as its users get it: metadata, what `import autowu` costs, wheel and sdist, and types."""
 
+import ast
 import json
 import os
 import re
@@ -55,7 +56,11 @@ def test_the_metadata_says_what_it_is_for_whom_and_where():
         'version = { attr = "autowu.version.__version__" }',
     ):
         assert line in PYPROJECT
-    assert {"Source", "Documentation", "Changelog", "Issues"} <= set(re.findall(r'^(\w+) = "https://', PYPROJECT, re.MULTILINE))
+    led = dict(re.findall(r'^(\w+) = "(https://.*)"$', PYPROJECT, re.MULTILINE))
+    source = led.pop("Source")
+    assert {name for name, address in led.items() if address.startswith(f"{source}/")} == {"Documentation", "Changelog", "Issues"}
+    for name in ("Documentation", "Changelog"):
+        assert (ROOT / led[name].removeprefix(f"{source}/blob/main/")).exists()
     low, below = map(int, re.search(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', PYPROJECT).groups())
     named = {int(minor) for minor in re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', PYPROJECT)}
     assert named == set(range(low, below))
@@ -77,7 +82,9 @@ def test_the_version_stands_in_one_place():
 def test_the_workflow_installs_every_extra_and_both_ends_of_torch():
     extras = re.findall(r"^(\w+) = \[", PYPROJECT.split("[project.optional-dependencies]\n")[1].split("\n\n")[0], re.MULTILINE)
     jobs = WORKFLOW["jobs"]
-    assert [entry["extra"] for entry in jobs["extras"]["strategy"]["matrix"]["include"]] == extras
+    assert jobs["extras"]["strategy"]["matrix"]["extra"] == extras
+    script = ast.parse((ROOT / ".ci" / "extras.py").read_text())
+    assert {*extras} < {node.name for node in script.body if isinstance(node, ast.FunctionDef)}
     oldest = re.search(r'"torch>=([\d.]+)"', PYPROJECT)[1]
     for job in ("bare", "torch"):
         installed = {entry["torch"] for entry in jobs[job]["strategy"]["matrix"]["include"]}

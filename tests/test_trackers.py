@@ -88,10 +88,14 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_mlflow_offline(tmp_path, monkeypatch):
+@pytest.mark.parametrize("store", ["sqlite", "file"])
+def test_mlflow_offline(tmp_path, monkeypatch, store):
     mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)  # beside a database the figures are in ./mlruns
+    if store == "sqlite":
+        pytest.importorskip("sqlalchemy")  # mlflow-skinny comes without
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}" if store == "sqlite" else (tmp_path / "mlruns").as_uri())
     mlflow.set_experiment("autowu")
     with mlflow.start_run() as started:
         _, rows = run(mlflow)
