@@ -299,7 +299,7 @@ def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
     assert names["autowu"].switch == names["uncut"] is not None
     assert names["autowu"].phase == "done"
     names |= {"accelerator": Accelerator(cpu=True), "new_model": network()}
-    exec(timed.replace("3600", "2"), names)
+    exec(timed.replace("3600", "4"), names)
     assert (names["autowu"].phase, names["autowu"].progress) == ("done", 1.0)
     assert names["optimizer"].param_groups[0]["lr"] < 0.1 * names["autowu"].switch.lr
 
