@@ -56,7 +56,6 @@ __all__ = [
     "verdict",
     "verdict_of",
     "warmup_lr_at",
-    "watch_is_over",
 ]
 
 Phase = Literal["warmup", "stable", "cooldown", "done"]
@@ -254,6 +253,10 @@ class LRRule:
         if self.config.replanned_at is None:
             return lr * self._fall((step - start) / self._length)
         return lr * self._fall(cooldown_progress(self.config, start, step))
+
+    def is_low(self, step: int) -> bool:
+        """Whether the cooldown has brought the LR of optimizer step `step` so far down that training will not diverge."""
+        return step >= self._cooldown and self.at(step) < WATCHED_DOWN_TO * self.at(int(self._cooldown))
 
 
 def base_lr(config: Config, state: State, step: int) -> float:
@@ -467,14 +470,6 @@ def batch_changed(config: Config, state: State, step: int, size: int, rule: str)
         return replace(state, batch=size)
     ratio = size / state.batch
     return replace(state, batch=size, batch_factor=state.batch_factor * (ratio if rule == "linear" else math.sqrt(ratio)))
-
-
-def watch_is_over(config: Config, state: State, step: int) -> bool:
-    """Whether the cooldown has brought the LR of optimizer step `step` so far down that training will not diverge."""
-    if state.switch is None or phase_at(config, state, step) not in ("cooldown", "done"):
-        return False
-    rule = LRRule(config, state)
-    return rule.at(step) < WATCHED_DOWN_TO * rule.at(int(cooldown_begin(config, state.switch)))
 
 
 def plateau_epoch_due(config: Config, state: State, step: int) -> bool:

@@ -22,6 +22,7 @@ from autowu.live import LiveRun
 from autowu.phases import (
     MAX_EXPLOSIONS,
     MAX_SETBACKS,
+    LRRule,
     LRs,
     State,
     Switch,
@@ -42,7 +43,6 @@ from autowu.phases import (
     switched,
     undo_set_backs,
     warmup_lr_at,
-    watch_is_over,
 )
 from autowu.plateau import Plateau, start_of
 from autowu.ranks import Ranks
@@ -274,6 +274,7 @@ class AfterSwitch:
         self._losses = LossHistory(_POINTS)  # those since the switch; staged are those since the last look, at least
         self._epoch: LossHistory | None = None  # those of the epoch, for the plateau rule
         self._back_at: int | None = None  # the step of the last divergence, if a copy was put back
+        self._rule: LRRule | None = None  # of the LRs by the present state
         self._plateau: Plateau | None = None  # those at the present peak LR, for a cooldown that begins by itself
 
     def _copies_every(self, step: int) -> int:
@@ -327,12 +328,12 @@ class AfterSwitch:
         if reader.watch.changed:
             state = self._undo_set_backs(step, state)
         if self._bears_no_more(state):  # it only remains to be seen whether the last was one
-            seen = not reader.watch.on_trial or watch_is_over(self.config, state, step)
+            seen = not reader.watch.on_trial or self._watch_is_over(step, state)
             return self.end_watch(state) if seen else state
         exploded = reader.watch.exploded or reader.watch.silent >= IN_A_ROW
         if exploded if state.setbacks >= MAX_SETBACKS else reader.watch.diverged:
             return self._set_back(step, state)
-        if since // BLOCK < step // BLOCK and watch_is_over(self.config, state, step):
+        if since // BLOCK < step // BLOCK and self._watch_is_over(step, state):
             return self.end_watch(state)
         on_probation = self._back_at is not None and step < self._back_at + _PROBATION
         if copy_is_due and reader.watch.near_best and not reader.watch.doubt and not on_probation:
@@ -372,6 +373,12 @@ class AfterSwitch:
         self.rooms.log.warn("divergence", step, message)
         over = self._bears_no_more(state) and not self.rooms.reader.watch.on_trial
         return self.end_watch(state) if over else state
+
+    def _watch_is_over(self, step: int, state: State) -> bool:
+        """Whether nothing will diverge any longer, at LRs as low as that of optimizer step `step`."""
+        if self._rule is None or self._rule.state is not state or self._rule.config is not self.config:
+            self._rule = LRRule(self.config, state)
+        return self._rule.is_low(step)
 
     def _bears_no_more(self, state: State) -> bool:
         """Whether nothing sets the run back any longer, by what all ranks know alike."""

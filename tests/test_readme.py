@@ -236,6 +236,16 @@ def test_table_of_steps_is_the_measured_one():
     assert f"of {loop['step_ms']:.1f} ms kept {loop['throughput']:.1%} of its throughput" in shown
 
 
+def test_table_of_the_loop_of_train_is_the_measured_one():
+    rows, shown = results("bench_train")["rows"], section("docs/speed.md", "The loop of train.py")
+    ratios = [f"{row['ratio']:.2f}" for row in rows]
+    assert [line.split(" | ", 1)[1].rstrip(" |").split(" | ") for line in shown.splitlines() if "resnet" in line] == [
+        ratios[:2],
+        ratios[2:],
+    ]
+    assert [row["sched"] for row in rows] == 2 * ["autowu", "cosine"]
+
+
 @pytest.fixture
 def regret(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
