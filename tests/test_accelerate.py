@@ -281,6 +281,7 @@ def test_the_repeated_calls_change_nothing(ranks):
     assert ranks["own"][0]["losses"] == ranks["after"][0]["losses"]
 
 
+@pytest.mark.slow  # the example is quick
 def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     AcceleratorState._reset_state()

@@ -51,7 +51,8 @@ def test_every_recipe_makes_an_optimizer_that_steps(compare):
         assert not torch.equal(model.weight, before)
 
 
-@pytest.mark.parametrize("optimizers", [("momentum", "lars", "tvlars"), pytest.param(OPTIMIZERS, marks=pytest.mark.slow)])
+@pytest.mark.slow  # a script that nobody calls but who measures; that every recipe trains is tested above
+@pytest.mark.parametrize("optimizers", [("momentum", "lars", "tvlars"), OPTIMIZERS])
 def test_quick_trains_with_every_optimizer_and_runs_nothing_twice(compare, monkeypatch, tmp_path, optimizers):
     out, figure = tmp_path / "rows.jsonl", tmp_path / "figure.png"
     command = ("--quick", "--epochs", 1, "--jobs", 1, "--out", out, "--figure", figure)

@@ -417,7 +417,7 @@ def test_it_is_exported():
     assert autowu.find_lr is find_lr
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.slow) for block in (1, 2, 3))])
 def test_the_page_works_as_it_stands(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "find-lr.md").read_text(), re.DOTALL)

@@ -104,7 +104,7 @@ def test_the_users_kernel_is_not_changed():
     assert_same(engine.posterior(curve_of(valley(60))), first)
 
 
-@pytest.mark.parametrize("engine_of", [GPyTorchGP, PublishedGP])
+@pytest.mark.parametrize("engine_of", [GPyTorchGP, pytest.param(PublishedGP, marks=pytest.mark.slow)])  # both draw alike
 def test_a_seed_fixes_the_draws(engine_of):
     curve, sizes = curve_of(valley(400)), {"num_subsamples": 2, "fit_size": 80, "posterior_size": 120}
     torch.manual_seed(1)

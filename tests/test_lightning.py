@@ -404,6 +404,7 @@ def run_rank(folder):
         fit(kind(), loader, strategy="ddp", devices=2, callbacks=[Rank(folder)])
 
 
+@pytest.mark.slow  # the example is quick
 def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -422,10 +423,10 @@ def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
     assert list(tmp_path.glob("logs/**/metrics.csv"))
 
 
-def test_the_example_learns_in_two_processes():
-    (command,) = re.findall(r"^python (examples/.*)$", PAGE, re.MULTILINE)
-    done = launch(*command.split(), "--epochs", 4)
-    assert "--devices 2" in command
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_example_learns_in_one_process_and_in_two(processes):
+    (command,) = re.findall(r"^python (examples/.*) --devices 2$", PAGE, re.MULTILINE)
+    done = launch(*command.split(), "--devices", processes, "--epochs", 4)
     switch, total = map(int, re.search(r"peak LR \S+ from step (\d+) of (\d+)", done.stdout).groups())
     assert f"AutoWU switched at step {switch} of {total}" in done.stderr
     assert done.stdout.count("peak LR") == done.stderr.count("AutoWU switched") == 1

@@ -146,6 +146,7 @@ def test_find_lr_takes_several_loaders_together(tmp_path):
     assert find_lr(L.Trainer(accelerator="cpu", max_epochs=3, **quiet), Both(), loaders, steps=60).sure
 
 
+@pytest.mark.slow  # what they show is tested above
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_the_blocks_of_the_page_that_have_the_callback_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ import torch
 from autowu.optim import LAMB
 
 print(hasattr(torch.ops.autowu, "lamb_"), hasattr(torch.ops.autowu, "lars_"), "torch._inductor" in sys.modules, flush=True)
-import torch._dynamo  # takes seconds, and longer in threads that take turns
+if sys.argv[1:]: import torch._dynamo  # takes seconds, and longer in threads that take turns
 
 def by_threads():
     sys.setswitchinterval(1e-6)
@@ -65,24 +65,29 @@ for part in (by_threads, cut_short) if sys.argv[1:] else ():
 """
 
 
-@pytest.fixture(scope="module")
-def said():
-    """Lines: of the import, of threads, of registrations cut short."""
-    parts = ["all"] if torch.__version__ >= (2, 6) else []
+def lines(*parts):
     done = subprocess.run([sys.executable, "-c", PROGRAM, *parts], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-def test_an_import_registers_and_compiles_nothing(said):
-    assert said[0] == "False False False"
+@pytest.fixture(scope="module")
+def said():
+    """Lines: of the import, of threads, of registrations cut short."""
+    return lines("all")
 
 
+def test_an_import_registers_and_compiles_nothing():
+    assert lines()[0] == "False False False"
+
+
+@pytest.mark.slow  # a race that is made on purpose
 @needs_operators
 def test_threads_may_make_their_optimizers_at_once(said):
     assert said[1] == "8 True"
 
 
+@pytest.mark.slow  # likewise
 @needs_operators
 def test_a_registration_cut_short_begins_anew(said):
     assert said[2:] == ["cut"] * 6 + ["True"]

@@ -37,6 +37,7 @@ def test_decides_as_the_published_code(curves, key):
     assert paper_decisions.agrees(paper_decisions.replay(curves[key], run), run)
 
 
+@pytest.mark.slow  # a warm-up that ends at its limit by the preset's rule is tested without its fit, too
 def test_times_out_where_the_published_code_does(curves):
     curve = curves["cnn", "adamw", 512, 0, 240]
     run = next(r for r in curve["published_code"] if not r["by_test"])

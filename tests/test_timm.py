@@ -121,7 +121,7 @@ def running_means(losses):
 # ---------------------------------------------------------------- the same run as with a plain loop
 
 
-@pytest.mark.parametrize("accum_steps", [1, 2])
+@pytest.mark.parametrize("accum_steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_run_is_that_of_a_plain_loop(accum_steps):
     model = mlp()
     optimizer = adamw(model)
@@ -149,7 +149,11 @@ def test_the_loss_itself_is_taken_as_it_is(as_metric):
     assert seen(lr_scheduler) == pytest.approx(losses, rel=1e-12)
 
 
-@pytest.mark.parametrize("as_metric", [float, lambda m: torch.tensor(m, dtype=torch.float64)], ids=["float", "tensor"])
+@pytest.mark.parametrize(
+    "as_metric",
+    [pytest.param(float, marks=pytest.mark.slow), lambda m: torch.tensor(m, dtype=torch.float64)],
+    ids=["float", "tensor"],
+)
 def test_losses_are_recovered_from_the_means_of_long_epochs(as_metric):
     lr_scheduler = AutoWUScheduler(AutoWU(sgd(), total_steps=100_000, max_warmup_fraction=0.32, gp=Never()))
     losses = (1 + torch.rand(3, 5000, dtype=torch.float64)).tolist()

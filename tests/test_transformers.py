@@ -400,6 +400,7 @@ def test_handing_over_the_loss_waits_for_nothing(tmp_path):
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "transformers.md").read_text(), re.DOTALL)
 
 
+@pytest.mark.slow  # the example is quick
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
 def test_the_page_works_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
