@@ -97,7 +97,10 @@ def test_the_peak_is_what_the_lr_is_held_at_whatever_has_lowered_it():
     assert peak_lrs(scheduler._state) == (scheduler.lr_at(scheduler.last_epoch),)
 
 
-@pytest.mark.parametrize("size", [lambda step: 1000 + step % 2, lambda step: 1000 if step // 50 % 2 else 1500])
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(lambda step: 1000 + step % 2, marks=pytest.mark.slow), lambda step: 1000 if step // 50 % 2 else 1500],
+)
 def test_a_cooldown_begins_by_itself_though_batch_sizes_change(size):
     options = {"cooldown": "auto", "total_steps": 4000}
     plain = stepped(scheduler_of(**options), 4000)
@@ -116,7 +119,7 @@ def test_what_is_saved_after_huge_losses_can_be_loaded(level):
     scheduler_of(cooldown="auto", watch=False, max_warmup_steps=30).load_state_dict(scheduler.state_dict())
 
 
-@pytest.mark.parametrize("cut", [1006, 1012, 1022])
+@pytest.mark.parametrize("cut", [1012, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (1006, 1022))])
 def test_the_best_weights_of_a_run_that_was_cut_are_those_of_the_uncut_one(cut):
     def run(cuts):
         scheduler = scheduler_of(total_steps=3000, max_warmup_steps=120)

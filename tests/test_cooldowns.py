@@ -74,7 +74,11 @@ def plain(state):
     return state
 
 
-@pytest.mark.parametrize("arguments", [{}, {"decay_phase_factor": 0.8, "decay_phase_stat": "loss"}], ids=["constant", "plateau"])
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param({}, marks=pytest.mark.slow), {"decay_phase_factor": 0.8, "decay_phase_stat": "loss"}],
+    ids=["constant", "plateau"],
+)
 def test_a_branch_is_the_full_run_with_its_fraction(arguments):
     trunk, forks, lrs = Digits(FRACTIONS[0], **arguments), {}, []
     early = 1 if arguments else 0

@@ -57,7 +57,7 @@ def train(model, optimizer, scheduler, until):
     return lrs
 
 
-QUICK = [("AdamW", "open"), ("Muon", "tokens")]
+QUICK = [("Muon", "tokens")]
 SLOW = [(name, length) for name in MAKE for length in LENGTHS if (name, length) not in QUICK]
 
 

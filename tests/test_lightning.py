@@ -252,6 +252,7 @@ def test_a_run_resumed_within_an_epoch_is_the_uncut_one(tmp_path, accumulate):
         assert_same_weights(resumed, uncut)
 
 
+@pytest.mark.slow  # within an epoch is harder
 def test_a_monitored_run_resumed_at_the_end_of_an_epoch_is_the_uncut_one(tmp_path):
     # Not shuffled: Lightning takes up the order of a loader only where the run was cut within an epoch.
     loader, validate = (DataLoader(TensorDataset(*digits()), size) for size in (90, 900))

@@ -81,9 +81,14 @@ def test_a_small_bump_on_the_way_down_is_passed_over(height, seed):
 @pytest.mark.parametrize(
     ("n", "noise", "shape"),
     [
-        pytest.param(n, noise, shape, marks=[] if n in hard and (n, noise) != (40, "normal") else [pytest.mark.slow])
+        pytest.param(n, noise, shape, marks=[] if (n, noise) in hard else [pytest.mark.slow])
         # Of a loss that falls to the end is a quick test in test_scheduler.py.
-        for shape, hard in {"flat": (40, 240), "falling": (), "late fall": (40,), "drift down": (40, 240)}.items()
+        for shape, hard in {
+            "flat": [(240, "normal")],
+            "falling": [],
+            "late fall": [(40, "heavy tails")],
+            "drift down": [(40, "heavy tails")],
+        }.items()
         for n, noise in ((40, "normal"), (40, "heavy tails"), (240, "normal"), (2000, "heavy tails"))
     ],
 )
