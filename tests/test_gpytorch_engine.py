@@ -243,6 +243,7 @@ def test_it_is_an_engine_that_wants_every_loss():
     assert GPyTorchGP.max_points is None
 
 
+@pytest.mark.slow  # warnings are errors in the quick tests, too, but those of a first import
 def test_no_warning_escapes():
     program = """
 from autowu.gpytorch_engine import GPyTorchGP, PublishedGP

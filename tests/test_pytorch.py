@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 from processes import ROOT, launch
 
@@ -13,6 +14,7 @@ def test_the_example_learns():
     assert float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) > 90
 
 
+@pytest.mark.slow  # the example is quick
 def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
