@@ -224,7 +224,7 @@ class LRRule:
         self.config, self.state = config, state
         self._last, self._origin, self._steps = config.end - 1, config.warmup_origin, config.warmup_steps
         self._rise, self._low, self._high = WARMUPS[config.warmup_type], config.min_lr, config.max_lr
-        self._epoch = config.steps_per_epoch if config.warmup_unit == "epoch" and config.steps_per_epoch is not None else 1
+        self._epoch = config.steps_per_epoch if config.warmup_unit == "epoch" else None
         self._switch = self._cooldown = math.inf
         if (switch := state.switch) is not None:
             self._switch, self._cooldown = switch.step, cooldown_begin(config, switch)
@@ -240,10 +240,7 @@ class LRRule:
         if step > self._last:
             step = int(self._last)
         if step < self._switch:
-            position = step - self._origin if step > self._origin else 0
-            if self._epoch > 1:
-                position = position // self._epoch * self._epoch
-            return self._rise(position / self._steps, self._low, self._high)
+            return self.in_warmup(step - self._origin if step > self._origin else 0)
         lr, start = self._peak, self._cooldown
         if self._stairs:
             assert self.config.steps_per_epoch is not None
@@ -253,6 +250,12 @@ class LRRule:
         if self.config.replanned_at is None:
             return lr * self._fall((step - start) / self._length)
         return lr * self._fall(cooldown_progress(self.config, start, step))
+
+    def in_warmup(self, position: float) -> float:
+        """LR at `position` of the warm-up, in steps: :func:`~autowu.schedules.warmup_lr`, in whole epochs where it is by epoch."""
+        if self._epoch is not None:
+            position = position // self._epoch * self._epoch
+        return self._rise(position / self._steps, self._low, self._high)
 
     def is_low(self, step: int) -> bool:
         """Whether the cooldown has brought the LR of optimizer step `step` so far down that training will not diverge."""
@@ -315,9 +318,7 @@ def cooldown_progress(config: Config, start: float, step: int) -> float:
 
 def warmup_lr_at(config: Config, position: float) -> float:
     """LR at `position` of the warm-up, in steps, of the parameter group with the largest LR."""
-    if config.warmup_unit == "epoch" and config.steps_per_epoch is not None:
-        position = position // config.steps_per_epoch * config.steps_per_epoch
-    return warmup_lr(position, config.warmup_steps, config.min_lr, config.max_lr, config.warmup_type)
+    return LRRule(config, State()).in_warmup(position)
 
 
 def is_test_due(config: Config, state: State, step: int) -> bool:
