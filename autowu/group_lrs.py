@@ -65,7 +65,7 @@ class GroupLRs:
             group["lr"] = own = lr * ratio
             written.append(own)
         self._lr, self._set = lr, written
-        return written.copy()
+        return written
 
     def adopt(self, optimizer: Optimizer) -> str | None:
         """Take over the LRs that were edited since they were set last, as ratios; what is to be said of it, None where none was.

@@ -231,6 +231,7 @@ class LRRule:
             self._peak = switch.lr * SETBACK_FACTOR**state.setbacks * state.batch_factor * state.plateau_factor
         self._fall, self._length = COOLDOWNS[config.cooldown_type], config.end - self._cooldown
         self._stairs = config.decay_phase_factor != 1.0 and config.decay_phase_stat is None
+        self._watched_down_to = WATCHED_DOWN_TO * self.at(int(self._cooldown)) if self._cooldown < math.inf else 0.0
 
     def __reduce__(self) -> tuple[type[LRRule], tuple[Config, State]]:
         return LRRule, (self.config, self.state)
@@ -259,7 +260,7 @@ class LRRule:
 
     def is_low(self, step: int) -> bool:
         """Whether the cooldown has brought the LR of optimizer step `step` so far down that training will not diverge."""
-        return step >= self._cooldown and self.at(step) < WATCHED_DOWN_TO * self.at(int(self._cooldown))
+        return step >= self._cooldown and self.at(step) < self._watched_down_to
 
 
 def base_lr(config: Config, state: State, step: int) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autowu.history import LossHistory
 from autowu.ranks import Ranks
-from autowu.watch import BLOCK, HUGE, LossWatch
+from autowu.watch import BLOCK, HUGE, LossWatch, Quiet
 
 __all__ = ["LateRead", "Reader"]
 
@@ -62,7 +62,8 @@ class Reader:
         self._pending: LateRead | None = None
         self._unread: list[float] = []  # losses on the host that may wait
         self._low = math.inf  # the lowest of them, or the best mean
-        self._quiet = -math.inf  # a loss at most this may wait
+        self._quiet: Quiet | None = None  # which may
+        self._bound = -math.inf  # a loss at most this may wait
 
     def follows_at_once(self, loss: float | Tensor, losses: LossHistory) -> TypeGuard[float]:
         """Whether a loss that goes with `losses` need not travel: it is on the host of a single rank."""
@@ -74,25 +75,16 @@ class Reader:
         Returns:
             The step of the look before, always that before `step`; None where the loss waits.
         """
-        if not look and self.waits(step, loss):
-            return None
-        self._looked_at = step
-        self._unread.append(loss)
-        self.catch_up()
-        self._low = self.watch.best
-        self._quiet = self.watch.quiet(self._low)
-        return step - 1
-
-    def waits(self, step: int, loss: float) -> bool:
-        """Whether a loss on the host may wait for others, and does: nothing can come of it, and the block is not full."""
-        unread = self._unread
-        if not -HUGE < loss <= self._quiet or len(unread) >= BLOCK - 1:
-            return False
+        unread, self._looked_at = self._unread, step
         unread.append(loss)
-        self._looked_at = step
-        if loss < self._low:
-            self._low, self._quiet = loss, self.watch.quiet(loss)
-        return True
+        if not look and -HUGE < loss <= self._bound and len(unread) < BLOCK:
+            if loss < self._low and self._quiet is not None:
+                self._low, self._bound = loss, self._quiet.bound(loss)
+            return None
+        self.catch_up()
+        self._low, self._quiet = self.watch.best, self.watch.quiet()
+        self._bound = -math.inf if self._quiet is None else self._quiet.bound(self._low)
+        return step - 1
 
     def read_block(self, step: int, losses: LossHistory, *, flag: bool, due: bool = False) -> int | None:
         """Send the block that ends with `step` on its way, where it is full or `due`, and follow the one before.
@@ -141,7 +133,7 @@ class Reader:
 
     def forget(self) -> None:
         """What was not followed yet is wanted no longer."""
-        self._pending, self._quiet = None, -math.inf
+        self._pending, self._quiet, self._bound = None, None, -math.inf
         self._unread = []  # another list: what holds this one may have to put it back
 
     def _follow(self, block: LateRead | None) -> None:

@@ -254,7 +254,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
             self._step(loss, samples, tokens)
 
     def _step(self, loss: float | Tensor | None, samples: int | None, tokens: int | None) -> None:
-        if not (ranks := self._rooms.ranks).compared and not ranks.alone:
+        if not self._rooms.ranks.alone:
             self._rooms.compare(self.config, self.last_epoch)
             self._stage.busy_at = 0  # no loss waits on one rank and not on another
         counted = samples is not None or tokens is not None or self.config.budget is not None

@@ -86,11 +86,13 @@ class Rooms:
         return named | {"record": self.record, "held_out": self.held_out}
 
     def compare(self, config: Config, step: int) -> None:
-        """Learn whether all ranks were given the same arguments, after `step` steps; all come there, whatever they were given.
+        """Learn, once, whether all ranks were given the same arguments, after `step` steps; all come, whatever they were given.
 
         Raises:
             ValueError: if not, on all ranks alike.
         """
+        if self.ranks.compared:
+            return
         goes_back = isinstance(self.rollback, Rollback)
         own = {"last_epoch": step, "gp": type(self.judge.gp).__name__, "rollback": goes_back}
         self.ranks.compare(described(config) | own)
@@ -134,9 +136,10 @@ class WarmUp:
     def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
         """Take the loss of the `step`-th optimizer step."""
         rooms = self.rooms
-        if step < self.busy_at and type(loss) is float and rooms.reader.waits(step, loss):
+        if step < self.busy_at and type(loss) is float:  # as a rule
             rooms.judge.history.append(loss)
-            return state, self
+            came_of_it = rooms.reader.follow(step, loss) is not None and rooms.reader.watch.exploded
+            return self._explode(step, state) if came_of_it else (state, self)
         due, self.busy_at = is_test_due(self.config, state, step), 0
         rooms.judge.history.append(loss)
         if rooms.held_out.came:
@@ -279,15 +282,18 @@ class AfterSwitch:
 
     def _copies_every(self, step: int) -> int:
         """Steps between two copies; of a run whose end is open as of one that ended here."""
-        return max(self.config.test_interval, (self.config.total_steps or step) // _COPIES)
+        every, least = (self.config.total_steps or step) // _COPIES, self.config.test_interval
+        return every if every > least else least
 
     def after_step(self, step: int, loss: float | Tensor, state: State) -> tuple[State, Stage]:
         """Take the loss of the `step`-th optimizer step."""
-        if step < self.busy_at and type(loss) is float and self.rooms.reader.waits(step, loss):
-            self._losses.append(loss)
-            return state, self
-        before, ruled, self.busy_at = state, self.config.decay_phase_stat is not None, 0
+        before = state
         self._losses.append(loss)
+        if step < self.busy_at and type(loss) is float:  # as a rule
+            if (since := self.rooms.reader.follow(step, loss)) is not None:
+                state = self._watch(step, since, state)
+            return self._steered(step, before, state), self
+        ruled, self.busy_at = self.config.decay_phase_stat is not None, 0
         if ruled and self._is_ruled(state, step - 1):
             if self._epoch is None:
                 self._epoch = LossHistory()
@@ -300,9 +306,14 @@ class AfterSwitch:
             state = self._end_epoch(state)
         if self.config.cooldown == "auto":
             state = self._look_for_a_plateau(step, loss, state)
+        return self._steered(step, before, state), self
+
+    def _steered(self, step: int, before: State, state: State) -> State:
+        """The state, put on record where it is not what it was."""
         if state is not before:
+            self.busy_at = 0
             self.rooms.record.steer(step, self.config, before, self.config, state)
-        return state, self
+        return state
 
     def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
         """A step that the optimizer did not take changes nothing here."""
@@ -330,8 +341,8 @@ class AfterSwitch:
         if self._bears_no_more(state):  # it only remains to be seen whether the last was one
             seen = not reader.watch.on_trial or self._watch_is_over(step, state)
             return self.end_watch(state) if seen else state
-        exploded = reader.watch.exploded or reader.watch.silent >= IN_A_ROW
-        if exploded if state.setbacks >= MAX_SETBACKS else reader.watch.diverged:
+        watch = reader.watch
+        if watch.diverged if state.setbacks < MAX_SETBACKS else watch.exploded or watch.silent >= IN_A_ROW:
             return self._set_back(step, state)
         if since // BLOCK < step // BLOCK and self._watch_is_over(step, state):
             return self.end_watch(state)
@@ -348,7 +359,8 @@ class AfterSwitch:
                 self._losses.fold()
             interval = self._copies_every(step)
             if self.config.decay_phase_stat is None and self.config.cooldown != "auto":
-                self.busy_at = min(step + n - step % n for n in (BLOCK, interval, _FOLDED_EVERY))
+                left = min(BLOCK - step % BLOCK, interval - step % interval, _FOLDED_EVERY - step % _FOLDED_EVERY)
+                self.busy_at = step + left
             look = step % BLOCK == 0 or (rollback.able and step % interval == 0)
             return reader.follow(step, loss, look=look)
         since = reader.read_block(step, self._losses, flag=rollback.failed)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from math import inf, sqrt
 from typing import Any, Final
 
-__all__ = ["BLOCK", "HUGE", "IN_A_ROW", "Leaps", "LossWatch"]
+__all__ = ["BLOCK", "HUGE", "IN_A_ROW", "Leaps", "LossWatch", "Quiet"]
 
 _START: Final = 10
 """Losses whose mean is where the run started."""
@@ -101,6 +101,21 @@ class Leaps:
     def known(self) -> bool:
         """Whether the last alarms were of a level that the loss leaps to and from, whatever the weights."""
         return self.visits > 1 and self.stayed
+
+
+class Quiet:
+    """Losses that let a run neither explode nor diverge."""
+
+    __slots__ = ("far", "start", "sure")
+
+    def __init__(self, start: float, far: float, sure: float) -> None:
+        self.start, self.far, self.sure = start, far, sure
+
+    def bound(self, low: float) -> float:
+        """A loss at most this, and above -1e150, is one, in a block of which no loss is below `low`."""
+        lost = LOST * (self.start - low)
+        near = low + (lost if lost > self.sure else self.sure)
+        return near if near < self.far else self.far
 
 
 class LossWatch:
@@ -275,6 +290,8 @@ class LossWatch:
         start, best, mean, level, noise = self.start, self.best, self.mean, self.level, self.noise
         above, high, silent, settling, last, count = self.above, self.high, self.silent, self.settling, self.last, self.count
         slack, doubt, previous, again = self.slack, self.doubt, self.previous, self.again
+        progress = self.progress
+        lost, near = LOST * progress, NEAR * progress
         for loss in losses:
             if not -HUGE < loss < HUGE:
                 if loss != -inf:
@@ -286,46 +303,45 @@ class LossWatch:
                 repeated, again = self._comes_again(loss), self.again
                 if repeated:
                     continue
-            previous, silent, count = loss, 0, count + 1
-            error = sqrt(noise)
-            progress = start - best if start > best else 0.0
-            sure = _SURE_OF_MEAN * error
-            allowed = sure if sure > LOST * progress else LOST * progress
-            allowed = slack if slack > allowed else allowed
-            if (is_high := loss > best + allowed) or high:
-                high = self._follow_leap(loss, last, high, is_high)
-                slack = self.slack
-            above = above + 1 if (far := loss > start + 2 * progress + SURE * error) else 0
+            previous, silent, count, far, taken = loss, 0, count + 1, False, loss
+            if loss > start or loss > best + lost or high:  # else it is neither high nor far, however little noise there is
+                error = sqrt(noise)
+                sure = _SURE_OF_MEAN * error
+                allowed = max(sure, lost, slack)
+                if (is_high := loss > best + allowed) or high:
+                    high = self._follow_leap(loss, last, high, is_high)
+                    slack = self.slack
+                far = loss > start + 2 * progress + SURE * error
+                capped = best + IN_A_ROW * allowed  # so that one loss, however large, is no divergence
+                taken = loss if loss < capped or settling or doubt else capped
+            above = above + 1 if far else 0
             level += _QUICK * (loss - level)
-            capped = best + IN_A_ROW * allowed  # so that one loss, however large, is no divergence
-            mean += _SLOW * ((loss if loss < capped or settling or doubt else capped) - mean)
-            near = NEAR * progress
-            if mean - best <= (sure if sure > near else near) and not far:  # what comes apart is no noise
+            mean += _SLOW * (taken - mean)
+            off = mean - best
+            if not far and (off <= near or off <= _SURE_OF_MEAN * sqrt(noise)):  # what comes apart is no noise
                 noise += _NOISE * ((loss - last) ** 2 / 2 - noise)
             last = loss
             if settling:
                 settling -= 1
-                best = mean
-            elif mean < best:
-                best = mean
+            elif off >= 0:
+                continue
+            best = mean
+            progress = start - best if start > best else 0.0
+            lost, near = LOST * progress, NEAR * progress
         self.best, self.mean, self.level, self.noise, self.previous = best, mean, level, noise, previous
         self.above, self.high, self.silent, self.settling, self.last, self.count = above, high, silent, settling, last, count
 
-    def quiet(self, low: float) -> float:
-        """A loss at most this, and above -1e150, lets the run neither explode nor diverge, so that it may be taken later.
-
-        That holds for any of a block that has not been taken yet, none of which is below `low`.
-        """
-        if self.count < _START or self.settling or self.on_trial or (self.high and self.leaps.visits):
-            return -math.inf
-        error = _FADED * math.sqrt(self.noise)
-        far = self.start + 2 * self.progress + SURE * error
-        return min(far, low + max(LOST * (self.start - low), _SURE_OF_MEAN * error))
+    def quiet(self) -> Quiet | None:
+        """Which of the next :data:`BLOCK` losses may be taken later; None where none may."""
+        if self.count < _START or self.settling or self.trial or self.doubt or (self.high and self.leaps.visits):
+            return None
+        error = _FADED * sqrt(self.noise)
+        return Quiet(self.start, self.start + 2 * self.progress + SURE * error, _SURE_OF_MEAN * error)
 
     @property
     def progress(self) -> float:
         """How far the run has come down from its start, 0 or more."""
-        return max(0.0, self.start - self.best)
+        return self.start - self.best if self.start > self.best else 0.0
 
     @property
     def exploded(self) -> bool:
