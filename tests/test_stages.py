@@ -178,6 +178,18 @@ def test_the_watch_ends_in_the_cooldown_at_half_the_peak_and_gives_the_copies_ba
     assert rooms.rollback.held is None
 
 
+@pytest.mark.parametrize("lost", [math.nan, 1e6])
+def test_no_loss_sets_a_run_back_from_the_very_step_on_that_ends_the_watch(lost):
+    _, rooms, stage, state = after_switch()
+    for step in range(61, 1000):
+        state, stage = stage.after_step(step, 1.0 + 0.01 * (-1) ** step, state)
+        if not state.watched:
+            break
+    last, _ = run(stage, [lost] * 30, state, first=step + 1)[-1]
+    assert last == state
+    assert kinds(rooms) == []
+
+
 def test_what_is_not_watched_keeps_its_losses_and_the_plateau_rule_goes_on():
     more = {"total_steps": None, "steps_per_epoch": 10, "total_epochs": 40, "decay_phase_stat": "loss", "decay_phase_factor": 0.5}
     _, _, stage, state = after_switch(watched=False, **more)
