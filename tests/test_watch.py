@@ -5,6 +5,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import nn
 
 from autowu import AutoWU, ClosedFormGP
 from autowu.history import MISSING
-from autowu.watch import LossWatch
+from autowu.watch import IN_A_ROW, LOST, NEAR, SURE, LossWatch
 
 DATA = Path(__file__).parent.parent / "benchmarks" / "data"
 
@@ -93,6 +94,36 @@ def test_neither_a_factor_nor_a_constant_on_the_loss_changes_anything(seed, nois
     for place, hole in holes:
         losses[place] = hole
     assert followed(scale * losses + shift) == followed(losses)
+
+
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([0.0, 0.01, 0.1, 1.0]),
+    st.sampled_from([0.0, 0.3, 1.0, 5.0, 100.0]),
+    st.integers(0, 90),
+    st.sampled_from([0, 1, 4, 200]),
+)
+@settings(max_examples=40)
+def test_a_watch_that_looks_closely_at_few_losses_knows_what_one_knows_that_looks_at_all(seed, noise, rise, at, long):
+    rng = np.random.default_rng(seed)
+    losses = rng.normal() + np.exp(-np.arange(120) / 30) + noise * rng.normal(size=120)
+    losses[at : at + long] += rise
+    watch = LossWatch()
+    watch.follow(losses[:10].tolist())
+    start, best, mean, level, own, above = watch.start, watch.best, watch.mean, watch.level, watch.noise, 0
+    for last, loss in pairwise(losses[9:].tolist()):
+        error, progress = math.sqrt(own), max(0.0, start - best)
+        sure = SURE * error * math.sqrt((1 - 0.9) / (1 + 0.9))
+        far = loss > start + 2 * progress + SURE * error
+        above = above + 1 if far else 0
+        level += (1 - 0.7) * (loss - level)
+        mean += (1 - 0.9) * (min(loss, best + IN_A_ROW * max(sure, LOST * progress, watch.slack)) - mean)
+        if not far and mean - best <= max(sure, NEAR * progress):
+            own += (1 - 0.95) * ((loss - last) ** 2 / 2 - own)
+        best = min(best, mean)
+        watch.push(loss)
+        assert watch.above == above
+        assert (watch.best, watch.mean, watch.level, watch.noise) == pytest.approx((best, mean, level, own), rel=1e-9, abs=1e-12)
 
 
 def draws(kind, seed, count=5000):
