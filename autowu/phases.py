@@ -230,6 +230,7 @@ class LRRule:
             self._switch, self._cooldown = switch.step, cooldown_begin(config, switch)
             self._peak = switch.lr * SETBACK_FACTOR**state.setbacks * state.batch_factor * state.plateau_factor
         self._fall, self._length = COOLDOWNS[config.cooldown_type], config.end - self._cooldown
+        self._replanned = config.replanned_at is not None
         self._stairs = config.decay_phase_factor != 1.0 and config.decay_phase_stat is None
         self._watched_down_to = WATCHED_DOWN_TO * self.at(int(self._cooldown)) if self._cooldown < math.inf else 0.0
 
@@ -248,9 +249,9 @@ class LRRule:
             lr *= self.config.decay_phase_factor ** ((min(step, start) - self._switch) // self.config.steps_per_epoch)
         if step < start:
             return lr
-        if self.config.replanned_at is None:
-            return lr * self._fall((step - start) / self._length)
-        return lr * self._fall(cooldown_progress(self.config, start, step))
+        if self._replanned:
+            return lr * self._fall(cooldown_progress(self.config, start, step))
+        return lr * self._fall((step - start) / self._length)
 
     def in_warmup(self, position: float) -> float:
         """LR at `position` of the warm-up, in steps: :func:`~autowu.schedules.warmup_lr`, in whole epochs where it is by epoch."""

@@ -290,9 +290,9 @@ class AfterSwitch:
         before = state
         self._losses.append(loss)
         if step < self.busy_at and type(loss) is float:  # as a rule
-            if (since := self.rooms.reader.follow(step, loss)) is not None:
-                state = self._watch(step, since, state)
-            return self._steered(step, before, state), self
+            if (since := self.rooms.reader.follow(step, loss)) is None:
+                return state, self
+            return self._steered(step, before, self._watch(step, since, state)), self
         ruled, self.busy_at = self.config.decay_phase_stat is not None, 0
         if ruled and self._is_ruled(state, step - 1):
             if self._epoch is None:
