@@ -1,6 +1,6 @@
-"""A run whose end is open, tested at eight horizons: with a short cooldown branched off, and averaged without one.
+"""A run whose end is open, tested at eight horizons: with a short cooldown branched off, averaged, and with one from the average.
 
-Both are compared with runs that were tuned for the horizon: a linear warm-up over its first tenth, then a linear decay to 0, the
+All are compared with runs that were tuned for the horizon: a linear warm-up over its first tenth, then a linear decay to 0, the
 peak LR the best of a grid on another seed. The task is a character-level perceptron on the source of Python's standard library,
 with AdamW; what counts is the loss on files that were held out.
 
@@ -42,6 +42,13 @@ SHAPE = "sqrt"
 CHOOSING, REPORTED = 0, [1, 2, 3]
 """The seed on which the LRs of the tuned runs were chosen, and those that tell. Nothing of the open runs was chosen."""
 CONTEXT, BATCH, TESTED = 16, 64, 8192
+LABELS = {
+    "cooled_average": "cooldown of a tenth from the average",
+    "average": "average of the trunk",
+    "branch": "cooldown of a tenth from the trunk",
+    "trunk": "trunk as it is",
+}
+"""What is compared, by its kind in the results file."""
 RESULTS = Path(__file__).parent / "results" / "anytime.jsonl"
 
 
@@ -106,7 +113,7 @@ def tuned_run(seed: int, steps: int, lr: float) -> dict[str, Any]:
 
 
 def open_run(seed: int, end: float) -> list[dict[str, Any]]:
-    """A run without an end, its average, and its branches; when the time is up, what there is of it. It goes on from there."""
+    """A run without an end, its average, and branches of both; when the time is up, what there is of it. It goes on from there."""
     rows: list[dict[str, Any]] = []
     model = new_model(seed)
     optimizer, generator = new_optimizer(model, 1e-3), torch.Generator().manual_seed(1000 + seed)
@@ -125,8 +132,9 @@ def open_run(seed: int, end: float) -> list[dict[str, Any]]:
             return rows
         for horizon in HORIZONS:
             if k == horizon - (length := round(COOLDOWN * horizon)):
-                loss, lr = branch(model, optimizer, scheduler, generator, length)
-                rows.append({"kind": "branch", "seed": seed, "steps": horizon, "lr": lr, "loss": loss})
+                for kind, weights in (("branch", model), ("cooled_average", average.module)):
+                    loss, lr = branch(weights, optimizer, scheduler, generator, length)
+                    rows.append({"kind": kind, "seed": seed, "steps": horizon, "lr": lr, "loss": loss})
         if k in HORIZONS:
             rows.append({"kind": "trunk", "seed": seed, "steps": k, "loss": tested(model)})
             rows.append({"kind": "average", "seed": seed, "steps": k, "loss": tested(average)})
@@ -139,7 +147,7 @@ def open_run(seed: int, end: float) -> list[dict[str, Any]]:
 def branch(
     model: nn.Module, optimizer: torch.optim.Optimizer, trunk: AutoWU, generator: torch.Generator, length: int
 ) -> tuple[float, float]:
-    """What a cooldown from here leads to, and the peak LR."""
+    """What a cooldown from these weights leads to, and the peak LR."""
     state = trunk.fork_cooldown(steps=length)
     state["config"]["cooldown_type"] = SHAPE
     own = copy.deepcopy(model)
@@ -197,26 +205,24 @@ def work(minutes: float, seeds: list[int]) -> None:
     print("all is done")
 
 
-def ratios(rows: list[dict[str, Any]], kind: str) -> dict[int, list[float]]:
-    """Loss over that of the tuned run of the same seed and horizon, for each reported seed."""
+def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[int, list[float]]]:
+    """Loss over that of the tuned run of the same seed and horizon, of each reported seed: by kind, by horizon."""
     losses = {(r["kind"], r["seed"], r["steps"]): r["loss"] for r in rows}
-    return {
-        steps: [losses[kind, seed, steps] / losses["tuned", seed, steps] for seed in REPORTED if (kind, seed, steps) in losses]
-        for steps in HORIZONS
-    }
+
+    def of(kind: str, steps: int) -> list[float]:
+        seeds = [seed for seed in REPORTED if (kind, seed, steps) in losses]
+        return [losses[kind, seed, steps] / losses["tuned", seed, steps] for seed in seeds]
+
+    return {kind: {steps: of(kind, steps) for steps in HORIZONS} for kind in LABELS}
 
 
-def report(figure: Path | None) -> None:
-    """Print the table, and draw it."""
-    rows = read()
-    columns = {"branch": ratios(rows, "branch"), "average": ratios(rows, "average"), "trunk": ratios(rows, "trunk")}
-    print("| steps | tuned LR | tuned loss | branched | averaged | trunk as it is |\n|---|---|---|---|---|---|")
+def report(rows: list[dict[str, Any]]) -> str:
+    """The table."""
+    lines = ["| steps | tuned LR | cooled average | average | branch | trunk as it is |", "|---" * 6 + "|"]
     for steps in HORIZONS:
-        losses = [r["loss"] for r in rows if r["kind"] == "tuned" and r["steps"] == steps and r["seed"] in REPORTED]
-        cells = [f"{statistics.mean(found[steps]):.3f}" for found in columns.values()]
-        print(f"| {steps:,} | {best_lr(rows, steps):g} | {statistics.mean(losses):.3f} | {' | '.join(cells)} |")
-    if figure is not None:
-        draw(columns, figure)
+        cells = [f"{statistics.mean(found[steps]):.3f}" for found in ratios(rows).values()]
+        lines.append(f"| {steps:,} | {best_lr(rows, steps):g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw(columns: dict[str, dict[int, list[float]]], path: Path) -> None:
@@ -225,10 +231,9 @@ def draw(columns: dict[str, dict[int, list[float]]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    labels = {"branch": "branch with a cooldown of a tenth", "average": "average of the trunk", "trunk": "trunk as it is"}
     fig, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, found in columns.items():
-        line = axes.plot(HORIZONS, [statistics.mean(found[steps]) for steps in HORIZONS], marker="o", label=labels[name])[0]
+        line = axes.plot(HORIZONS, [statistics.mean(found[steps]) for steps in HORIZONS], marker="o", label=LABELS[name])[0]
         for steps in HORIZONS:
             axes.plot([steps] * len(found[steps]), found[steps], ".", color=line.get_color(), markersize=4)
     axes.axhline(1, color="black", linewidth=1, linestyle=":")
@@ -244,7 +249,12 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[CHOOSING, *REPORTED])
     args = parser.parse_args()
-    report(args.figure) if args.report else work(args.minutes, args.seeds)
+    if not args.report:
+        work(args.minutes, args.seeds)
+        return
+    print(report(read()))
+    if args.figure is not None:
+        draw(ratios(read()), args.figure)
 
 
 if __name__ == "__main__":

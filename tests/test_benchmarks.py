@@ -35,6 +35,13 @@ def test_the_page_of_several_optimizers_has_the_measured_table(benchmark):
     assert all(line in page for line in table if line.startswith("|"))
 
 
+def test_the_page_of_open_ends_has_the_measured_table(benchmark):
+    anytime = benchmark("anytime")
+    table = anytime.report(anytime.read())
+    assert table.count("\n") == 1 + len(anytime.HORIZONS)
+    assert table in (ROOT / "docs" / "horizon.md").read_text()
+
+
 @pytest.mark.slow  # a grid that is run once is held below
 def test_regret_measures_a_case_and_runs_nothing_twice(tmp_path):
     out, figure = tmp_path / "regret.jsonl", tmp_path / "regret.png"
