@@ -64,6 +64,8 @@ _SPACING: Final = 2.0
 """On `peak_factor`, the share of the LR between two copies of a warm-up: so far past the minimum the edge lies in the mean."""
 _PROBATION: Final = 40
 """Steps after a divergence before the run is copied again: what comes apart once more is no better than the copy it began at."""
+_AT_ONCE: Final = 20
+"""Steps after going back within which a loss that is no longer finite may have another cause than the LR."""
 _SKIPPED: Final = 20
 """Calls without an optimizer step after which the loss is looked at."""
 
@@ -305,7 +307,13 @@ class AfterSwitch:
         return state, self
 
     def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
-        """A step that the optimizer did not take changes nothing here."""
+        """A step that the optimizer did not take changes nothing here, unless the loss is not finite, again and again."""
+        watch = self.rooms.reader.watch
+        if skipped % _SKIPPED or not state.watched or not self.rooms.ranks.alone or math.isfinite(float(loss)):
+            return state, self
+        self.rooms.reader.follow_skipped(float(loss))
+        if watch.silent >= IN_A_ROW:
+            state = self.end_watch(state) if self._bears_no_more(state) else self._set_back(step, state)
         return state, self
 
     def end_watch(self, state: State) -> State:
@@ -367,9 +375,11 @@ class AfterSwitch:
         if restored is None and self.rooms.rollback.lost(step):
             return self.end_watch(state)
         self.rooms.held_out.leave()
+        began = _switch(state).step if self._back_at is None else self._back_at
+        at_once = self.rooms.reader.watch.silent >= IN_A_ROW and step - began <= _AT_ONCE
         state, self._back_at = set_back(state), None if restored is None else step
         self.rooms.reader.go_back(None if restored is None else restored.level)
-        message = divergence_message(state, None if restored is None else restored.step)
+        message = divergence_message(state, None if restored is None else restored.step, at_once=at_once)
         self.rooms.log.warn("divergence", step, message)
         over = self._bears_no_more(state) and not self.rooms.reader.watch.on_trial
         return self.end_watch(state) if over else state
