@@ -143,7 +143,8 @@ class WarmUp:
         rooms.judge.history.append(loss)
         if rooms.held_out.came:
             rooms.held_out.read()
-        if self.config.watch and self._read(step, loss, due) is not None and rooms.reader.watch.exploded:
+        watch = rooms.reader.watch
+        if self.config.watch and self._read(step, loss, due) is not None and (watch.exploded or watch.never_fell):
             return self._explode(step, state)
         return self._test(step, state) if due else (state, self)
 
@@ -375,8 +376,7 @@ class AfterSwitch:
         if restored is None and self.rooms.rollback.lost(step):
             return self.end_watch(state)
         self.rooms.held_out.leave()
-        began = _switch(state).step if self._back_at is None else self._back_at
-        at_once = self.rooms.reader.watch.silent >= IN_A_ROW and step - began <= _AT_ONCE
+        at_once = self.rooms.reader.watch.silent >= IN_A_ROW and self._back_at is not None and step - self._back_at <= _AT_ONCE
         state, self._back_at = set_back(state), None if restored is None else step
         self.rooms.reader.go_back(None if restored is None else restored.level)
         message = divergence_message(state, None if restored is None else restored.step, at_once=at_once)

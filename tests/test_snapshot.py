@@ -481,7 +481,7 @@ def test_going_back_no_seed_is_left_with_one():
     assert min(perceptron(seed, keeps=True, **FAR_UP)[1] for seed in range(4)) > 0.98
 
 
-def regression(seed, **arguments):
+def regression(seed, steps=300, **arguments):
     """A perceptron without normalisation on the raw diabetes data, by the plain call; AutoWU's end of the story and the loss."""
     torch.manual_seed(seed)
     diabetes = load_diabetes()
@@ -489,8 +489,8 @@ def regression(seed, **arguments):
     targets = torch.tensor(diabetes.target, dtype=torch.float32)[:, None]
     model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    scheduler = AutoWU(optimizer, total_steps=300, **arguments)
-    for _ in range(300):
+    scheduler = AutoWU(optimizer, total_steps=steps, **arguments)
+    for _ in range(steps):
         index = torch.randint(442, (64,))
         loss = nn.functional.mse_loss(model(inputs[index]), targets[index])
         optimizer.zero_grad()
@@ -500,9 +500,12 @@ def regression(seed, **arguments):
     return scheduler, nn.functional.mse_loss(model(inputs), targets).item()
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
-def test_the_plain_call_survives_an_explosion(seed):
-    scheduler, loss = regression(seed)
+LONG = pytest.param(13, 800, marks=pytest.mark.slow)  # which comes apart, before it has come down, to 1e22
+
+
+@pytest.mark.parametrize(("seed", "steps"), [(0, 300), *(pytest.param(seed, 300, marks=pytest.mark.slow) for seed in (1, 2)), LONG])
+def test_the_plain_call_survives_an_explosion(seed, steps):
+    scheduler, loss = regression(seed, steps)
     assert "lost" not in [event.kind for event in scheduler.events]
     assert loss < 10_000  # 29,000 at the start
 
