@@ -277,6 +277,7 @@ class AfterSwitch:
         self._losses = LossHistory(_POINTS)  # those since the switch; staged are those since the last look, at least
         self._epoch: LossHistory | None = None  # those of the epoch, for the plateau rule
         self._back_at: int | None = None  # the step of the last divergence, if a copy was put back
+        self._lost = False  # whether a run that is no longer watched was found to have weights that are not finite
         self._rule: LRRule | None = None  # of the LRs by the present state
         self._plateau: Plateau | None = None  # those at the present peak LR, for a cooldown that begins by itself
 
@@ -297,6 +298,8 @@ class AfterSwitch:
             self._epoch.append(loss)
         if state.watched and (since := self._read(step, loss)) is not None:
             state = self._watch(step, since, state)
+        elif not (state.watched or self._lost) and self.config.watch and self._is_look_due(step):
+            self._lost = self.rooms.rollback.lost(step)
         if self.rooms.held_out.came:
             state = self._heed_held_out(step, state)
         if ruled and plateau_epoch_due(self.config, state, step):
@@ -306,6 +309,10 @@ class AfterSwitch:
         if state is not before:
             self.rooms.record.steer(step, self.config, before, self.config, state)
         return state, self
+
+    def _is_look_due(self, step: int) -> bool:
+        """Whether weights are looked at that nothing mends any longer, so that it is said if they are lost."""
+        return step % self._copies_every(step) == 0 or step == self.config.total_steps
 
     def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
         """A step that the optimizer did not take changes nothing here, unless the loss is not finite, again and again."""

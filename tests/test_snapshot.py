@@ -518,6 +518,24 @@ def test_a_run_that_comes_apart_again_and_again_ends_with_finite_weights(seed):
     assert "lost" not in [event.kind for event in scheduler.events]
 
 
+@pytest.mark.parametrize("at", [250, 299])
+def test_weights_that_are_lost_when_the_watch_is_over_are_an_error(at, caplog):
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(4, 1), torch.randn(64, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = AutoWU(optimizer, total_steps=300)
+    for step in range(300):
+        loss = (model(inputs) - inputs[:, :1]).square().mean() * (math.nan if step == at else 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
+    (event,) = [event for event in scheduler.events if event.kind == "lost"]
+    assert at < event.step <= min(at + scheduler.config.test_interval, 300)
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "start again from a checkpoint" in record.getMessage()
+
+
 def test_without_going_back_weights_that_are_lost_are_an_error_and_no_lower_peak(caplog):
     scheduler, loss = regression(0, rollback=False)
     assert math.isnan(loss)
