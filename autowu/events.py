@@ -148,8 +148,11 @@ def doubt_message(config: Config, switch: Switch) -> str | None:
     return None
 
 
-def divergence_message(state: State, restored: int | None) -> str:
-    """What is said of a divergence, after which the run has `state`. `restored`: step of the copy that was put back."""
+def divergence_message(state: State, restored: int | None, *, at_once: bool = False) -> str:
+    """What is said of a divergence, after which the run has `state`. `restored`: step of the copy that was put back.
+
+    `at_once`: the loss was no longer finite a few steps after the run had gone back before.
+    """
     most = most_setbacks(state)
     lowered = f"training has diverged ({state.setbacks} of {most}); the peak LR is now {in_words(peak_lrs(state))}"
     after = ""
@@ -157,6 +160,8 @@ def divergence_message(state: State, restored: int | None) -> str:
         after = "; from here on the run is left alone"
     elif state.setbacks == MAX_SETBACKS:
         after = "; from here on only a loss that explodes lowers it"
+    if at_once:
+        after += "; if no lower LR helps, look for NaN in the data, or for a GradScaler whose scale has fallen to 0"
     return f"{lowered}{_back_at(restored)}{after}"
 
 

@@ -23,7 +23,9 @@ __all__ = ["OptimizerCalls"]
 _MANY: Final = 3
 """Calls of the optimizer for one of the scheduler, that often in a row, that are no wrapper's."""
 _SKIPPED: Final = 100
-"""Calls of the scheduler in a row without one of the optimizer that are told."""
+"""Calls of the scheduler without one of the optimizer that are told: in a row, or where gradients overflow."""
+_SELDOM: Final = 20
+"""Steps for each call without one of the optimizer that a GradScaler may take which tries a higher scale now and then."""
 _READ: Final = 1
 """Put for True into torch's flag: true as well, and known to have been seen."""
 
@@ -45,6 +47,7 @@ class OptimizerCalls:
         self._sees_calls = False  # after a step that trained something
         self._sees_past_wrapper = False
         self._crowded = 0  # steps in a row for which the optimizer was called many times
+        self._overflows, self._since = 0, -1  # calls without one of the optimizer since that step
         self._hook()
 
     def took_step(self, optimizer: Optimizer, step: int) -> bool:
@@ -69,9 +72,11 @@ class OptimizerCalls:
                 self._sees_past_wrapper = True
         elif self._means_something(optimizer, step, is_wrapped):
             self.skipped += 1
-            if self.skipped == _SKIPPED:
-                cure = "if a GradScaler skips, its gradients are never finite: look for the layer that overflows, or use bfloat16"
-                self._log.warn_once("skipped", step, f"{_SKIPPED} steps in a row without a call of the optimizer; {cure}")
+            self._overflows += 1
+            if self._overflows == 1:
+                self._since = step
+            if self.skipped == _SKIPPED or self._overflows == _SKIPPED:
+                self._tell_of_skips(optimizer, step)
             return False
         self.skipped = 0
         return True
@@ -86,6 +91,19 @@ class OptimizerCalls:
                 if param.grad is not None:
                     return True
         return False
+
+    def _tell_of_skips(self, optimizer: Optimizer, step: int) -> None:
+        """Warn where a scaler halves its scale on and on: at 0 it makes NaN of all gradients, and lets them pass."""
+        taken, told = step - self._since, ""
+        if self.skipped == _SKIPPED:
+            told = f"{_SKIPPED} steps in a row without a call of the optimizer"
+        elif taken < _SELDOM * _SKIPPED and not _are_finite(_gradients(optimizer)):  # else a wrapper calls several times
+            told = f"the optimizer was not called for {_SKIPPED} of {taken + _SKIPPED} steps"
+        if told:
+            cause = "if a GradScaler skips, its gradients overflow, and its scale falls to 0, which makes NaN of them"
+            cure = "look for the layer that overflows, or use bfloat16; scaler.update(2.0**16) gives the scale back"
+            self._log.warn_once("skipped", step, f"{told}; {cause}: {cure}")
+        self._overflows = 0
 
     def _tell_of_many(self, calls: int, step: int) -> None:
         """Warn where the optimizer is called many times for each call of the scheduler."""
@@ -108,7 +126,7 @@ class OptimizerCalls:
             return False
         if self._sees_calls:
             return True
-        return any(not (g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in _gradients(optimizer))
+        return not _are_finite(_gradients(optimizer))
 
     def _hook(self) -> bool:
         seen = False
@@ -155,6 +173,10 @@ class _Flag(LRScheduler):
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _are_finite(gradients: list[Tensor]) -> bool:
+    return all((g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in gradients)
 
 
 class _Calls:

@@ -307,7 +307,7 @@ _OF_WATCH: Final = {name: _like(fresh) for name, fresh in LossWatch().state_dict
 
 
 def _watch(path: str, value: Any) -> None:
-    missing = [name for name in Leaps.__slots__ if name not in _mapping(path, value)]
+    missing = [name for name in (*Leaps.__slots__, "apart") if name not in _mapping(path, value)]
     _record({name: check for name, check in _OF_WATCH.items() if name not in missing}, more=True)(path, value)
 
 

@@ -64,6 +64,8 @@ _SPACING: Final = 2.0
 """On `peak_factor`, the share of the LR between two copies of a warm-up: so far past the minimum the edge lies in the mean."""
 _PROBATION: Final = 40
 """Steps after a divergence before the run is copied again: what comes apart once more is no better than the copy it began at."""
+_AT_ONCE: Final = 20
+"""Steps after going back within which a loss that is no longer finite may have another cause than the LR."""
 _SKIPPED: Final = 20
 """Calls without an optimizer step after which the loss is looked at."""
 
@@ -138,15 +140,19 @@ class WarmUp:
         rooms = self.rooms
         if step < self.busy_at and type(loss) is float:  # as a rule
             rooms.judge.history.append(loss)
-            came_of_it = rooms.reader.follow(step, loss) is not None and rooms.reader.watch.exploded
-            return self._explode(step, state) if came_of_it else (state, self)
+            came_apart = rooms.reader.follow(step, loss) is not None and self._is_apart()
+            return self._explode(step, state) if came_apart else (state, self)
         due, self.busy_at = is_test_due(self.config, state, step), 0
         rooms.judge.history.append(loss)
         if rooms.held_out.came:
             rooms.held_out.read()
-        if self.config.watch and self._read(step, loss, due) is not None and rooms.reader.watch.exploded:
+        if self.config.watch and self._read(step, loss, due) is not None and self._is_apart():
             return self._explode(step, state)
         return self._test(step, state) if due else (state, self)
+
+    def _is_apart(self) -> bool:
+        """Whether the run has come apart, by a look at the watch."""
+        return self.rooms.reader.watch.exploded or self.rooms.reader.watch.never_fell
 
     def _read(self, step: int, loss: float | Tensor, due: bool) -> int | None:
         """Have the watch follow the loss; None where it has not followed any."""
@@ -277,6 +283,7 @@ class AfterSwitch:
         self._losses = LossHistory(_POINTS)  # those since the switch; staged are those since the last look, at least
         self._epoch: LossHistory | None = None  # those of the epoch, for the plateau rule
         self._back_at: int | None = None  # the step of the last divergence, if a copy was put back
+        self._lost = False  # whether a run that is no longer watched was found to have weights that are not finite
         self._rule: LRRule | None = None  # of the LRs by the present state
         self._plateau: Plateau | None = None  # those at the present peak LR, for a cooldown that begins by itself
 
@@ -300,6 +307,8 @@ class AfterSwitch:
             self._epoch.append(loss)
         if state.watched and (since := self._read(step, loss)) is not None:
             state = self._watch(step, since, state)
+        elif not (state.watched or self._lost) and self.config.watch and self._is_look_due(step):
+            self._lost = self.rooms.rollback.lost(step)
         if self.rooms.held_out.came:
             state = self._heed_held_out(step, state)
         if ruled and plateau_epoch_due(self.config, state, step):
@@ -315,8 +324,18 @@ class AfterSwitch:
             self.rooms.record.steer(step, self.config, before, self.config, state)
         return state
 
+    def _is_look_due(self, step: int) -> bool:
+        """Whether weights are looked at that nothing mends any longer, so that it is said if they are lost."""
+        return step % self._copies_every(step) == 0 or step == self.config.total_steps
+
     def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
-        """A step that the optimizer did not take changes nothing here."""
+        """A step that the optimizer did not take changes nothing here, unless the loss is not finite, again and again."""
+        watch = self.rooms.reader.watch
+        if skipped % _SKIPPED or not state.watched or not self.rooms.ranks.alone or math.isfinite(float(loss)):
+            return state, self
+        self.rooms.reader.follow_skipped(float(loss))
+        if watch.silent >= IN_A_ROW:
+            state = self.end_watch(state) if self._bears_no_more(state) else self._set_back(step, state)
         return state, self
 
     def end_watch(self, state: State) -> State:
@@ -379,9 +398,10 @@ class AfterSwitch:
         if restored is None and self.rooms.rollback.lost(step):
             return self.end_watch(state)
         self.rooms.held_out.leave()
+        at_once = self.rooms.reader.watch.silent >= IN_A_ROW and self._back_at is not None and step - self._back_at <= _AT_ONCE
         state, self._back_at = set_back(state), None if restored is None else step
         self.rooms.reader.go_back(None if restored is None else restored.level)
-        message = divergence_message(state, None if restored is None else restored.step)
+        message = divergence_message(state, None if restored is None else restored.step, at_once=at_once)
         self.rooms.log.warn("divergence", step, message)
         over = self._bears_no_more(state) and not self.rooms.reader.watch.on_trial
         return self.end_watch(state) if over else state

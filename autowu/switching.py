@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from autowu.gp import CurvePosterior, FloatArray
 
@@ -90,9 +91,7 @@ def _valley(fit: CurvePosterior) -> CurvePosterior | None:
     the top from which the curve falls to its lowest point after a fall.
     """
     mean, variance = fit.mean[0], fit.variance[0]
-    highest = np.maximum.accumulate(mean)
-    top = np.maximum.accumulate(np.where(mean == highest, np.arange(len(mean)), 0))
-    fallen = _ratio(highest - mean, np.sqrt(variance + variance[top])) > MIN_FALL
+    top, fallen = _fallen(mean, variance)
     if fallen[mean.argmin()]:
         return fit
     if not fallen.any():
@@ -100,6 +99,13 @@ def _valley(fit: CurvePosterior) -> CurvePosterior | None:
     begin = top[np.where(fallen, mean, np.inf).argmin()]
     curves = {name: getattr(fit, name)[:, begin:] for name in ("mean", "variance", "difference_variance")}
     return replace(fit, grid=fit.grid[begin:], **curves)
+
+
+def _fallen(mean: FloatArray, variance: FloatArray) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
+    """For each point of a curve where the highest before it lies, and whether it is lower by a standard deviation, both (K,)."""
+    highest = np.maximum.accumulate(mean)
+    top = np.maximum.accumulate(np.where(mean == highest, np.arange(len(mean)), 0))
+    return top, _ratio(highest - mean, np.sqrt(variance + variance[top])) > MIN_FALL
 
 
 def _valleys(posterior: CurvePosterior) -> tuple[list[CurvePosterior], float]:
@@ -126,15 +132,21 @@ def rise_contrast(fit: CurvePosterior) -> float:
 
 
 def lost_rise(fit: CurvePosterior) -> float:
-    """The largest rise of one fit, S = 1, from an early valley that it has come back from, in units of the loss; 0 for none."""
-    mean = fit.mean[0]
+    """The largest rise of one fit, S = 1, from an early valley that it has come back from, in units of the loss; 0 for none.
+
+    A curve that rises first may have been lowest at its start: there the valleys of a wave are those after its first top.
+    """
+    mean, variance = fit.mean[0], fit.variance[0]
+    top, fallen = _fallen(mean, variance)
+    begin = top[fallen.argmax()] if fallen.any() else 0
+    mean, grid = mean[begin:], fit.grid[begin:]
     places = np.arange(len(mean))
     lowest = np.minimum.accumulate(mean)
     at = np.maximum.accumulate(np.where(mean == lowest, places, 0))
     into = np.maximum.accumulate(mean)[at] - lowest
     come_back = mean - np.minimum.accumulate(mean[::-1])[::-1]
     rise = np.minimum(mean - lowest, come_back)
-    return float(np.where((into >= _INTO * rise) & (fit.grid[at] < EARLY), rise, 0.0).max())
+    return float(np.where((into >= _INTO * rise) & (grid[at] < EARLY), rise, 0.0).max())
 
 
 def _stands(fit: CurvePosterior) -> bool:

@@ -45,6 +45,8 @@ _FADED: Final = math.sqrt(_NOISE_DECAY**BLOCK)
 """Share of the standard deviation that is left after a block, at least."""
 IN_A_ROW: Final = 3
 """Losses that must be out of range, one after the other: a single bad batch is none."""
+APART: Final = 1e6
+"""Times all that is known of a run, by which a loss lies that no rise explains, not even one from the first step."""
 LOST: Final = 0.3
 """Share of the progress that must be lost for a divergence."""
 NEAR: Final = 0.1
@@ -137,9 +139,9 @@ class LossWatch:
     """
 
     __slots__ = (
-        *("above", "again", "before", "best", "changed", "count", "doubt", "fell", "halved", "high", "kept", "last", "leaps"),
-        *("level", "longest", "lowest", "mean", "noise", "pace", "previous", "returned", "rise", "settling", "silent", "slack"),
-        *("start", "trial"),
+        *("above", "again", "apart", "before", "best", "changed", "count", "doubt", "fell", "halved", "high", "kept", "last"),
+        *("leaps", "level", "longest", "lowest", "mean", "noise", "pace", "previous", "returned", "rise", "settling", "silent"),
+        *("slack", "start", "trial"),
     )
 
     def __init__(self) -> None:
@@ -149,6 +151,7 @@ class LossWatch:
         self.noise = 0.0  # variance of one loss about the curve, from the differences of neighbours
         self.silent = 0  # losses in a row that were not finite
         self.above = 0  # losses in a row far above the start
+        self.apart = 0  # of these, by orders of magnitude
         self.high = 0  # losses in a row that would each be a divergence
         self.settling = 0  # losses until `best` is one again
         self.previous = inf  # the last loss that came; inf for one that was not finite
@@ -236,7 +239,7 @@ class LossWatch:
         self.kept = self.progress
         self.mean = self.level = self.last
         self.start, self.noise, self.best = 0.0, 0.0, math.inf
-        self.count = self.above = self.high = self.settling = self.leaps.visits = 0
+        self.count = self.above = self.apart = self.high = self.settling = self.leaps.visits = 0
 
     def _follow_leap(self, loss: float, last: float, high: int, is_high: bool) -> int:
         """Follow high losses, or the one after them; how many there are in a row."""
@@ -314,7 +317,11 @@ class LossWatch:
                 far = loss > start + 2 * progress + SURE * error
                 capped = best + IN_A_ROW * allowed  # so that one loss, however large, is no divergence
                 taken = loss if loss < capped or settling or doubt else capped
-            above = above + 1 if far else 0
+            if far:
+                above += 1
+                self.apart = self.apart + 1 if loss > APART * (abs(start) + progress + SURE * error) else 0
+            elif above:
+                above = self.apart = 0
             level += _QUICK * (loss - level)
             mean += _SLOW * (taken - mean)
             off = mean - best
@@ -348,6 +355,11 @@ class LossWatch:
         """Whether 3 losses in a row were not finite or, in a run that had come down, lay above its start by twice as much."""
         turned = self.silent >= IN_A_ROW and self.count > 0
         return turned or (self.above >= IN_A_ROW and self.progress > self._error(SURE))
+
+    @property
+    def never_fell(self) -> bool:
+        """Whether 3 losses in a row lay above the start by orders of magnitude, as where a run explodes before it comes down."""
+        return self.apart >= IN_A_ROW
 
     @property
     def diverged(self) -> bool:
@@ -386,7 +398,7 @@ class LossWatch:
         self.trial = self.doubt = 0
         if trial and self.silent < IN_A_ROW:
             self._begin_trial(level, again)
-        self.silent = self.above = self.high = 0
+        self.silent = self.above = self.apart = self.high = 0
         if level is None:
             self.settling = settling
         else:
@@ -414,7 +426,5 @@ class LossWatch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.leaps = Leaps()
         for name in self.state_dict():
-            if name not in Leaps.__slots__:
-                setattr(self, name, state[name])
-            elif name in state:  # else nothing was known of leaps
-                setattr(self.leaps, name, state[name])
+            if name in state:  # else nothing was known of it
+                setattr(self.leaps if name in Leaps.__slots__ else self, name, state[name])

@@ -238,6 +238,7 @@ LONG = {
     "autowu.gp.fit_closed_form": "one derivation, whose names are those of the module's docstring",
     "autowu.plotting.draw_cooldowns": "one picture",
     "autowu.plotting.draw_layers": "one picture",
+    "autowu.watch.LossWatch": "one recurrence, whose parts share their numbers",
     "autowu.watch.LossWatch._go_on": "one loop, through which every loss of a run goes",
     "autowu.switching.decide": "30 lines for its users, then one vote",
     "autowu.range_test.find_lr": "a signature and a docstring of 13 arguments",

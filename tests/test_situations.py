@@ -160,7 +160,7 @@ def without_waves():
     return fed(waves(1, 0.0, 0), 600).switch.lr
 
 
-QUICK = [(2, 0.1, 0.5), (3, 0.1, 0.25), (4, 0.3, 0.0), (7, 0.3, 0.5), (10, 0.3, 0.0)]
+QUICK = [(2, 0.1, 0.5), (7, 0.6, 0.75), (3, 0.1, 0.25), (4, 0.3, 0.0), (7, 0.3, 0.5), (10, 0.3, 0.0)]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,44 @@ def test_a_scaler_that_skips_for_ever_with_a_finite_loss_is_told_once():
     scheduler = called([1] + [0] * 250)
     assert kinds(scheduler).count("skipped") == 1
     assert scheduler.last_epoch == 1
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_a_scaler_whose_scale_falls_to_nothing_is_told_before_it_makes_nan_of_the_weights(mended, caplog):
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    model, scaler, spoilt = torch.nn.Linear(8, 1), torch.amp.GradScaler("cpu"), 330
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = AutoWU(optimizer, total_steps=300, on_rollback=lambda step: scaler.update(2.0**16) if mended else None)
+    for call in range(500):
+        loss = (model(x) - x[:, :1]).square().mean()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if call < spoilt and call % 2:
+            model.weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        if not model.weight.isfinite().all():
+            spoilt = 0
+            assert "skipped" in kinds(scheduler)
+        scheduler.step(loss)
+    assert spoilt == 0
+    assert "scaler.update(2.0**16)" in caplog.text
+    assert "divergence" in kinds(scheduler)
+    assert ("whose scale has fallen to 0" in caplog.text) == (not mended)
+    assert bool(model.weight.isfinite().all()) == mended
+
+
+@pytest.mark.parametrize(("calls", "gradient"), [([1, 0, 0, 0] * 200, 1.0), (([1] * 25 + [0]) * 101, math.inf)])
+def test_neither_a_wrapper_nor_a_scaler_that_tries_a_higher_scale_now_and_then_is_told(calls, gradient):
+    scheduler = AutoWU(sgd(), total_steps=len(calls))
+    for number in calls:
+        scheduler.optimizer.param_groups[0]["params"][0].grad = torch.full((1,), 1.0 if number else gradient)
+        for _ in range(number):
+            scheduler.optimizer.step()
+        scheduler.step(1.0)
+    assert scheduler.last_epoch == sum(calls)
+    assert "skipped" not in kinds(scheduler)
 
 
 def test_a_run_that_never_passes_a_loss_is_told_how():

@@ -481,7 +481,7 @@ def test_going_back_no_seed_is_left_with_one():
     assert min(perceptron(seed, keeps=True, **FAR_UP)[1] for seed in range(4)) > 0.98
 
 
-def regression(seed, **arguments):
+def regression(seed, steps=300, **arguments):
     """A perceptron without normalisation on the raw diabetes data, by the plain call; AutoWU's end of the story and the loss."""
     torch.manual_seed(seed)
     diabetes = load_diabetes()
@@ -489,8 +489,8 @@ def regression(seed, **arguments):
     targets = torch.tensor(diabetes.target, dtype=torch.float32)[:, None]
     model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    scheduler = AutoWU(optimizer, total_steps=300, **arguments)
-    for _ in range(300):
+    scheduler = AutoWU(optimizer, total_steps=steps, **arguments)
+    for _ in range(steps):
         index = torch.randint(442, (64,))
         loss = nn.functional.mse_loss(model(inputs[index]), targets[index])
         optimizer.zero_grad()
@@ -500,9 +500,12 @@ def regression(seed, **arguments):
     return scheduler, nn.functional.mse_loss(model(inputs), targets).item()
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
-def test_the_plain_call_survives_an_explosion(seed):
-    scheduler, loss = regression(seed)
+LONG = pytest.param(13, 800, marks=pytest.mark.slow)  # which comes apart, before it has come down, to 1e22
+
+
+@pytest.mark.parametrize(("seed", "steps"), [(0, 300), *(pytest.param(seed, 300, marks=pytest.mark.slow) for seed in (1, 2)), LONG])
+def test_the_plain_call_survives_an_explosion(seed, steps):
+    scheduler, loss = regression(seed, steps)
     assert "lost" not in [event.kind for event in scheduler.events]
     assert loss < 10_000  # 29,000 at the start
 
@@ -513,6 +516,24 @@ def test_a_run_that_comes_apart_again_and_again_ends_with_finite_weights(seed):
     scheduler, loss = regression(seed)
     assert math.isfinite(loss)
     assert "lost" not in [event.kind for event in scheduler.events]
+
+
+@pytest.mark.parametrize("at", [250, 299])
+def test_weights_that_are_lost_when_the_watch_is_over_are_an_error(at, caplog):
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(4, 1), torch.randn(64, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = AutoWU(optimizer, total_steps=300)
+    for step in range(300):
+        loss = (model(inputs) - inputs[:, :1]).square().mean() * (math.nan if step == at else 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step(loss)
+    (event,) = [event for event in scheduler.events if event.kind == "lost"]
+    assert at < event.step <= min(at + scheduler.config.test_interval, 300)
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "start again from a checkpoint" in record.getMessage()
 
 
 def test_without_going_back_weights_that_are_lost_are_an_error_and_no_lower_peak(caplog):

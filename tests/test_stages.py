@@ -102,6 +102,16 @@ def after_switch(watched=True, **arguments):
     return config, rooms, stage_of(config, state, rooms, 0.1), state
 
 
+@pytest.mark.parametrize(("loss", "setbacks"), [(math.nan, 10), (1.0, 0)])
+def test_steps_skipped_after_the_switch_set_a_run_back_where_the_loss_is_gone(loss, setbacks):
+    _, rooms, stage, state = after_switch()
+    state, stage = run(stage, [*np.linspace(3, 1, 40)], state, first=61)[-1]
+    for skipped in range(1, 1001):
+        state, stage = stage.after_skip(100, loss, state, skipped)
+    assert (state.setbacks, state.watched) == (setbacks, not setbacks)
+    assert kinds(rooms) == ["divergence"] * setbacks
+
+
 def test_after_a_third_divergence_only_an_explosion_sets_a_run_back_and_after_ten_nothing_does():
     _, rooms, stage, state = after_switch()
     good = [1.0, 1.01, 0.99] * 10

@@ -191,6 +191,26 @@ def test_a_share_of_the_progress_that_is_lost_is_a_divergence(seed):
     assert first(followed(1.15 + noise, trained(500, seed=seed)), DIVERGED) is None
 
 
+@pytest.mark.parametrize("start", [28_000.0, 1.0, -3.0, 1e-4])
+def test_a_run_that_never_came_down_has_exploded_where_its_loss_rises_by_orders_of_magnitude(start):
+    noise = 1 + 0.1 * np.random.default_rng(0).normal(size=60)
+    watch = LossWatch()
+    followed(start * noise, watch)
+    said = [followed([abs(start) * 10.0**power], watch) and watch.never_fell for power in range(1, 20)]
+    assert 6 <= said.index(True) <= 12
+    assert all(said[said.index(True) :])
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 0.1])
+@pytest.mark.parametrize("rise", [np.arange(400.0), 0.01 * np.arange(400.0) ** 2, 1e3 * (np.arange(400) > 30)])
+@pytest.mark.parametrize("start", [0.7, 0.01])
+def test_a_loss_that_rises_from_the_first_step_has_not_exploded(start, rise, noise):
+    watch = LossWatch()
+    for loss in start * (1 + noise * np.random.default_rng(0).normal(size=400)) + rise:
+        watch.push(float(loss))
+        assert not watch.never_fell
+
+
 def test_a_loss_that_stays_far_above_the_start_has_exploded_after_three():
     assert first(followed(about(20.0, 5), trained()), EXPLODED) == 3
     assert first(followed([20.0, 20.1, 1.0] * 5, trained()), EXPLODED) is None
