@@ -6,8 +6,8 @@
 The weights are those of the package, four bits each, read as float32 and frozen. What is trained are the gains of the norms, or
 LoRA's adapters on all linear layers (Hu et al. 2021), by AdamW. The text is the source of Python's `asyncio`, files held out.
 
-The grid has 5 % linear warm-up and a cosine. ``usual`` is an LR of 2e-4 that falls linearly. A run takes some three minutes of one
-core. ``results/smollm2.jsonl`` holds a row for each run; runs that it has are not run again.
+The grid has 5 % linear warm-up and a cosine. ``usual`` is an LR for LoRA, 2e-4, that falls linearly. A run takes some three
+minutes of one core. ``results/smollm2.jsonl`` holds a row for each run; runs that it has are not run again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TESTED: Final = 24
 """Sequences that the test loss is a mean of."""
 SEEDS: Final = (0, 1)
 LORA: Final = (1e-4, 3.162e-4, 1e-3, 3.162e-3, 1e-2)
-CASES: Final = {"norms": (0, (1e-3, 3.162e-3, 1e-2, 3.162e-2, 0.1)), "lora 8": (8, LORA), "lora 64": (64, LORA)}
+CASES: Final = {"norms": (0, (3.162e-4, 1e-3, 3.162e-3, 1e-2, 3.162e-2)), "lora 8": (8, LORA), "lora 64": (64, LORA)}
 """The rank of the adapters, if any, and the LRs of the grid."""
 METHODS: Final = ("autowu", "grid", "usual")
 
@@ -137,8 +137,12 @@ def run(case: str, method: str, lr: float | None, seed: int) -> dict[str, Any]:
 
 def wanted(cases: list[str], seeds: list[int]) -> list[tuple[str, str, float | None, int]]:
     """All runs, AutoWU's of a seed first."""
-    lrs: dict[str, Any] = {"autowu": lambda _: (None,), "grid": lambda case: CASES[case][1], "usual": lambda _: (2e-4,)}
-    return [(case, method, lr, seed) for seed in seeds for method in METHODS for case in cases for lr in lrs[method](case)]
+    lrs: dict[str, dict[str, tuple[float | None, ...]]] = {
+        "autowu": dict.fromkeys(CASES, (None,)),
+        "grid": {case: grid for case, (_, grid) in CASES.items()},
+        "usual": {case: (2e-4,) for case, (rank, _) in CASES.items() if rank},
+    }
+    return [(case, method, lr, seed) for seed in seeds for method in METHODS for case in cases for lr in lrs[method].get(case, ())]
 
 
 def report(rows: list[dict[str, Any]], untrained: float) -> str:

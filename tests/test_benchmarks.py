@@ -61,7 +61,7 @@ def test_fine_tuning_of_norms_is_measured_once_and_leaves_the_pretrained_model_a
     whole, table = command()
     head, *rows = map(json.loads, whole.splitlines())
     best = min(row["test_loss"] for row in rows if row["method"] == "grid")
-    assert sorted(row["method"] for row in rows) == ["autowu", *5 * ["grid"], "usual"]
+    assert [row["method"] for row in rows] == ["autowu", *5 * ["grid"]]
     assert best < head["untrained"]
     assert f" {best:.3f} | {rows[0]['test_loss']:.3f} | " in table
     assert command() == command("--report") == (whole, table)
