@@ -46,8 +46,8 @@ CONTEXT: Final = 40
 """Tokens of a sequence."""
 TESTED: Final = 24
 """Sequences that the test loss is a mean of."""
-SEEDS: Final = (0, 1)
-LORA: Final = (1e-4, 3.162e-4, 1e-3, 3.162e-3, 1e-2)
+SEEDS: Final = (0,)
+LORA: Final = (3.162e-4, 1e-3, 3.162e-3, 1e-2)
 CASES: Final = {"norms": (0, (3.162e-4, 1e-3, 3.162e-3, 1e-2, 3.162e-2)), "lora 8": (8, LORA), "lora 64": (64, LORA)}
 """The rank of the adapters, if any, and the LRs of the grid."""
 METHODS: Final = ("autowu", "grid", "usual")

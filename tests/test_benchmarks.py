@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import math
+import statistics
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -34,6 +35,23 @@ def test_the_page_of_several_optimizers_has_the_measured_table(benchmark):
     page = (ROOT / "docs" / "several-optimizers.md").read_text()
     assert len(table) >= 6
     assert all(line in page for line in table if line.startswith("|"))
+
+
+def test_the_table_of_the_language_model_is_the_measured_one(benchmark):
+    smollm2 = benchmark("smollm2")
+    head, *rows = [json.loads(line) for line in smollm2.RESULTS.read_text().splitlines()]
+    ran = [(row["case"], row["method"], row["lr"], row["seed"]) for row in rows]
+    assert len(set(ran)) == len(ran)
+    assert set(ran) <= set(smollm2.wanted([*smollm2.CASES], [*smollm2.SEEDS]))
+    assert {(case, "autowu", None, 0) for case in smollm2.CASES} < set(ran)
+    assert all(len(row["losses"]) == smollm2.STEPS for row in rows)
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert smollm2.report(rows, head["untrained"]) in page
+    losses = {key[:3]: row["losses"] for key, row in zip(ran, rows, strict=True)}
+    found, still = losses["lora 8", "autowu", None], losses["norms", "grid", 3.162e-4]
+    gains = [least - loss for loss, least in zip(found[:32], still, strict=False)]
+    assert f"scatters by {statistics.stdev(found[:18]):.1f}, and training gains {max(gains):.1f} at most" in page
+    assert f"is lowest at step {gains.index(max(gains))}" in page
 
 
 def test_fine_tuning_of_norms_is_measured_once_and_leaves_the_pretrained_model_as_it_is(benchmark, monkeypatch, tmp_path, capsys):
