@@ -264,6 +264,15 @@ def test_the_grid_of_the_hard_suite_is_kept_whole_and_its_page_says_what_was_mea
     assert rows["default"][1:3] == ["17", "34"]
 
 
+def test_the_page_of_the_decision_has_what_probes_of_long_runs_told(benchmark):
+    probes = benchmark("probes_long")
+    rows = probes.read(probes.RESULTS)
+    table = [*probes.report_of_choices(probes.by_run(rows, (0,))), *probes.report_of_climbs(rows)]
+    page = (ROOT / "docs" / "decision.md").read_text().splitlines()
+    assert len(table) == 27
+    assert all(line in page for line in table)
+
+
 @pytest.mark.slow
 def test_the_loop_of_train_py_is_measured_beside_a_bare_one(tmp_path):
     out = tmp_path / "train.json"
