@@ -281,8 +281,12 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: check(name, given[name]) for name, check in ARGUMENTS.items()}
 
 
-def configure(arguments: Mapping[str, Any]) -> Config:
+def configure(arguments: Mapping[str, Any], expected: float | None = None) -> Config:
     """Resolve the arguments of :func:`checked`: what is None by the optimizer's family, shares as steps.
+
+    Args:
+        arguments: of the scheduler.
+        expected: steps of a run whose arguments do not say them, where they are known all the same.
 
     Raises:
         TypeError, ValueError: for arguments that do not go together, naming them, their values and what they may be.
@@ -294,7 +298,7 @@ def configure(arguments: Mapping[str, Any]) -> Config:
     ranges = _lr_ranges(arguments)
     warmup_steps, limit, start = _warmup(total, arguments)
     interval = steps_per_epoch if arguments["test_interval"] == "epoch" else arguments["test_interval"]
-    factors = _peak_factors(arguments, ranges, warmup_steps)
+    factors = _peak_factors(arguments, ranges, warmup_steps, total or expected)
     (min_lr, max_lr, factor), *others = ((*ends, factor) for ends, factor in zip(ranges, factors, strict=True))
     resolved = {
         "total_steps": total,
@@ -339,14 +343,16 @@ def _lr_ranges(arguments: Mapping[str, Any]) -> list[tuple[float, float]]:
     return ranges
 
 
-def _peak_factors(arguments: Mapping[str, Any], ranges: Sequence[tuple[float, float]], warmup_steps: int) -> list[float]:
+def _peak_factors(
+    arguments: Mapping[str, Any], ranges: Sequence[tuple[float, float]], warmup_steps: int, total: float | None
+) -> list[float]:
     """`peak_factor` of each optimizer."""
     factors = []
     own = zip(parts(arguments["optimizer"]), ranges, _for_each("peak_factor", arguments), strict=True)
     for optimizer, ends, given in own:
         span = decades(*ends, arguments["warmup_type"])
         lag = min(peak_lag(optimizer) * span / warmup_steps, MAX_LAG) if span else 0.0
-        factors.append(peak_factor(optimizer) * 10**-lag if given is None else given)
+        factors.append(peak_factor(optimizer, total) * 10**-lag if given is None else given)
     return factors
 
 

@@ -137,7 +137,7 @@ def measured(config: Config, given: Mapping[str, Any], optimizer: Optimizer, tot
     low, high = zip(*((one.min_lr, one.max_lr) for one in each_config(config)), strict=True)
     arguments = {**vars(config), **given, **_NO_BUDGET, "optimizer": optimizer, "total_epochs": None, "max_warmup_steps": steps}
     arguments |= {"min_lr": low, "max_lr": high}
-    like = configure(arguments | {"total_steps": None})
+    like = configure(arguments | {"total_steps": None}, total)
     names = ("warmup_steps", "warmup_limit", "test_interval", "peak_factor", "others")
     return replace(config, warmup_origin=step - 1, **{name: getattr(like, name) for name in names})
 

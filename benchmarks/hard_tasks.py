@@ -36,7 +36,7 @@ from tasks import Task, make_optimizer, make_task
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["HARD", "PLATEAUS", "make_hard_task"]
+__all__ = ["HARD", "LONG", "PLATEAUS", "make_hard_task"]
 
 HARD = (
     *("friedman adamw 64 920", "vit sgd 32 300", "autoencoder sgd 64 1000", "autoencoder adamw 64 1000", "mlp lion 64 300"),
@@ -54,6 +54,11 @@ PLATEAUS = tuple(
     for optimizer in ("sgd", "adamw")
     if (task, optimizer) != ("adding", "sgd")  # learns nothing at any LR
 )
+LONG = (
+    *("friedman sgd 64 8000", "net sgd 32 8000", "spirals sgd 64 6000", "autoencoder sgd 64 6000"),
+    *("mlp sgd 32 4000", "ripples sgd 64 5000", "checkers sgd 64 4000", "cancer sgd 32 4000"),
+)
+"""Long runs of SGD. The last four had no part in choosing how high their peak is."""
 
 Data = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 LETTERS_AND_SOUNDS = 20

@@ -49,7 +49,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch
-from hard_tasks import HARD, PLATEAUS
+from hard_tasks import HARD, LONG, PLATEAUS
 from machine import machine
 from measures import FLOOR, LOOKS, best_of_grid, freeze, geometric_mean, outcomes, profile, table, tuned_lrs
 from peers import EPOCHS, PEERS, Recipe, cosine, peer
@@ -73,6 +73,7 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "hard": HARD,
     "plateaus": PLATEAUS,
+    "long": LONG,
     "quick": ("mlp sgd 128 240", "cnn adamw 128 240", "mlp lamb 128 240"),
     "gpu": (
         *(
@@ -88,7 +89,7 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-ADAPTIVE = ("hard", "plateaus")
+ADAPTIVE = ("hard", "plateaus", "long")
 """Suites whose grid grows outward from a middle LR."""
 STARTS = {
     "sgd": 0.1,

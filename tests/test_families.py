@@ -126,6 +126,30 @@ def test_peak_factor_and_lag(make, factor, lag):
     assert peak_lag(optimizer) == pytest.approx(lag)
 
 
+@pytest.mark.parametrize(
+    ("make", "factors"),
+    [
+        (lambda: torch.optim.SGD(parameters(), lr=0.1), (0.4, 0.4, 0.6, 0.8, 0.8)),
+        (lambda: torch.optim.AdamW(parameters()), (0.4,) * 5),
+        (lambda: LARS(torch.optim.SGD(parameters(), lr=0.1)), (0.4,) * 5),
+        (lambda: timm_optimizer("lamb"), (0.1,) * 5),
+    ],
+)
+def test_in_long_runs_of_sgd_the_peak_is_nearer_to_the_edge(make, factors):
+    assert [peak_factor(make(), steps) for steps in (10, 2000, 3000, 4000, 10**6)] == pytest.approx(factors)
+    assert AutoWU(make(), steps_per_epoch=1000, total_epochs=50).config.peak_factor == pytest.approx(factors[-1], rel=0.05)
+
+
+def test_the_peak_of_a_run_with_a_budget_is_that_of_one_of_its_length():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    scheduler = AutoWU(torch.optim.SGD([weight], lr=0.1), total_samples=32 * 6000)
+    for _ in range(60):
+        (weight - 1).square().sum().backward()
+        scheduler.optimizer.step()
+        scheduler.step(1.0, samples=32)
+    assert scheduler.config.peak_factor == pytest.approx(0.8)
+
+
 @pytest.mark.parametrize("warmup_type", ["two_speed", "exp"])
 def test_the_peak_is_as_far_below_the_minimum_as_the_lr_grows_in_the_lag(warmup_type):
     scheduler = AutoWU(torch.optim.Adam(parameters()), total_steps=5000, warmup_type=warmup_type)  # lags by 9 steps
