@@ -144,7 +144,7 @@ class WarmUp:
         if rooms.held_out.came:
             rooms.held_out.read()
         watch = rooms.reader.watch
-        if self.config.watch and self._read(step, loss, due) is not None and (watch.exploded or watch.never_fell):
+        if self.config.watch and self._read(step, loss, due) is not None and (watch.exploded or watch.apart >= IN_A_ROW):
             return self._explode(step, state)
         return self._test(step, state) if due else (state, self)
 

@@ -136,7 +136,7 @@ class LossWatch:
         self.noise = 0.0  # variance of one loss about the curve, from the differences of neighbours
         self.silent = 0  # losses in a row that were not finite
         self.above = 0  # losses in a row far above the start
-        self.apart = 0  # of these, by orders of magnitude
+        self.apart = 0  # of these, by orders of magnitude: a warm-up explodes by three, though its loss never fell
         self.high = 0  # losses in a row that would each be a divergence
         self.settling = 0  # losses until `best` is one again
         self.previous = inf  # the last loss that came; inf for one that was not finite
@@ -298,11 +298,8 @@ class LossWatch:
             if (is_high := loss > best + allowed) or high:
                 high = self._follow_leap(loss, last, high, is_high)
                 slack = self.slack
-            if far := loss > start + 2 * progress + SURE * error:
-                above += 1
-                self.apart = self.apart + 1 if loss > APART * (abs(start) + progress + SURE * error) else 0
-            else:
-                above = self.apart = 0
+            above = above + 1 if (far := loss > start + 2 * progress + SURE * error) else 0
+            self.apart = self.apart + 1 if far and loss > APART * (abs(start) + progress + SURE * error) else 0
             level += _QUICK * (loss - level)
             capped = best + IN_A_ROW * allowed  # so that one loss, however large, is no divergence
             mean += _SLOW * ((loss if loss < capped or settling or doubt else capped) - mean)
@@ -310,11 +307,8 @@ class LossWatch:
             if mean - best <= (sure if sure > near else near) and not far:  # what comes apart is no noise
                 noise += _NOISE * ((loss - last) ** 2 / 2 - noise)
             last = loss
-            if settling:
-                settling -= 1
-                best = mean
-            elif mean < best:
-                best = mean
+            best = mean if settling or mean < best else best
+            settling -= settling > 0
         self.best, self.mean, self.level, self.noise, self.previous = best, mean, level, noise, previous
         self.above, self.high, self.silent, self.settling, self.last, self.count = above, high, silent, settling, last, count
 
@@ -339,11 +333,6 @@ class LossWatch:
         """Whether 3 losses in a row were not finite or, in a run that had come down, lay above its start by twice as much."""
         turned = self.silent >= IN_A_ROW and self.count > 0
         return turned or (self.above >= IN_A_ROW and self.progress > self._error(SURE))
-
-    @property
-    def never_fell(self) -> bool:
-        """Whether 3 losses in a row lay above the start by orders of magnitude, as where a run explodes before it comes down."""
-        return self.apart >= IN_A_ROW
 
     @property
     def diverged(self) -> bool:
