@@ -152,7 +152,8 @@ class WarmUp:
 
     def _is_apart(self) -> bool:
         """Whether the run has come apart, by a look at the watch."""
-        return self.rooms.reader.watch.exploded or self.rooms.reader.watch.never_fell
+        watch = self.rooms.reader.watch
+        return watch.exploded or watch.apart >= IN_A_ROW
 
     def _read(self, step: int, loss: float | Tensor, due: bool) -> int | None:
         """Have the watch follow the loss; None where it has not followed any."""

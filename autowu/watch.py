@@ -151,7 +151,7 @@ class LossWatch:
         self.noise = 0.0  # variance of one loss about the curve, from the differences of neighbours
         self.silent = 0  # losses in a row that were not finite
         self.above = 0  # losses in a row far above the start
-        self.apart = 0  # of these, by orders of magnitude
+        self.apart = 0  # of these, by orders of magnitude: a warm-up explodes by three, though its loss never fell
         self.high = 0  # losses in a row that would each be a divergence
         self.settling = 0  # losses until `best` is one again
         self.previous = inf  # the last loss that came; inf for one that was not finite
@@ -355,11 +355,6 @@ class LossWatch:
         """Whether 3 losses in a row were not finite or, in a run that had come down, lay above its start by twice as much."""
         turned = self.silent >= IN_A_ROW and self.count > 0
         return turned or (self.above >= IN_A_ROW and self.progress > self._error(SURE))
-
-    @property
-    def never_fell(self) -> bool:
-        """Whether 3 losses in a row lay above the start by orders of magnitude, as where a run explodes before it comes down."""
-        return self.apart >= IN_A_ROW
 
     @property
     def diverged(self) -> bool:
