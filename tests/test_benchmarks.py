@@ -101,6 +101,24 @@ def test_the_language_model_says_in_a_line_what_it_needs(benchmark):
         benchmark("smollm2").pretrained()
 
 
+def test_the_table_of_long_runs_is_the_measured_one(benchmark):
+    cases, folder = benchmark("hard_tasks").LONG, ROOT / "benchmarks" / "results" / "long"
+
+    def losses(name):
+        rows = map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
+        return {(row["case"], row["seed"]): row["test_loss"] for row in rows}
+
+    now, before = losses("default"), losses("before")
+    assert now.keys() == before.keys() >= {(case, seed) for case in cases for seed in (3, 4)}
+    page = (ROOT / "docs" / "decision.md").read_text()
+    for case in cases:
+        ratios = {seed: f"{now[case, seed] / before[case, seed]:.2f}" for seed in range(5) if (case, seed) in now}
+        cells = [", ".join(ratios[seed] for seed in seeds if seed in ratios) for seeds in ((0, 1, 2), (3, 4))]
+        assert f"| {case} | {' | '.join(cells)} |" in page
+    ratios = [now[key] / before[key] for key in now if key[1] < 5]
+    assert f"{sum(ratio < 1 for ratio in ratios)} of {len(ratios)}" in page
+
+
 @pytest.mark.slow  # a grid that is run once is held below
 def test_regret_measures_a_case_and_runs_nothing_twice(tmp_path):
     out, figure = tmp_path / "regret.jsonl", tmp_path / "regret.png"
