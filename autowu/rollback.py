@@ -70,10 +70,16 @@ class NoRollback:
 
     def lost(self, step: int) -> bool:
         """Whether weights of the run are not finite, on any rank, which it cannot train away: said once, as an error."""
-        if self._ranks.all_agree(self._finite(step)):
-            return False
-        self._log.fail("lost", step, f"weights or the optimizer's state are not finite, and {self._why_lost}")
-        return True
+        return self._is_told_of_loss(step, self._ranks.all_agree(self._finite(step)))
+
+    def lost_here(self, step: int) -> bool:
+        """The same of this rank alone, without a collective: what another has lost comes to this one with its next step."""
+        return self._is_told_of_loss(step, bool(self._finite(step)))
+
+    def _is_told_of_loss(self, step: int, finite: bool) -> bool:
+        if not finite:
+            self._log.fail("lost", step, f"weights or the optimizer's state are not finite, and {self._why_lost}")
+        return not finite
 
     def _finite(self, step: int) -> Tensor:
         try:

@@ -309,7 +309,7 @@ class AfterSwitch:
         if state.watched and (since := self._read(step, loss)) is not None:
             state = self._watch(step, since, state)
         elif not (state.watched or self._lost) and self.config.watch and self._is_look_due(step):
-            self._lost = self.rooms.rollback.lost(step)
+            self._lost = self.rooms.rollback.lost_here(step)
         if self.rooms.held_out.came:
             state = self._heed_held_out(step, state)
         if ruled and plateau_epoch_due(self.config, state, step):
@@ -331,13 +331,13 @@ class AfterSwitch:
 
     def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
         """A step that the optimizer did not take changes nothing here, unless the loss is not finite, again and again."""
-        watch = self.rooms.reader.watch
         if skipped % _SKIPPED or not state.watched or not self.rooms.ranks.alone or math.isfinite(float(loss)):
             return state, self
-        self.rooms.reader.follow_skipped(float(loss))
-        if watch.silent >= IN_A_ROW:
+        before, reader = state, self.rooms.reader
+        reader.follow_skipped(float(loss))
+        if reader.watch.silent >= IN_A_ROW:
             state = self.end_watch(state) if self._bears_no_more(state) else self._set_back(step, state)
-        return state, self
+        return self._steered(step, before, state), self
 
     def end_watch(self, state: State) -> State:
         """The state of a run that is not watched any longer."""

