@@ -260,7 +260,8 @@ class AutoWU(Shown, OpenEnded, Drawn):
         counted = samples is not None or tokens is not None or self.config.budget is not None
         used = self._horizon.budget.of_step(self.config, samples, tokens) if counted else 0.0
         loss = self._micro_batches.loss_of_step(loss)
-        self._horizon.budget.own += used
+        if used:
+            self._horizon.budget.own += used
         step, before = self.last_epoch + 1, self._state
         if self._calls.took_step(self.optimizer, step):
             if (config := self._horizon.after_step(self.config, before, step)) is not self.config:
@@ -269,8 +270,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
             if self._step_count == 1:  # where torch may have to warn of the order of the two calls
                 LRScheduler.step(self)
             else:  # the same, in half the time
-                self._step_count += 1
-                self.last_epoch = step
+                self._step_count, self.last_epoch = self._step_count + 1, step
                 self._write_lrs()
         else:
             self._state, self._stage = self._stage.after_skip(self.last_epoch, loss, before, self._calls.skipped)
