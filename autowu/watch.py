@@ -46,7 +46,7 @@ _FADED: Final = math.sqrt(_NOISE_DECAY**BLOCK)
 IN_A_ROW: Final = 3
 """Losses that must be out of range, one after the other: a single bad batch is none."""
 APART: Final = 1e6
-"""Times all that is known of a run, by which a loss lies that no rise explains, not even one from the first step."""
+"""Times 1 and all that is known of a run, by which a loss lies that no rise explains, not even one from the first step, or from 0."""
 LOST: Final = 0.3
 """Share of the progress that must be lost for a divergence."""
 NEAR: Final = 0.1
@@ -319,7 +319,7 @@ class LossWatch:
                 taken = loss if loss < capped or settling or doubt else capped
             if far:
                 above += 1
-                self.apart = self.apart + 1 if loss > APART * (abs(start) + progress + SURE * error) else 0
+                self.apart = self.apart + 1 if loss > APART * (1 + abs(start) + progress + SURE * error) else 0
             elif above:
                 above = self.apart = 0
             level += _QUICK * (loss - level)

@@ -74,8 +74,8 @@ def text() -> tuple[Tensor, Tensor]:
     held_out = files[::5]
 
     def sequences(paths: list[Path]) -> Tensor:
-        tokens = pretrained()[1]("".join(path.read_text() for path in paths), return_tensors="pt")["input_ids"][0]
-        return tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)  # type: ignore[no-any-return]
+        tokens: Tensor = pretrained()[1]("".join(path.read_text() for path in paths), return_tensors="pt")["input_ids"][0]
+        return tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
 
     tested = sequences(held_out)
     return sequences([path for path in files if path not in held_out]), tested[:: len(tested) // TESTED][:TESTED]
@@ -87,7 +87,8 @@ def adapted(rank: int) -> nn.Module:
     if rank:
         peft = importlib.import_module("peft")
         config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        return peft.get_peft_model(model, config)  # type: ignore[no-any-return]
+        wrapped: nn.Module = peft.get_peft_model(model, config)
+        return wrapped
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" in name)
     return model

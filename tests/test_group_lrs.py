@@ -288,3 +288,21 @@ def test_a_tensor_lr_that_optimizers_share_is_parted():
     lrs = GroupLRsOfSeveral([first, second])
     lrs.write(None, (1.0, 0.5))
     assert [float(one.param_groups[0]["lr"]) for one in (first, second)] == [1.0, 0.5]
+
+
+def test_a_list_of_the_last_lrs_that_a_user_changes_changes_no_lr(caplog):
+    def run(spoil):
+        optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.05)])
+        scheduler = AutoWU(optimizer, total_steps=100)
+        lrs = []
+        for step in range(40):
+            optimizer.step()
+            scheduler.step(2 - 0.01 * step)
+            lrs.append([group["lr"] for group in optimizer.param_groups])
+            spoil(scheduler.get_last_lr())
+        return lrs
+
+    untouched = run(len)
+    for spoil in (list.clear, list.reverse, list.pop, lambda lrs: lrs.append(1.0)):
+        assert run(spoil) == untouched
+    assert "set from outside" not in caplog.text

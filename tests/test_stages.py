@@ -110,6 +110,7 @@ def test_steps_skipped_after_the_switch_set_a_run_back_where_the_loss_is_gone(lo
         state, stage = stage.after_skip(100, loss, state, skipped)
     assert (state.setbacks, state.watched) == (setbacks, not setbacks)
     assert kinds(rooms) == ["divergence"] * setbacks
+    assert [course.until for course in rooms.record.courses] == [100] * setbacks
 
 
 def test_after_a_third_divergence_only_an_explosion_sets_a_run_back_and_after_ten_nothing_does():

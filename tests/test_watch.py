@@ -203,7 +203,7 @@ def test_a_run_that_never_came_down_has_exploded_where_its_loss_rises_by_orders_
 
 @pytest.mark.parametrize("noise", [0.0, 1e-6, 0.1])
 @pytest.mark.parametrize("rise", [np.arange(400.0), 0.01 * np.arange(400.0) ** 2, 1e3 * (np.arange(400) > 30)])
-@pytest.mark.parametrize("start", [0.7, 0.01])
+@pytest.mark.parametrize("start", [0.7, 0.01, 1e-9, 0.0, -1e-9])
 def test_a_loss_that_rises_from_the_first_step_has_not_exploded(start, rise, noise):
     watch = LossWatch()
     for loss in start * (1 + noise * np.random.default_rng(0).normal(size=400)) + rise:
