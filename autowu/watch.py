@@ -46,7 +46,7 @@ _FADED: Final = math.sqrt(_NOISE_DECAY**BLOCK)
 IN_A_ROW: Final = 3
 """Losses that must be out of range, one after the other: a single bad batch is none."""
 APART: Final = 1e6
-"""Times 1 and all that is known of a run, by which a loss lies that no rise explains, not even one from the first step, or from 0."""
+"""Times 1 and all that is known of a run, by which a loss lies that no rise explains, not even one from the first step."""
 LOST: Final = 0.3
 """Share of the progress that must be lost for a divergence."""
 NEAR: Final = 0.1
