@@ -164,6 +164,17 @@ def test_every_page_is_reached_from_the_index_and_the_index_from_the_readme():
     assert "(docs/README.md)" in README
 
 
+# Tables
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_table_of_a_page_has_a_head_and_rows_of_its_width(page):
+    for table in re.findall(r"(?:^\|.*\n?)+", re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL), re.MULTILINE):
+        rows = [re.sub(r"`[^`]*`", "code", line).strip() for line in table.splitlines()]
+        assert re.fullmatch(r"\|(?:[ :]*-+[ :]*\|)+", rows[1] if len(rows) > 1 else ""), rows[0]
+        assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {len(re.findall(r"\|", rows[1]))}, rows[0]
+
+
 # Words
 
 
