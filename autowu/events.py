@@ -27,7 +27,7 @@ from autowu.ranks import Ranks
 
 __all__ = [
     *("EventLog", "back_at", "divergence_message", "doubt_message", "in_words", "loss_changed_message"),
-    *("overfitting_message", "resume_message"),
+    *("overfitting_message", "ramp_message", "resume_message"),
     "switch_message",
 ]
 
@@ -169,6 +169,16 @@ def overfitting_message(state: State, level: float, best: float, restored: int |
     """What is said where the held-out loss is at `level`, after a `best`; the run has `state` after that."""
     peak = in_words(peak_lrs(state))
     return f"the held-out loss was {best:.4g} and is {level:.4g}: the peak LR is now {peak}{_back_at(restored)}"
+
+
+def ramp_message(state: State, edge: float | None, factor: float, restored: int | None) -> str:
+    """What is said of a ramp, after which the run has `state`, its peak LR raised by a `factor`.
+
+    `edge`: times the peak LR at which the loss rose; None where the ramp was cut short.
+    """
+    found = "was cut short" if edge is None else f"saw the loss rise at {edge:.3g} times the peak LR"
+    peak = f"it is now {in_words(peak_lrs(state))}" if factor > 1 else f"it stays {in_words(peak_lrs(state))}"
+    return f"AutoWU, a second look at the peak LR {found}; {peak}{_back_at(restored)}"
 
 
 def resume_message(config: Config, state: State, step: int, planned: Config) -> str | None:

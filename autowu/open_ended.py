@@ -14,7 +14,7 @@ from autowu.events import in_words
 from autowu.horizon import Horizon
 from autowu.phases import State, all_lrs, batch_changed, each_config, each_lr, lower, phase_at
 from autowu.plans import rewarmed
-from autowu.stages import Rooms, Stage, WarmUp, stage_of
+from autowu.stages import AfterSwitch, Rooms, Stage, WarmUp, stage_of
 
 __all__ = ["OpenEnded"]
 
@@ -175,6 +175,8 @@ class OpenEnded:
             >>> scheduler.phase
             'warmup'
         """
+        if self._state.ramp is not None and isinstance(self._stage, AfterSwitch):
+            self._state = self._stage.end_ramp(self.last_epoch, self._state)
         config = rewarmed(self.config, self._state, self.last_epoch, fraction)
         self._groups.largest = all_lrs(self.config, self._state, self.last_epoch)  # to go on with where no curve can be fitted
         self._state = State(start_loss=self._state.start_loss, batch=self._state.batch, again=True)

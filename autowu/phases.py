@@ -24,6 +24,7 @@ __all__ = [
     "LRRule",
     "LRs",
     "Phase",
+    "RampPlan",
     "State",
     "Switch",
     "Verdict",
@@ -49,6 +50,7 @@ __all__ = [
     "peak_lrs",
     "phase_at",
     "plateau_epoch_due",
+    "ramp_of",
     "set_back",
     "state_of",
     "switched",
@@ -88,8 +90,8 @@ class Event:
 
     Attributes:
         kind: "switch"; "explosion", a loss that ended the warm-up at once; "divergence", after the switch; "loss_changed", where
-            the last of these was none; "overfitting", by held-out losses; "lost", weights that no copy mends; or the kind of a
-            trouble that was survived, told once: "loss", "held_out", "fit", "rank", "snapshot", "on_rollback", "optimizer", "peak",
+            the last of these was none; "overfitting", by held-out losses; "ramp", a second look at the peak; "lost", weights that
+            no copy mends; or the kind of a trouble that was survived, told once: "loss", "held_out", "fit", "rank", "snapshot", "on_rollback", "optimizer", "peak",
             "calls", "skipped", "frozen", "lr", "resume"; or "cooldown", "extended", "rewarm", which were asked for, the first also
             by a loss that has stopped improving.
         step: optimizer steps taken by then.
@@ -163,6 +165,19 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class RampPlan:
+    """A ramp that is under way: from step `begin` on the LR grows to `span` times the peak, over so many `steps`."""
+
+    begin: int
+    steps: int
+    span: float
+
+    def factor(self, step: int) -> float:
+        """On the LR of optimizer step `step`."""
+        return float(self.span ** ((step - self.begin) / self.steps)) if 0 <= step - self.begin < self.steps else 1.0
+
+
+@dataclass(frozen=True)
 class State:
     """Where a run stands.
 
@@ -177,6 +192,8 @@ class State:
             loss has stopped improving.
         again: whether the warm-up was begun anew.
         batch, batch_factor: the batch size that the run was told last, None for none, and the factor on the peak LR that follows.
+        ramp, ramps, raised: the ramp that is under way, None for none; how many were begun, all of them where the last has found
+            the peak LR right; and the factor on the peak LR that followed.
     """
 
     votes: int = 0
@@ -191,6 +208,14 @@ class State:
     again: bool = False
     batch: int | None = None
     batch_factor: float = 1.0
+    ramp: RampPlan | None = None
+    ramps: int = 0
+    raised: float = 1.0
+
+    @property
+    def factor(self) -> float:
+        """On the peak LR, by all that lowers or raises it."""
+        return SETBACK_FACTOR**self.setbacks * self.batch_factor * self.plateau_factor * self.raised
 
 
 def verdict_of(saved: Mapping[str, Any]) -> Verdict:
@@ -203,7 +228,12 @@ def state_of(saved: Mapping[str, Any]) -> State:
     switch = saved["switch"]
     if switch is not None:
         switch = Switch(**(dict(switch) | {"others": tuple(switch.get("others", ()))}))
-    return State(**(dict(saved) | {"switch": switch}))
+    return State(**(dict(saved) | {"switch": switch, "ramp": ramp_of(saved.get("ramp"))}))
+
+
+def ramp_of(saved: Mapping[str, Any] | None) -> RampPlan | None:
+    """The plan that :func:`dataclasses.asdict` was taken of, None for none."""
+    return None if saved is None else RampPlan(**saved)
 
 
 def phase_at(config: Config, state: State, step: int) -> Phase:
@@ -228,9 +258,9 @@ class LRRule:
         self._switch = self._cooldown = math.inf
         if (switch := state.switch) is not None:
             self._switch, self._cooldown = switch.step, cooldown_begin(config, switch)
-            self._peak = switch.lr * SETBACK_FACTOR**state.setbacks * state.batch_factor * state.plateau_factor
+            self._peak = switch.lr * state.factor
         self._fall, self._length = COOLDOWNS[config.cooldown_type], config.end - self._cooldown
-        self._replanned = config.replanned_at is not None
+        self._replanned, self._ramp = config.replanned_at is not None, state.ramp
         self._stairs = config.decay_phase_factor != 1.0 and config.decay_phase_stat is None
         self._watched_down_to = WATCHED_DOWN_TO * self.at(int(self._cooldown)) if self._cooldown < math.inf else 0.0
 
@@ -248,7 +278,7 @@ class LRRule:
             assert self.config.steps_per_epoch is not None
             lr *= self.config.decay_phase_factor ** ((min(step, start) - self._switch) // self.config.steps_per_epoch)
         if step < start:
-            return lr
+            return lr if self._ramp is None else lr * self._ramp.factor(step)
         if self._replanned:
             return lr * self._fall(cooldown_progress(self.config, start, step))
         return lr * self._fall((step - start) / self._length)
@@ -440,8 +470,7 @@ def peak_lrs(state: State) -> tuple[float, ...]:
     It is that of the parameter group with the largest LR.
     """
     assert state.switch is not None
-    factor = SETBACK_FACTOR**state.setbacks * state.batch_factor * state.plateau_factor
-    return tuple(lr * factor for lr in state.switch.lrs)
+    return tuple(lr * state.factor for lr in state.switch.lrs)
 
 
 def set_back(state: State) -> State:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autowu.history import LossHistory
+from autowu.ramp import Ramp
 from autowu.ranks import Ranks
 from autowu.watch import BLOCK, HUGE, LossWatch, Quiet
 
@@ -47,15 +48,17 @@ class LateRead:
 
 
 class Reader:
-    """Feeds the losses of a run to its watch.
+    """Feeds the losses of a run to its watch, or to the ramp that is under way.
 
     Attributes:
         watch: the :class:`~autowu.watch.LossWatch`.
+        ramp: the losses of the :class:`~autowu.ramp.Ramp` since :meth:`begin_ramp`; they are none of the watch's.
         flagged: whether a rank has raised its flag in a block that was read.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.watch = LossWatch()
+        self.ramp: Ramp | None = None
         self.flagged = False
         self._ranks = ranks
         self._looked_at = 0  # step
@@ -112,7 +115,7 @@ class Reader:
         """Follow all that waits or is on its way; waits for the device."""
         before, self._pending = self._pending, None
         self._follow(before)
-        self.watch.follow(self._unread)
+        (self.ramp or self.watch).follow(self._unread)
         self._unread = []  # another list: what holds this one may have to put it back
 
     def follow_skipped(self, loss: float) -> None:
@@ -131,6 +134,16 @@ class Reader:
         self.forget()
         self._looked_at = step
 
+    def begin_ramp(self, ramp: Ramp) -> None:
+        """What comes from now on is of a ramp; all before it has been followed."""
+        self.forget()
+        self.ramp = ramp
+
+    def end_ramp(self, step: int) -> None:
+        """The run goes on at `step` as it was before the ramp, and so does the watch."""
+        self.forget()
+        self.ramp, self._looked_at = None, step
+
     def forget(self) -> None:
         """What was not followed yet is wanted no longer."""
         self._pending, self._quiet, self._bound = None, None, -math.inf
@@ -141,7 +154,7 @@ class Reader:
             return
         *values, raised = block.get()
         self.flagged = self.flagged or raised > 0
-        self.watch.follow(values)
+        (self.ramp or self.watch).follow(values)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -149,11 +162,13 @@ class Reader:
             "looked_at": self._looked_at,
             "unread": list(self._unread),
             "pending": None if self._pending is None else self._pending.get(),
+            **({} if self.ramp is None else {"ramp": self.ramp.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.watch = LossWatch()
         self.watch.load_state_dict(state["watch"])
         self.forget()
+        self.ramp = None if (ramp := state.get("ramp")) is None else Ramp.of(ramp)
         self._looked_at, self._unread, pending = state["looked_at"], list(state["unread"]), state["pending"]
         self._pending = None if pending is None else LateRead(torch.tensor(pending, dtype=torch.float64))

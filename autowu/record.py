@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, TypeVar
 
 from autowu.config import Config
-from autowu.phases import SETBACK_FACTOR, State, Verdict
+from autowu.phases import RampPlan, State, Verdict, ramp_of
 
 __all__ = ["MOST", "Course", "Record", "Test"]
 
@@ -40,13 +40,15 @@ class Course:
 
     Attributes:
         total_steps, cooldown_start: those of the configuration, before the run was extended.
-        factor: on the peak LR, by setbacks, the plateau rule and the batch size, above 0.
+        factor: on the peak LR, by setbacks, the plateau rule, the batch size and ramps, above 0.
+        ramp: the ramp that was under way, None for none.
     """
 
     until: int
     total_steps: int | None
     cooldown_start: int | None
     factor: float
+    ramp: RampPlan | None = None
 
 
 class Record:
@@ -63,8 +65,8 @@ class Record:
 
     def steer(self, step: int, config: Config, state: State, to: Config, after: State) -> None:
         """Keep the course before `step`, where that of `to` and `after` from there on is another."""
-        course = Course(step, config.total_steps, config.cooldown_start, _factor(state))
-        if state.switch is not None and course != Course(step, to.total_steps, to.cooldown_start, _factor(after)):
+        course = _course(step, config, state)
+        if state.switch is not None and course != _course(step, to, after):
             self.courses.append(course)
             _thin(self.courses)
 
@@ -73,11 +75,11 @@ class Record:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.tests = [Test(**test) for test in state["tests"]]
-        self.courses = [Course(**course) for course in state["courses"]]
+        self.courses = [Course(**{**course, "ramp": ramp_of(course.get("ramp"))}) for course in state["courses"]]
 
 
-def _factor(state: State) -> float:
-    return float(state.plateau_factor * SETBACK_FACTOR**state.setbacks * state.batch_factor)
+def _course(step: int, config: Config, state: State) -> Course:
+    return Course(step, config.total_steps, config.cooldown_start, float(state.factor), state.ramp)
 
 
 def _thin(kept: list[T]) -> None:

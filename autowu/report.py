@@ -107,7 +107,7 @@ class Report:
         for course in self.courses:
             if step < course.until:
                 config = replace(self.config, total_steps=course.total_steps, cooldown_start=course.cooldown_start)
-                state = replace(self.state, plateau_factor=course.factor, setbacks=0, batch_factor=1.0)
+                state = State(switch=self.state.switch, plateau_factor=course.factor, ramp=course.ramp)
                 return each_lr(all_lrs(config, state, step))
         return each_lr(all_lrs(self.config, self.state, step))
 
@@ -130,7 +130,7 @@ class Report:
     @property
     def returns(self) -> list[tuple[int, int]]:
         """Each time that the run went back: at which step, to the copy of which step."""
-        found = [(event.step, back_at(event)) for event in self.events if event.kind in ("switch", "divergence")]
+        found = [(event.step, back_at(event)) for event in self.events if event.kind in ("switch", "divergence", "ramp")]
         return [(step, to) for step, to in found if to is not None]
 
     @property

@@ -96,7 +96,8 @@ def _state(run: Mapping[str, Any], epochs: _Epochs, latest: int, taken: int) -> 
         minimum = None if switch["minimum"] is None else switch["minimum"] * epochs.now / epochs.before
         switch = {**switch, "step": min(epochs.steps(switch["step"]), latest), "minimum": minimum}
     counts = {name: min(run[name], taken) for name in ("votes", "bad_epochs", "setbacks")}  # at most one a step
-    return {**run, **counts, "switch": switch}
+    ramp = run["ramp"] and {**run["ramp"], "begin": min(epochs.steps(run["ramp"]["begin"]), taken), "steps": 1}  # it is over
+    return {**run, **counts, "switch": switch, "ramp": ramp}
 
 
 def _judge(judge: Mapping[str, Any], epochs: _Epochs, taken: int, interval: int) -> dict[str, Any]:
@@ -164,6 +165,9 @@ def _stage(stage: Mapping[str, Any], epochs: _Epochs, taken: int) -> dict[str, A
 
 def _record(record: Mapping[str, Any], epochs: _Epochs, taken: int) -> dict[str, Any]:
     def course(plan: Mapping[str, Any]) -> dict[str, Any]:
+        if ramp := plan.get("ramp"):
+            begin, steps = min(epochs.steps(ramp["begin"]), taken), max(1, epochs.steps(ramp["steps"]))
+            plan = {**plan, "ramp": {**ramp, "begin": begin, "steps": steps}}
         if plan["total_steps"] is None or plan["cooldown_start"] is None:
             return {**plan, "until": min(epochs.steps(plan["until"]), taken)}
         total = max(1, epochs.steps(plan["total_steps"]))

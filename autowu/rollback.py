@@ -53,6 +53,10 @@ class NoRollback:
     def renew(self, step: int, level: float) -> None:
         """After the switch: copy the run over the newer copy, if it is sound on all ranks."""
 
+    def is_whole(self, step: int) -> bool:
+        """Whether all ranks hold a copy of `step` with all that training changes: with `model=`, its buffers, too."""
+        return False
+
     def keep_one(self, lr: float = math.inf) -> None:
         """Keep the newer of the copies that was made at no more than `lr`, else the older; free the other."""
 
@@ -167,6 +171,10 @@ class Rollback(NoRollback):
         sound = self.sound(step)
         if sound is not None and self._ranks.all_agree(sound):
             self._survived(step, lambda newer: newer.take(step, level=level))
+
+    def is_whole(self, step: int) -> bool:
+        own = self.held == step and not self.failed and self._live.model is not None
+        return self._ranks.all_agree(torch.tensor([float(own)], dtype=torch.float64))
 
     def keep_one(self, lr: float = math.inf) -> None:
         if self._newer.step is not None and self._newer.lr > lr and self._older.step is not None:

@@ -22,6 +22,7 @@ from autowu.config import ARGUMENTS, BUDGETS, Config, check_together
 from autowu.gp import MIN_LENGTHSCALE
 from autowu.held_out import AVERAGED, MAX_LOWERINGS
 from autowu.phases import BEFORE, Event, State
+from autowu.ramp import MOST_RAMPS, SPAN
 from autowu.record import MOST
 from autowu.watch import BLOCK, HUGE, Leaps, LossWatch
 
@@ -215,6 +216,16 @@ _SWITCH: Final = _record(
     may=_LRS,
 )
 
+_RAMP_PLAN: Final = optional(
+    _record(
+        {
+            "begin": _whole(0),
+            "steps": _whole(1),
+            "span": _plain(between(f"above 1 and at most {SPAN:g}", lambda value: 1 < value <= SPAN)),
+        }
+    )
+)
+
 _STATE: Final = _record(
     dict.fromkeys((field.name for field in fields(State)), _anything)
     | {
@@ -230,6 +241,9 @@ _STATE: Final = _record(
         "again": _flag,
         "batch": optional(_whole(1)),
         "batch_factor": _lr,
+        "ramp": _RAMP_PLAN,
+        "ramps": _whole(0, MOST_RAMPS),
+        "raised": _lr,
     }
 )
 
@@ -311,6 +325,12 @@ def _watch(path: str, value: Any) -> None:
     _record({name: check for name, check in _OF_WATCH.items() if name not in missing}, more=True)(path, value)
 
 
+_RAMP: Final = _record(
+    dict.fromkeys(("seen", "high", "silent", "count"), _whole(0))
+    | {"steps": _whole(1), "span": _plain(between(f"above 1 and at most {SPAN:g}", lambda value: 1 < value <= SPAN))}
+    | {"level": _loss, "noise": _at_least_0, "sum": _number, "edge": optional(_at_least_0)}
+)
+
 _COPY: Final = _record(
     {"step": _whole(0), "lr": _lr_or_0, "level": _loss, "tensors": _by_place(_tensor()), "rest": _by_place(_anything)}, more=True
 )
@@ -319,7 +339,10 @@ _RECORD: Final = _record(
     {
         "tests": _list_of(_record({"step": _whole(0), "votes": _whole(0), "probability": _probability}), MOST),
         "courses": _list_of(
-            _record({"until": _whole(0), "total_steps": optional(_whole(1)), "cooldown_start": optional(_whole(0)), "factor": _lr}),
+            _record(
+                {"until": _whole(0), "total_steps": optional(_whole(1)), "cooldown_start": optional(_whole(0)), "factor": _lr},
+                may={"ramp": _RAMP_PLAN},
+            ),
             MOST,
         ),
     }
@@ -382,7 +405,8 @@ _TABLE: Final = _record(
                 "looked_at": _whole(0),
                 "unread": _list_of(_number, BLOCK),
                 "pending": optional(_list_of(_number, BLOCK + 1)),
-            }
+            },
+            may={"ramp": _RAMP},
         ),
         "record": _RECORD,
         "held_out": optional(_HELD_OUT),

@@ -14,7 +14,15 @@ from typing import Any, Final, TypeAlias
 from torch import Tensor
 
 from autowu.config import Config, described
-from autowu.events import EventLog, divergence_message, doubt_message, loss_changed_message, overfitting_message, switch_message
+from autowu.events import (
+    EventLog,
+    divergence_message,
+    doubt_message,
+    loss_changed_message,
+    overfitting_message,
+    ramp_message,
+    switch_message,
+)
 from autowu.held_out import HeldOut
 from autowu.history import MISSING, LossHistory
 from autowu.judge import Judge, engine
@@ -45,6 +53,7 @@ from autowu.phases import (
     warmup_lr_at,
 )
 from autowu.plateau import Plateau, start_of
+from autowu.ramp import MOST_RAMPS, Ramp, next_ramp
 from autowu.ranks import Ranks
 from autowu.reader import Reader
 from autowu.record import Record
@@ -301,6 +310,8 @@ class AfterSwitch:
             if (since := self.rooms.reader.follow(step, loss)) is None:
                 return state, self
             return self._steered(step, before, self._watch(step, since, state)), self
+        if state.ramp is not None:
+            return self._steered(step, before, self._go_on_with_ramp(step, loss, state)), self
         ruled, self.busy_at = self.config.decay_phase_stat is not None, 0
         if ruled and self._is_ruled(state, step - 1):
             if self._epoch is None:
@@ -331,9 +342,11 @@ class AfterSwitch:
 
     def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
         """A step that the optimizer did not take changes nothing here, unless the loss is not finite, again and again."""
+        before, reader = state, self.rooms.reader
+        if state.ramp is not None and skipped % IN_A_ROW == 0:  # by an overflow, say
+            return self._steered(step, before, self.end_ramp(step, state)), self
         if skipped % _SKIPPED or not state.watched or not self.rooms.ranks.alone or math.isfinite(float(loss)):
             return state, self
-        before, reader = state, self.rooms.reader
         reader.follow_skipped(float(loss))
         if reader.watch.silent >= IN_A_ROW:
             state = self.end_watch(state) if self._bears_no_more(state) else self._set_back(step, state)
@@ -369,7 +382,52 @@ class AfterSwitch:
         on_probation = self._back_at is not None and step < self._back_at + _PROBATION
         if copy_is_due and reader.watch.near_best and not reader.watch.doubt and not on_probation:
             rollback.renew(step, reader.watch.level)
-        return state
+        return self._begin_ramp(step, state) if since // BLOCK < step // BLOCK else state
+
+    def _begin_ramp(self, step: int, state: State) -> State:
+        """Look at the peak LR again, from a copy, where that is due and the run is well."""
+        rooms, plan = self.rooms, next_ramp(self.config, state, step)
+        if plan is None or not rooms.rollback.able:
+            return state
+        rooms.reader.catch_up()
+        self._heed_flag()
+        watch = rooms.reader.watch
+        if not watch.near_best or watch.on_trial or watch.noise == 0:
+            return state
+        rooms.rollback.renew(step, watch.level)
+        if not rooms.rollback.is_whole(step):
+            return replace(state, ramps=MOST_RAMPS)
+        rooms.reader.begin_ramp(Ramp(plan.steps, plan.span, watch.mean, watch.noise))
+        return replace(state, ramp=plan, ramps=state.ramps + 1)
+
+    def _go_on_with_ramp(self, step: int, loss: float | Tensor, state: State) -> State:
+        """The losses at LRs above the peak are no business of the watch."""
+        rooms, plan = self.rooms, state.ramp
+        assert plan is not None
+        if rooms.reader.follows_at_once(loss, self._losses):
+            rooms.reader.follow(step, loss, look=True)
+        else:
+            rooms.reader.read_block(step, self._losses, flag=rooms.rollback.failed)
+        if step % _FOLDED_EVERY == 0:
+            self._losses.fold()
+        if rooms.held_out.came:
+            rooms.held_out.read()  # which tells of weights that are not to stay
+        ramp = rooms.reader.ramp
+        is_over = ramp is None or ramp.edge is not None or step >= plan.begin + plan.steps
+        return self.end_ramp(step, state) if is_over or phase_at(self.config, state, step) != "stable" else state
+
+    def end_ramp(self, step: int, state: State) -> State:
+        """Go back to where the ramp began, with a higher peak if the loss took far more than the peak LR to rise."""
+        rooms = self.rooms
+        rooms.reader.catch_up()
+        ramp, restored = rooms.reader.ramp, rooms.rollback.put_back(step)
+        rooms.reader.end_ramp(step)
+        edge, factor = (None, 1.0) if ramp is None else (ramp.edge, ramp.factor)
+        after = replace(state, ramp=None, raised=state.raised * factor, ramps=state.ramps if factor > 1 else MOST_RAMPS)
+        rooms.log.tell("ramp", step, ramp_message(after, edge, factor, None if restored is None else restored.step))
+        if restored is None and rooms.rollback.lost(step):
+            return self.end_watch(after)
+        return after
 
     def _read(self, step: int, loss: float | Tensor) -> int | None:
         """Have the watch follow the loss; the step of the look before, None where it has not followed any."""

@@ -32,7 +32,8 @@ _FIXED: Final[dict[str, Any]] = {
 """What the configurations of version 6 have besides, of a run whose end is fixed, and where the minimum alone counts."""
 _LATER: Final[Mapping[str, Mapping[str, Any]]] = {
     "config": {"cooldown": None},
-    "state": {"start_loss": None, "settled": False, "again": False, "batch": None, "batch_factor": 1.0},
+    "state": {"start_loss": None, "settled": False, "again": False, "batch": None, "batch_factor": 1.0}
+    | {"ramp": None, "ramps": 0, "raised": 1.0},
     "judge": {"before": ()},
 }
 """What the first states of version 6, which no release has saved, have not, and what it is in their runs."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from math import inf, sqrt
 from typing import Any, Final
 
-__all__ = ["BLOCK", "HUGE", "IN_A_ROW", "Leaps", "LossWatch", "Quiet"]
+__all__ = ["BLOCK", "HUGE", "IN_A_ROW", "STANDARD_ERROR", "Leaps", "LossWatch", "Quiet"]
 
 _START: Final = 10
 """Losses whose mean is where the run started."""
@@ -21,7 +21,7 @@ _SLOW: Final = 1 - _DECAY
 _QUICK: Final = 1 - 0.7
 _NOISE_DECAY: Final = 0.95
 _NOISE: Final = 1 - _NOISE_DECAY
-_STANDARD_ERROR: Final = math.sqrt((1 - _DECAY) / (1 + _DECAY))
+STANDARD_ERROR: Final = math.sqrt((1 - _DECAY) / (1 + _DECAY))
 """Of the exponential mean, in standard deviations of one loss."""
 HUGE: Final = 1e150
 """A loss from here on counts as not finite: the square of a difference would not be."""
@@ -53,7 +53,7 @@ NEAR: Final = 0.1
 """Share of the progress that may be lost in a run that is worth copying."""
 SURE: Final = 10.0
 """Standard errors that the same must amount to."""
-_SURE_OF_MEAN: Final = SURE * _STANDARD_ERROR
+_SURE_OF_MEAN: Final = SURE * STANDARD_ERROR
 NEAR_SURE: Final = 4.0
 """Standard errors that may be lost in a run that is worth copying."""
 
@@ -376,7 +376,7 @@ class LossWatch:
 
     def _error(self, times: float) -> float:
         """So many standard errors of the exponential mean."""
-        return times * _STANDARD_ERROR * math.sqrt(self.noise)
+        return times * STANDARD_ERROR * math.sqrt(self.noise)
 
     @property
     def on_trial(self) -> bool:

@@ -1,0 +1,134 @@
+"""Pure but for what it has counted: a second look at the peak LR, after the switch.
+
+From a copy of the run the LR grows, as in a warm-up, until the loss rises; then the copy is put back. Where that takes far more than
+the peak LR, the warm-up took a first dip, or a plateau, for the minimum, and the peak is raised. That the loss falls faster is not
+asked for: in the few steps that a run can pay for it does not, even where the peak is an eighth of the best.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from autowu.config import OPEN_WARMUP, Config
+from autowu.phases import RampPlan, State, peak_lrs, phase_at
+from autowu.watch import HUGE, IN_A_ROW, STANDARD_ERROR
+
+__all__ = ["MOST_RAMPS", "SPAN", "Ramp", "next_ramp"]
+
+SHORTEST: Final = 3_000
+"""Steps of a run that makes a ramp, at least: in a shorter one it is too quick to tell an edge from noise."""
+MOST_RAMPS: Final = 4
+"""Of a run; the first that finds the peak LR right is the last."""
+SPAN: Final = 64.0
+"""Times the peak LR at which a ramp ends, at most."""
+_SHARE: Final = 0.02
+"""Of a run's steps, those in which the LR would grow so far."""
+_LEAST: Final = 96
+"""Such steps at least: at momentum 0.9 the loss is nine steps behind."""
+_PARTS: Final = 16
+"""Of these steps, whose mean losses are looked at."""
+_SURE: Final = 3.0
+"""Standard errors by which the losses of two parts in a row must lie above the level before."""
+_FAR: Final = 6.5
+"""Times the peak LR, below which an edge is where it is expected."""
+_WITHIN: Final = 5.0
+"""The edge over the peak LR that it leads to: as much as is usual, so that a peak that is raised is none too high."""
+_MOST: Final = 4.0
+"""Times that a ramp raises the peak LR, at most; the next one says whether it may be more."""
+
+
+def next_ramp(config: Config, state: State, step: int) -> RampPlan | None:
+    """The ramp that may begin at `step`, which is in the stable phase; None for none.
+
+    There is one after each fifth of the stable phase, or, where its end is open, after each time that a full warm-up takes, 600 steps
+    at least. None has the LR grow above `max_lr`, is begun where it would not end before the cooldown, or in a run whose peak was
+    lowered: there it is known what is too high.
+    """
+    switch = state.switch
+    if switch is None or state.ramps >= MOST_RAMPS or not _asks(config) or state.setbacks or state.plateau_factor < 1:
+        return None
+    every = max(OPEN_WARMUP, config.warmup_steps)
+    if config.cooldown_start is not None:
+        every = (config.cooldown_start - switch.step) // (MOST_RAMPS + 1)
+    if step < switch.step + (state.ramps + 1) * every or phase_at(config, state, step) != "stable":
+        return None
+    highest = [config.max_lr, *(high for _, high, _ in config.others)]
+    span = min(SPAN, *(high / lr for high, lr in zip(highest, peak_lrs(state), strict=True)))
+    if span < _FAR:
+        return None
+    whole = max(_LEAST, round(_SHARE * (config.total_steps or 0)))
+    plan = RampPlan(step, math.ceil(whole * math.log(span) / math.log(SPAN)), span)
+    return plan if phase_at(config, state, step + 2 * plan.steps) == "stable" else None
+
+
+def _asks(config: Config) -> bool:
+    """Whether a run looks at its peak again: one that is long, or open, and whose LR nothing else is to change."""
+    long = config.total_steps is None or config.total_steps >= SHORTEST
+    return long and config.min_rise > 0 and config.decay_phase_stat is None and not config.immediate_cooldown
+
+
+class Ramp:
+    """The losses of a ramp, as they come.
+
+    Args:
+        steps, span: of the :class:`~autowu.phases.RampPlan`.
+        level, noise: exponential mean of the losses before it, as of a :class:`~autowu.watch.LossWatch`, and the variance of one.
+
+    Attributes:
+        edge: times the peak LR at which the loss has risen; that of the end where it did not, None as long as it is not known.
+    """
+
+    def __init__(self, steps: int, span: float, level: float, noise: float) -> None:
+        self.steps, self.span, self.level, self.noise = steps, span, level, noise
+        self.edge: float | None = None
+        self._seen = self._high = self._silent = self._count = 0
+        self._sum = 0.0
+
+    @property
+    def _part(self) -> int:
+        return max(1, round(self.steps * math.log(SPAN) / math.log(self.span)) // _PARTS)
+
+    def follow(self, losses: Iterable[float]) -> None:
+        """Take the losses of some steps, one after the other; -inf stands for one that is missing."""
+        for loss in losses:
+            if self.edge is None:
+                self._push(loss)
+
+    def _push(self, loss: float) -> None:
+        self._seen += 1
+        if -HUGE < loss < HUGE:
+            self._silent, self._count, self._sum = 0, self._count + 1, self._sum + loss
+        elif loss != -math.inf:
+            self._silent += 1
+        if self._silent >= IN_A_ROW:
+            self._end(self._seen - IN_A_ROW)
+        elif self._seen % self._part == 0 and self._count:
+            error = math.sqrt(self.noise * (1 / self._count + STANDARD_ERROR**2))
+            self._high = self._high + 1 if self._sum / self._count > self.level + _SURE * error else 0
+            self._count, self._sum = 0, 0.0
+            if self._high == 2:
+                self._end(self._seen - 1.5 * self._part)
+        if self.edge is None and self._seen >= self.steps:
+            self._end(self.steps)
+
+    def _end(self, at: float) -> None:
+        self.edge = float(self.span ** (max(0.0, at) / self.steps))
+
+    @property
+    def factor(self) -> float:
+        """By which the peak LR is to be raised, 1 for not at all."""
+        return 1.0 if self.edge is None or self.edge < _FAR else min(_MOST, self.edge / _WITHIN)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name.lstrip("_"): value for name, value in vars(self).items()}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Ramp:
+        """The ramp that :meth:`state_dict` was taken of."""
+        ramp = cls(*(state[name] for name in ("steps", "span", "level", "noise")))
+        ramp.edge = state["edge"]
+        ramp._seen, ramp._high, ramp._silent, ramp._count = (state[name] for name in ("seen", "high", "silent", "count"))
+        ramp._sum = state["sum"]
+        return ramp
