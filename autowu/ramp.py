@@ -1,8 +1,8 @@
 """Pure but for what it has counted: a second look at the peak LR, after the switch.
 
-From a copy of the run the LR grows, as in a warm-up, until the loss rises; then the copy is put back. Where that takes far more than
-the peak LR, the warm-up took a first dip, or a plateau, for the minimum, and the peak is raised. That the loss falls faster is not
-asked for: in the few steps that a run can pay for it does not, even where the peak is an eighth of the best.
+From a copy of the run the LR grows, as in a warm-up, until the loss rises; then the copy is put back. Where that takes far more
+than the peak LR, the warm-up took a first dip, or a plateau, for the minimum, and the peak is raised. That the loss falls faster is
+not asked for: in the few steps that a run can pay for it does not, even where the peak is an eighth of the best.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _MOST: Final = 4.0
 def next_ramp(config: Config, state: State, step: int) -> RampPlan | None:
     """The ramp that may begin at `step`, which is in the stable phase; None for none.
 
-    There is one after each fifth of the stable phase, or, where its end is open, after each time that a full warm-up takes, 600 steps
-    at least. None has the LR grow above `max_lr`, is begun where it would not end before the cooldown, or in a run whose peak was
+    There is one after each fifth of the stable phase, or, where its end is open, after as many steps as a full warm-up has, 600 at
+    least. None has the LR grow above `max_lr`, is begun where it would not end before the cooldown, or in a run whose peak was
     lowered: there it is known what is too high.
     """
     switch = state.switch

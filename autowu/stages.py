@@ -404,17 +404,17 @@ class AfterSwitch:
         """The losses at LRs above the peak are no business of the watch."""
         rooms, plan = self.rooms, state.ramp
         assert plan is not None
+        is_last = step >= plan.begin + plan.steps or phase_at(self.config, state, step) != "stable"
         if rooms.reader.follows_at_once(loss, self._losses):
             rooms.reader.follow(step, loss, look=True)
         else:
-            rooms.reader.read_block(step, self._losses, flag=rooms.rollback.failed)
+            rooms.reader.read_block(step, self._losses, flag=rooms.rollback.failed, due=is_last)
         if step % _FOLDED_EVERY == 0:
             self._losses.fold()
         if rooms.held_out.came:
             rooms.held_out.read()  # which tells of weights that are not to stay
         ramp = rooms.reader.ramp
-        is_over = ramp is None or ramp.edge is not None or step >= plan.begin + plan.steps
-        return self.end_ramp(step, state) if is_over or phase_at(self.config, state, step) != "stable" else state
+        return self.end_ramp(step, state) if is_last or ramp is None or ramp.edge is not None else state
 
     def end_ramp(self, step: int, state: State) -> State:
         """Go back to where the ramp began, with a higher peak if the loss took far more than the peak LR to rise."""

@@ -1,0 +1,408 @@
+"""The second look at the peak LR: what a ramp finds, what it does to a run, and that it leaves no trace."""
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import ranks
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+
+from autowu import AutoWU
+from autowu.events import back_at
+from autowu.phases import RampPlan
+from autowu.ramp import MOST_RAMPS, SPAN, Ramp, next_ramp
+from autowu.report import Report
+
+STEPS = 3000
+LOW = 0.02
+"""As peak_factor: a twentieth of what it is."""
+
+
+def ramp_of(losses, steps=96, level=1.0, noise=0.01, span=SPAN):
+    ramp = Ramp(steps, span, level, noise)
+    ramp.follow(losses)
+    return ramp
+
+
+def valley(edge, steps=96, noise=0.1, seed=0, height=2.0):
+    """Losses of a ramp: noise about 1 up to the `edge`, in times of the peak LR, and a rise after it, by `height` a decade."""
+    lrs = SPAN ** (np.arange(steps) / steps)
+    return 1 + height * np.maximum(0, np.log10(lrs) - np.log10(edge)) + noise * np.random.default_rng(seed).normal(size=steps)
+
+
+# What a ramp finds
+
+
+@given(st.floats(1.5, 30), st.integers(0, 100))
+def test_the_edge_is_found_within_a_factor_of_two(edge, seed):
+    found = ramp_of(valley(edge, seed=seed)).edge
+    assert edge / 2 < found < 2 * edge
+
+
+def test_of_a_thousand_ramps_whose_loss_rises_at_three_times_the_peak_none_raises_it():
+    assert all(ramp_of(valley(3, seed=seed)).factor == 1 for seed in range(1000))
+
+
+def test_a_loss_that_does_not_rise_raises_the_peak_by_four():
+    for seed in range(100):
+        ramp = ramp_of(valley(math.inf, seed=seed))
+        assert (ramp.edge, ramp.factor) == (SPAN, 4.0)
+
+
+@given(st.floats(0.01, 100), st.floats(-50, 50), st.integers(0, 100))
+def test_neither_a_factor_nor_a_constant_matters_to_a_ramp(scale, shift, seed):
+    losses = valley(8, seed=seed)
+    moved = ramp_of(scale * losses + shift, level=scale + shift, noise=scale**2 * 0.01)
+    assert moved.edge == pytest.approx(ramp_of(losses).edge)
+
+
+def test_losses_that_are_not_finite_are_an_edge_and_missing_ones_say_nothing():
+    plain = valley(math.inf, noise=0)
+    for bad in (math.nan, math.inf, 1e200):
+        losses = np.where(np.arange(96) >= 48, bad, plain)
+        assert ramp_of(losses).edge == pytest.approx(8)
+    assert ramp_of(np.where(np.arange(96) >= 48, -math.inf, plain)).edge == SPAN
+    assert ramp_of(np.where(np.arange(96) == 48, math.nan, plain)).edge == SPAN
+
+
+@given(st.integers(0, 96), st.integers(0, 20))
+def test_a_ramp_goes_on_from_its_state(cut, seed):
+    losses, whole = valley(20, seed=seed), ramp_of(valley(20, seed=seed))
+    again = Ramp.of(copy.deepcopy(ramp_of(losses[:cut]).state_dict()))
+    again.follow(losses[cut:])
+    assert vars(again) == vars(whole)
+
+
+# When there is one
+
+
+def config_and_state(**arguments):
+    run = Run(**arguments)
+    run.until(lambda: run.scheduler.switch is not None)
+    return run.scheduler.config, run.scheduler._state
+
+
+def test_ramps_come_after_fifths_of_the_stable_phase_and_end_before_the_cooldown():
+    config, state = config_and_state()
+    first = next(step for step in range(STEPS) if next_ramp(config, state, step))
+    assert first == state.switch.step + (config.cooldown_start - state.switch.step) // 5
+    assert next_ramp(config, replace(state, ramps=1), first) is None
+    for ramps in range(MOST_RAMPS):
+        for step in range(STEPS):
+            if plan := next_ramp(config, replace(state, ramps=ramps), step):
+                assert plan.begin == step
+                assert step + plan.steps < config.cooldown_start
+                assert plan.span * state.switch.lr <= config.max_lr * (1 + 1e-9)
+    assert not any(next_ramp(config, replace(state, ramps=MOST_RAMPS), step) for step in range(STEPS))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"setbacks": 1}, {"plateau_factor": 0.5}, {"switch": None}], ids=["set back", "overfitted", "warm-up"]
+)
+def test_a_peak_that_was_too_high_is_not_looked_at_again(changed):
+    config, state = config_and_state()
+    assert not any(next_ramp(config, replace(state, **changed), step) for step in range(STEPS))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"total_steps": 2900},
+        {"immediate_cooldown": True},
+        {"steps_per_epoch": 60, "total_epochs": 50, "total_steps": None, "decay_phase_stat": "loss", "decay_phase_factor": 0.5},
+        {"min_rise": 0.0},
+        {"rollback": False},
+        {"watch": False},
+        {"model": None},
+        {"max_lr": 0.02},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_runs_that_are_short_or_cannot_go_back_make_none(arguments):
+    run = Run(peak_factor=0.3 if "max_lr" in arguments else LOW, **arguments)
+    run.until(lambda: run.scheduler.phase in ("cooldown", "done"))
+    assert "ramp" not in run.kinds()
+
+
+# What it does to a run
+
+
+class Run:
+    """A perceptron that learns the digits."""
+
+    def __init__(self, *, tensors=False, **arguments):
+        torch.manual_seed(0)
+        digits = load_digits()
+        self.inputs, self.labels = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+        self.model = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.scheduler = AutoWU(self.optimizer, **({"total_steps": STEPS, "model": self.model} | arguments))
+        self.tensors, self.lrs, self.losses = tensors, [], []
+
+    def step(self, change=None):
+        """Take a step, its loss being passed through `change`."""
+        k = self.scheduler.last_epoch
+        rows = torch.randint(len(self.inputs), (32,), generator=torch.Generator().manual_seed(k))
+        loss = F.cross_entropy(self.model(self.inputs[rows]), self.labels[rows])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.lrs.append(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step()
+        said = loss.item() if change is None else change(loss.item())
+        self.losses.append(said)
+        self.scheduler.step(torch.tensor(said) if self.tensors else said)
+
+    def until(self, reached, change=None):
+        while not reached():
+            self.step(change)
+
+    def into_ramp(self, steps=20):
+        self.until(lambda: self.plan is not None)
+        for _ in range(steps):
+            self.step()
+        assert self.plan is not None
+
+    @property
+    def plan(self):
+        return self.scheduler._state.ramp
+
+    def kinds(self):
+        return [event.kind for event in self.scheduler.events]
+
+    def held(self):
+        return copy.deepcopy([self.model.state_dict(), self.optimizer.state_dict()["state"]])
+
+    def saved(self):
+        return copy.deepcopy([self.model.state_dict(), self.optimizer.state_dict(), self.scheduler.state_dict()])
+
+    def resumed(self, **arguments):
+        again = Run(tensors=self.tensors, **arguments)
+        for part, state in zip((again.model, again.optimizer, again.scheduler), self.saved(), strict=True):
+            part.load_state_dict(state)
+        return again
+
+
+def assert_same(first, second):
+    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture(scope="module")
+def low():
+    """A run whose peak LR is a twentieth of what it would be, up to its cooldown."""
+    run = Run(peak_factor=LOW)
+    run.until(lambda: run.scheduler.phase == "cooldown")
+    return run
+
+
+def test_a_peak_that_is_far_too_low_is_found_out_and_raised(low):
+    ramps = [event for event in low.scheduler.events if event.kind == "ramp"]
+    assert len(ramps) >= 2
+    assert 8 <= low.scheduler._state.raised <= 4 ** (len(ramps) - 1)
+    assert low.scheduler.lr_at(low.scheduler.last_epoch) > 7 * low.scheduler.switch.lr
+    assert "it is now" in ramps[0].message
+    assert "it stays" in ramps[-1].message
+    assert low.scheduler._state.setbacks == 0
+
+
+def test_a_peak_that_is_right_stays_and_costs_a_hundredth_of_the_steps():
+    run = Run()
+    run.until(lambda: run.scheduler.phase == "cooldown")
+    (ramp,) = (event for event in run.scheduler.events if event.kind == "ramp")
+    assert run.lrs[ramp.step] == run.lrs[back_at(ramp)] == run.scheduler.switch.lr
+    assert ramp.step - back_at(ramp) <= STEPS / 50
+    assert max(run.lrs[back_at(ramp) : ramp.step]) > 1.2 * run.scheduler.switch.lr
+
+
+def test_a_ramp_leaves_weights_statistics_and_optimizer_as_they_were():
+    run = Run()
+    run.until(lambda: run.plan is not None)
+    before = run.held()
+    run.until(lambda: run.plan is None)
+    assert_same(run.held(), before)
+
+
+def test_losses_on_a_device_lead_to_the_same_ramps(low):
+    run = Run(peak_factor=LOW, tensors=True)
+    run.until(lambda: "ramp" in run.kinds())
+    first = next(event for event in low.scheduler.events if event.kind == "ramp")
+    (ramp,) = (event for event in run.scheduler.events if event.kind == "ramp")
+    assert back_at(ramp) == back_at(first)
+    assert ramp.message.split("; ")[1] == first.message.split("; ")[1]
+
+
+def test_the_figure_knows_the_lrs_of_ramps(low):
+    report = Report.of(low.scheduler.state_dict())
+    first = low.scheduler.switch.step
+    assert [report.lr(step) for step in range(first, len(low.lrs))] == pytest.approx(low.lrs[first:])
+    assert [step for step, _ in report.returns][1:] == [e.step for e in low.scheduler.events if e.kind == "ramp"]
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+@pytest.mark.parametrize("into", [0, 7, 25])
+def test_a_run_that_is_cut_in_a_ramp_goes_on_bit_for_bit(into, tensors):
+    run = Run(peak_factor=LOW, tensors=tensors)
+    run.into_ramp(into)
+    again = run.resumed(peak_factor=LOW)
+    for one in (run, again):
+        one.lrs.clear()
+        for _ in range(250):
+            one.step()
+    assert again.lrs == run.lrs
+    assert_same(again.saved()[:2], run.saved()[:2])
+    assert again.scheduler.events == run.scheduler.events
+
+
+def test_a_state_of_before_there_were_ramps_goes_on_with_them():
+    run = Run(peak_factor=LOW)
+    run.until(lambda: run.scheduler.last_epoch == 500)
+    state = run.scheduler.state_dict()
+    for name in ("ramp", "ramps", "raised"):
+        del state["state"][name]
+    run.scheduler.load_state_dict(state)
+    run.until(lambda: "ramp" in run.kinds())
+    assert run.scheduler._state.raised > 1
+
+
+def ended_by_cooldown(run):
+    run.scheduler.start_cooldown(50)
+
+
+def ended_by_rewarm(run):
+    run.scheduler.rewarm()
+
+
+@pytest.mark.parametrize("end", [ended_by_cooldown, ended_by_rewarm])
+def test_what_ends_the_stable_phase_ends_the_ramp(end):
+    run = Run(peak_factor=LOW)
+    run.until(lambda: run.plan is not None)
+    before, lr = run.held(), run.lrs[-1]
+    run.into_ramp()
+    end(run)
+    if end is ended_by_cooldown:
+        run.step()
+    assert run.plan is None
+    assert_same(run.held(), before)
+    assert run.optimizer.param_groups[0]["lr"] <= lr
+    assert "was cut short" in next(e for e in run.scheduler.events if e.kind == "ramp").message
+    for _ in range(60):
+        run.step()
+    assert run.scheduler.phase == ("done" if end is ended_by_cooldown else "warmup")
+
+
+def test_a_branch_that_is_forked_in_a_ramp_begins_where_that_did():
+    run = Run(peak_factor=LOW)
+    run.until(lambda: run.plan is not None)
+    before = run.held()
+    run.into_ramp()
+    branch = run.resumed(peak_factor=LOW)
+    branch.scheduler.load_state_dict(run.scheduler.fork_cooldown(steps=50))
+    assert branch.optimizer.param_groups[0]["lr"] <= branch.scheduler.switch.lr
+    branch.step()
+    assert_same(branch.held(), before)
+
+
+def test_a_run_that_is_extended_in_a_ramp_goes_on_with_it():
+    run = Run(peak_factor=LOW)
+    run.into_ramp()
+    run.scheduler.extend(total_steps=2 * STEPS)
+    run.until(lambda: run.plan is None)
+    assert run.scheduler._state.raised > 1
+
+
+def test_losses_that_are_not_finite_end_a_ramp_and_are_no_setback():
+    run = Run(peak_factor=LOW)
+    run.into_ramp()
+    run.until(lambda: run.plan is None, change=lambda _: math.nan)
+    assert len(run.losses) - run.scheduler.events[-1].step <= 0
+    assert run.kinds()[-1] == "ramp"
+    for _ in range(100):
+        run.step()
+    assert run.scheduler._state.setbacks == 0
+
+
+def test_held_out_losses_of_a_ramp_are_left_out():
+    run = Run(peak_factor=LOW)
+    run.into_ramp()
+    for _ in range(10):
+        run.scheduler.observe_validation(1e9)
+        run.step()
+    run.until(lambda: run.plan is None)
+    assert "overfitting" not in run.kinds()
+
+
+def test_a_step_that_overflows_again_and_again_ends_a_ramp():
+    run = Run(peak_factor=LOW)
+    run.until(lambda: run.plan is not None)
+    before = run.held()
+    run.into_ramp()
+    for _ in range(3):
+        run.scheduler.step(1.0)  # the optimizer is not called
+    assert run.plan is None
+    assert_same(run.held(), before)
+
+
+def test_a_copy_that_fails_makes_no_ramp(monkeypatch):
+    run = Run(peak_factor=LOW)
+    run.until(lambda: run.scheduler.switch is not None)
+    held = run.held()
+    monkeypatch.setattr("autowu.snapshot.free_memory", lambda _: 0.0)
+    run.scheduler._rooms.rollback._newer.free()
+    run.until(lambda: run.scheduler.phase == "cooldown")
+    assert "ramp" not in run.kinds()
+    assert "snapshot" in run.kinds()
+    assert held
+
+
+def test_an_open_run_looks_again_after_a_full_warm_up():
+    run = Run(total_steps=None, max_warmup_steps=700, peak_factor=LOW)
+    run.until(lambda: "ramp" in run.kinds())
+    begun = back_at(run.scheduler.events[-1])
+    assert 0 <= begun - run.scheduler.switch.step - 700 < 10
+    assert run.scheduler._state.raised > 1
+
+
+def test_a_run_with_other_epochs_gives_its_ramp_up_and_goes_on():
+    run = Run(total_steps=None, steps_per_epoch=60, total_epochs=50, peak_factor=LOW)
+    run.until(lambda: run.plan is not None)
+    before = run.held()
+    run.into_ramp()
+    again = run.resumed(total_steps=None, steps_per_epoch=30, total_epochs=50, peak_factor=LOW)
+    again.step()
+    assert again.plan is None
+    assert_same(again.held(), before)
+
+
+def test_of_several_optimizers_all_peaks_are_raised():
+    torch.manual_seed(0)
+    run = Run(peak_factor=LOW)
+    first, *_, last = run.model
+    parts = [torch.optim.SGD(first.parameters(), lr=0.1, momentum=0.9), torch.optim.AdamW(last.parameters(), lr=0.1)]
+    run.scheduler = AutoWU(parts, total_steps=STEPS, model=run.model, peak_factor=LOW)
+    run.optimizer = run.scheduler.optimizer
+    run.until(lambda: "ramp" in run.kinds())
+    raised = run.scheduler._state.raised
+    assert raised > 1
+    lrs = [part.param_groups[0]["lr"] for part in parts]
+    assert lrs == pytest.approx([raised * lr for lr in run.scheduler.switch.lrs])
+
+
+def test_two_ranks_ramp_alike(tmp_path):
+    ranks(tmp_path, 2, "tests/ramp_ranks.py", str(tmp_path))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    kinds = first.pop("kinds")
+    assert kinds == second.pop("kinds")
+    assert kinds.count("ramp") == len(kinds) - 1 >= 2
+    assert_same(first, second)
+    assert first["raised"] > 1
+
+
+def test_a_plan_has_no_factor_outside_of_its_steps():
+    plan = RampPlan(10, 4, 16.0)
+    assert [plan.factor(step) for step in range(8, 16)] == pytest.approx([1, 1, 1, 2, 4, 8, 1, 1])
