@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from autowu.config import OPEN_WARMUP, Config
+from autowu.config import Config
 from autowu.phases import RampPlan, State, peak_lrs, phase_at
 from autowu.watch import HUGE, IN_A_ROW, STANDARD_ERROR
 
@@ -42,25 +42,22 @@ _MOST: Final = 4.0
 def next_ramp(config: Config, state: State, step: int) -> RampPlan | None:
     """The ramp that may begin at `step`, which is in the stable phase; None for none.
 
-    There is one after each fifth of the stable phase, or, where its end is open, after as many steps as a full warm-up has, 600 at
-    least. None has the LR grow above `max_lr`, is begun where it would not end before the cooldown, or in a run whose peak was
-    lowered: there it is known what is too high.
+    There is one after every half of a full warm-up. Where the cooldown begins does not matter, as runs that differ in that alone are
+    one run until then; it ends a ramp. None has the LR grow above `max_lr`, and there is none in a run whose peak was lowered: what
+    is too high is known there.
     """
     switch = state.switch
     if switch is None or state.ramps >= MOST_RAMPS or not _asks(config) or state.setbacks or state.plateau_factor < 1:
         return None
-    every = max(OPEN_WARMUP, config.warmup_steps)
-    if config.cooldown_start is not None:
-        every = (config.cooldown_start - switch.step) // (MOST_RAMPS + 1)
+    whole = max(_LEAST, round(_SHARE * (config.total_steps or 0)))
+    every = max(config.warmup_steps // 2, 2 * whole)
     if step < switch.step + (state.ramps + 1) * every or phase_at(config, state, step) != "stable":
         return None
     highest = [config.max_lr, *(high for _, high, _ in config.others)]
     span = min(SPAN, *(high / lr for high, lr in zip(highest, peak_lrs(state), strict=True)))
     if span < _FAR:
         return None
-    whole = max(_LEAST, round(_SHARE * (config.total_steps or 0)))
-    plan = RampPlan(step, math.ceil(whole * math.log(span) / math.log(SPAN)), span)
-    return plan if phase_at(config, state, step + 2 * plan.steps) == "stable" else None
+    return RampPlan(step, math.ceil(whole * math.log(span) / math.log(SPAN)), span)
 
 
 def _asks(config: Config) -> bool:

@@ -404,7 +404,8 @@ class AfterSwitch:
         """The losses at LRs above the peak are no business of the watch."""
         rooms, plan = self.rooms, state.ramp
         assert plan is not None
-        is_last = step >= plan.begin + plan.steps or phase_at(self.config, state, step) != "stable"
+        # A branch that is forked where its cooldown begins has that in its plan one step later than a full run.
+        is_last = step >= plan.begin + plan.steps or phase_at(self.config, state, step - 1) != "stable"
         if rooms.reader.follows_at_once(loss, self._losses):
             rooms.reader.follow(step, loss, look=True)
         else:

@@ -31,8 +31,8 @@ import torch
 from measures import FLOOR, geometric_mean
 from probes import CLIP, _finite
 from probes_long import CASES
-from regret import read
-from tasks import Case, make_optimizer, make_task
+from regret import Case, make_task, read
+from tasks import make_optimizer
 
 from autowu import AutoWU
 

@@ -89,16 +89,16 @@ def config_and_state(**arguments):
     return run.scheduler.config, run.scheduler._state
 
 
-def test_ramps_come_after_fifths_of_the_stable_phase_and_end_before_the_cooldown():
+def test_ramps_come_after_halves_of_a_warm_up_and_begin_before_the_cooldown():
     config, state = config_and_state()
     first = next(step for step in range(STEPS) if next_ramp(config, state, step))
-    assert first == state.switch.step + (config.cooldown_start - state.switch.step) // 5
+    assert first == state.switch.step + config.warmup_steps // 2
     assert next_ramp(config, replace(state, ramps=1), first) is None
     for ramps in range(MOST_RAMPS):
         for step in range(STEPS):
             if plan := next_ramp(config, replace(state, ramps=ramps), step):
                 assert plan.begin == step
-                assert step + plan.steps < config.cooldown_start
+                assert step < config.cooldown_start
                 assert plan.span * state.switch.lr <= config.max_lr * (1 + 1e-9)
     assert not any(next_ramp(config, replace(state, ramps=MOST_RAMPS), step) for step in range(STEPS))
 
@@ -286,6 +286,7 @@ def test_what_ends_the_stable_phase_ends_the_ramp(end):
     run.into_ramp()
     end(run)
     if end is ended_by_cooldown:
+        run.step()  # takes effect with this one
         run.step()
     assert run.plan is None
     assert_same(run.held(), before)
@@ -306,6 +307,25 @@ def test_a_branch_that_is_forked_in_a_ramp_begins_where_that_did():
     assert branch.optimizer.param_groups[0]["lr"] <= branch.scheduler.switch.lr
     branch.step()
     assert_same(branch.held(), before)
+
+
+def test_a_branch_that_is_forked_in_a_ramp_is_the_full_run_bit_for_bit():
+    trunk = Run(peak_factor=LOW, cooldown_fraction=0.1)
+    trunk.into_ramp()
+    fork = trunk.scheduler.last_epoch + 1
+    trunk.step()
+    fraction = 1 - fork / STEPS
+    branch = trunk.resumed(peak_factor=LOW)
+    branch.scheduler.load_state_dict(trunk.scheduler.fork_cooldown(fraction))
+    full = Run(peak_factor=LOW, cooldown_fraction=fraction)
+    full.until(lambda: full.scheduler.last_epoch == fork)
+    for _ in range(20):
+        full.step()
+        branch.step()
+    assert full.scheduler.phase == "cooldown"
+    assert full.plan is branch.plan is None
+    assert full.lrs[-20:] == branch.lrs[-20:]
+    assert_same(full.held(), branch.held())
 
 
 def test_a_run_that_is_extended_in_a_ramp_goes_on_with_it():
@@ -360,11 +380,11 @@ def test_a_copy_that_fails_makes_no_ramp(monkeypatch):
     assert held
 
 
-def test_an_open_run_looks_again_after_a_full_warm_up():
+def test_an_open_run_looks_again_after_half_of_a_warm_up():
     run = Run(total_steps=None, max_warmup_steps=700, peak_factor=LOW)
     run.until(lambda: "ramp" in run.kinds())
     begun = back_at(run.scheduler.events[-1])
-    assert 0 <= begun - run.scheduler.switch.step - 700 < 10
+    assert 0 <= begun - run.scheduler.switch.step - 350 < 10
     assert run.scheduler._state.raised > 1
 
 
