@@ -61,6 +61,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         max_warmup_steps: W itself, 1 or more; None: by the share, or 600 where the run has no length.
         warmup_type: "two_speed", "exp" or "linear"; see :func:`autowu.schedules.warmup_lr`.
         warmup_unit: "step", or "epoch" to hold the LR within an epoch.
+        stable_type: "constant", or "inverse_sqrt": in a long stable phase the LR falls; see :func:`autowu.schedules.stable_factor`.
         decay_phase_stat: "loss" lowers the LR in the stable phase when an epoch's mean loss has not improved for over 5 epochs.
         decay_phase_factor: in (0, 1], by which it is lowered then; without `decay_phase_stat` after every stable epoch.
         test_interval: steps between tests, "epoch", or None for about 60 tests in a full warm-up.
@@ -126,6 +127,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         max_warmup_steps: int | None = None,
         warmup_type: str = "two_speed",
         warmup_unit: str = "step",
+        stable_type: str = "constant",
         decay_phase_stat: str | None = None,
         decay_phase_factor: float = 1.0,
         test_interval: int | str | None = None,

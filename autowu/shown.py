@@ -75,7 +75,7 @@ class Shown(LRScheduler):
         Args:
             optimizer: which, where there are several: its place in the list, from 0.
 
-        Past the present the warm-up is taken to go on to its limit, and the LR of a stable phase to stay. Of steps before a warm-up
+        Past the present the warm-up is taken to go on to its limit, and a stable phase to last. Of steps before a warm-up
         that was begun anew nothing is known any longer, and of those of a cooldown before it was replanned only about.
         """
         return each_lr(all_lrs(self.config, self._state, step))[optimizer]
