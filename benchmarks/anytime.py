@@ -1,8 +1,9 @@
 """A run whose end is open, tested at eight horizons: with a short cooldown branched off, averaged, and with one from the average.
 
-The run holds its LR, and is run again with one that falls (stable_type="inverse_sqrt"). All are compared with runs that were tuned for
-the horizon: a linear warm-up over its first tenth, then a linear decay to 0, the peak LR the best of a grid on another seed. The task is a character-level perceptron on the source of Python's standard library,
-with AdamW; what counts is the loss on files that were held out.
+The run holds its LR, and is run again with one that falls (`stable_type="inverse_sqrt"`). All are compared with runs that were
+tuned for the horizon: a linear warm-up over its first tenth, then a linear decay to 0, the peak LR the best of a grid on another
+seed. The task is a character-level perceptron on the source of Python's standard library, with AdamW; what counts is the loss on
+files that were held out.
 
 OMP_NUM_THREADS=1 python benchmarks/anytime.py [--minutes 3.5]   # again and again, until it says that all is done
 python benchmarks/anytime.py --report [--figure assets/anytime.png]
