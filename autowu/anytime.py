@@ -73,7 +73,7 @@ class AnytimeAverage(AveragedModel):
         if self._gone_back not in (None, gone_back):
             self.n_averaged.zero_()
         self._gone_back = gone_back
-        if scheduler.phase in ("warmup", "stable") and scheduler._state.ramp is None:
+        if scheduler.phase in ("warmup", "stable") and not scheduler.in_ramp:
             self.update_parameters(model)
         if scheduler.phase == "warmup":
             self.n_averaged.zero_()  # the next one is the first

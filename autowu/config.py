@@ -35,11 +35,12 @@ from autowu.gp import LossCurveGP
 from autowu.kin import parts
 from autowu.multi_optimizer import MultiOptimizer, told
 from autowu.multi_optimizer import checked as optimizers
-from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, decades
+from autowu.schedules import COOLDOWN_TYPES, STABLE_TYPES, WARMUP_TYPES, decades
 
 __all__ = [
     "ARGUMENTS",
     "BUDGETS",
+    "MAX_WARMUP_FRACTION",
     "PUBLISHED",
     "UNMEASURED",
     "Config",
@@ -119,6 +120,7 @@ class Config:
     cooldown_start: int | None
     replanned_at: int | None
     replanned_progress: float
+    stable_type: str
     decay_phase_stat: str | None
     decay_phase_factor: float
     test_interval: int
@@ -232,6 +234,7 @@ ARGUMENTS: Final[Mapping[str, Check]] = {
     "max_warmup_steps": optional(count),
     "warmup_type": one_of(*WARMUP_TYPES),
     "warmup_unit": one_of("step", "epoch"),
+    "stable_type": one_of(*STABLE_TYPES),
     "decay_phase_stat": one_of(None, "loss"),
     "decay_phase_factor": share,
     "test_interval": optional(_interval),
@@ -266,6 +269,7 @@ PUBLISHED: Final[Mapping[str, Any]] = {
     "immediate_cooldown": True,
     "cooldown_type": "cosine",
     "cooldown_fraction": 0.2,
+    "stable_type": "constant",
     "rollback": False,
     "watch": False,
 }
@@ -432,6 +436,11 @@ def _check_epochs(arguments: Mapping[str, Any]) -> None:
 
 def _check_decay(arguments: Mapping[str, Any]) -> None:
     """Raise where the constant phase is to decay and cannot."""
+    if arguments["immediate_cooldown"] and arguments["stable_type"] != "constant":
+        raise ValueError(
+            f"stable_type={arguments['stable_type']!r}: acts on the constant phase, which immediate_cooldown=True leaves out; "
+            "pass immediate_cooldown=False"
+        )
     if arguments["immediate_cooldown"] and _decays(arguments):
         raise ValueError(
             f"{_decay_words(arguments)}: act on the constant phase, which immediate_cooldown=True leaves out; "

@@ -14,8 +14,8 @@ from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
-from autowu.config import Config, brief
-from autowu.schedules import COOLDOWNS, WARMUPS, warmup_lr
+from autowu.config import MAX_WARMUP_FRACTION, Config, brief
+from autowu.schedules import COOLDOWNS, STABLES, WARMUPS, warmup_lr
 from autowu.switching import MIN_LOSSES, SwitchDecision
 
 __all__ = [
@@ -261,7 +261,9 @@ class LRRule:
             self._peak = switch.lr * state.factor
         self._fall, self._length = COOLDOWNS[config.cooldown_type], config.end - self._cooldown
         self._replanned, self._ramp = config.replanned_at is not None, state.ramp
-        self._stairs = config.decay_phase_factor != 1.0 and config.decay_phase_stat is None
+        self._stable, self._timescale = STABLES[config.stable_type], config.warmup_steps / MAX_WARMUP_FRACTION
+        self._stairs = config.decay_phase_factor if config.decay_phase_stat is None else 1.0
+        self._is_held = config.stable_type == "constant" and self._stairs == 1.0
         self._watched_down_to = WATCHED_DOWN_TO * self.at(int(self._cooldown)) if self._cooldown < math.inf else 0.0
 
     def __reduce__(self) -> tuple[type[LRRule], tuple[Config, State]]:
@@ -274,14 +276,21 @@ class LRRule:
         if step < self._switch:
             return self.in_warmup(step - self._origin if step > self._origin else 0)
         lr, start = self._peak, self._cooldown
-        if self._stairs:
-            assert self.config.steps_per_epoch is not None
-            lr *= self.config.decay_phase_factor ** ((min(step, start) - self._switch) // self.config.steps_per_epoch)
+        if not self._is_held:
+            lr *= self._share_in_stable(min(step, start))
         if step < start:
             return lr if self._ramp is None else lr * self._ramp.factor(step)
         if self._replanned:
             return lr * self._fall(cooldown_progress(self.config, start, step))
         return lr * self._fall((step - start) / self._length)
+
+    def _share_in_stable(self, step: float) -> float:
+        """Share of the peak LR at `step` of the stable phase."""
+        age = step - min(self._origin, self._switch)  # a loss may end a warm-up that still waits for its length
+        share = self._stable(age / self._timescale)
+        if self.config.steps_per_epoch is not None:
+            share *= self._stairs ** ((step - self._switch) // self.config.steps_per_epoch)
+        return share
 
     def in_warmup(self, position: float) -> float:
         """LR at `position` of the warm-up, in steps: :func:`~autowu.schedules.warmup_lr`, in whole epochs where it is by epoch."""

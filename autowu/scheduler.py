@@ -61,23 +61,22 @@ class AutoWU(Shown, OpenEnded, Drawn):
         max_warmup_steps: W itself, 1 or more; None: by the share, or 600 where the run has no length.
         warmup_type: "two_speed", "exp" or "linear"; see :func:`autowu.schedules.warmup_lr`.
         warmup_unit: "step", or "epoch" to hold the LR within an epoch.
+        stable_type: "constant", or "inverse_sqrt" to fall in a long stable phase; see :func:`autowu.schedules.stable_factor`.
         decay_phase_stat: "loss" lowers the LR in the stable phase when an epoch's mean loss has not improved for over 5 epochs.
         decay_phase_factor: in (0, 1], by which it is lowered then; without `decay_phase_stat` after every stable epoch.
         test_interval: steps between tests, "epoch", or None for about 60 tests in a full warm-up.
         patience: tests in a row that must find the minimum past, 1 or more.
         confidence: probability that each must exceed, in (0.5, 1).
         min_contrast: standard deviations that the fall to the minimum and the rise from it must make up together, 0 or more.
-        min_rise: share of the fall that the rise must make up: a smaller one is a first dip, or noise on a plateau. It must
-            also be sure, by four standard deviations. 0: no matter how much, and the peak follows from the minimum in place of its
-            valley's far edge.
+        min_rise: share of the fall that the rise must make up, sure by four standard deviations: else it is a first dip, or noise
+            on a plateau. 0: no matter how much, and the peak follows from the minimum in place of its valley's far edge.
         peak_factor: the peak LR as a share of the LR at that edge, in (0, 1]; None: by family and length.
         gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`, an extra),
             or any :class:`~autowu.gp.LossCurveGP`.
         device: where the GP does its sums; None for the device of the losses.
         seed: of the draws that the GPyTorch engine makes.
         rollback: whether to copy what trains and the optimizer's state, and to put it back where training overshoots or diverges.
-        model: what is trained, to have its buffers (batch-norm statistics) copied as well; a long run then looks at its peak LR
-            again, and may raise it.
+        model: what is trained, to have its buffers copied as well; a long run then looks at its peak LR again, and may raise it.
         snapshot_device: where the copies are held: None for beside the original, or on the host where there is no room; "cpu".
         on_rollback: is called with the step of a copy that was put back, for what else must go back.
         watch: whether to watch the loss for explosions and divergence.
@@ -127,6 +126,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         max_warmup_steps: int | None = None,
         warmup_type: str = "two_speed",
         warmup_unit: str = "step",
+        stable_type: str = "constant",
         decay_phase_stat: str | None = None,
         decay_phase_factor: float = 1.0,
         test_interval: int | str | None = None,
@@ -246,8 +246,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
 
         Raises:
             TypeError: if `loss` is not a floating-point number, or `samples` or `tokens` no integer where they are needed.
-            ValueError: if `loss` has several elements, or a count is below 0; at the first step of ranks that were given different
-                arguments.
+            ValueError: if `loss` has several elements, or a count is below 0; at the first step of ranks whose arguments differ.
         """
         if torch.compiler.is_compiling():
             _step_untraced(self, loss, samples, tokens)

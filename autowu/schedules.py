@@ -10,7 +10,18 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-__all__ = ["COOLDOWNS", "COOLDOWN_TYPES", "WARMUPS", "WARMUP_TYPES", "cooldown_factor", "decades", "warmup_lr"]
+__all__ = [
+    "COOLDOWNS",
+    "COOLDOWN_TYPES",
+    "STABLES",
+    "STABLE_TYPES",
+    "WARMUPS",
+    "WARMUP_TYPES",
+    "cooldown_factor",
+    "decades",
+    "stable_factor",
+    "warmup_lr",
+]
 
 _TWO_SPEED_PACE: Final = 0.8
 """Pace at which the last three quarters of a "two_speed" warm-up pass through the decades of LR, in that of an even one."""
@@ -24,6 +35,11 @@ WARMUPS: Final[dict[str, Callable[[float, float, float], float]]] = {
 # Decades of LR in a warm-up that kept the pace of its end, over those that it passes through.
 _PACES: Final = {"exp": 1.0, "two_speed": _TWO_SPEED_PACE}
 
+STABLES: Final[dict[str, Callable[[float], float]]] = {
+    "constant": lambda u: 1.0,
+    "inverse_sqrt": lambda u: 1.0 / math.sqrt(max(1.0, u)),
+}
+
 COOLDOWNS: Final[dict[str, Callable[[float], float]]] = {
     "cosine": lambda u: (1.0 + math.cos(math.pi * u)) / 2.0,
     "half_cosine": lambda u: math.cos(math.pi * u / 2.0),
@@ -33,6 +49,8 @@ COOLDOWNS: Final[dict[str, Callable[[float], float]]] = {
 
 WARMUP_TYPES: Final = tuple(WARMUPS)
 """Of :func:`warmup_lr`."""
+STABLE_TYPES: Final = tuple(STABLES)
+"""Of :func:`stable_factor`."""
 COOLDOWN_TYPES: Final = tuple(COOLDOWNS)
 """Of :func:`cooldown_factor`."""
 
@@ -75,6 +93,22 @@ def decades(min_lr: float, max_lr: float, warmup_type: str = "exp") -> float:
         (4.0, 3.2)
     """
     return _PACES.get(warmup_type, 0.0) * math.log10(max_lr / min_lr)
+
+
+def stable_factor(age: float, stable_type: str = "constant") -> float:
+    r"""Factor on the peak LR between the warm-up and the cooldown.
+
+    With :math:`u` for `age`: ``"constant"`` 1; ``"inverse_sqrt"`` :math:`\min(1, 1 / \sqrt u)`.
+
+    Args:
+        age: steps since the warm-up began over the length of a run that such a warm-up belongs to, 0 or more.
+        stable_type: one of :data:`STABLE_TYPES`.
+
+    Example:
+        >>> [stable_factor(u, "inverse_sqrt") for u in (0.5, 1.0, 4.0, 100.0)]
+        [1.0, 1.0, 0.5, 0.1]
+    """
+    return STABLES[stable_type](age)
 
 
 def cooldown_factor(progress: float, cooldown_type: str = "cosine") -> float:

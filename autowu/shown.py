@@ -30,6 +30,11 @@ class Shown(LRScheduler):
         return phase_at(self.config, self._state, self.last_epoch)
 
     @property
+    def in_ramp(self) -> bool:
+        """Whether a second look at the peak LR is under way: what is evaluated now says nothing, and is to be undone."""
+        return self._state.ramp is not None
+
+    @property
     def switch(self) -> Switch | None:
         """The end of the warm-up: step, LR, probability, position of the minimum; None before it."""
         return self._state.switch
@@ -75,7 +80,7 @@ class Shown(LRScheduler):
         Args:
             optimizer: which, where there are several: its place in the list, from 0.
 
-        Past the present the warm-up is taken to go on to its limit, and the LR of a stable phase to stay. Of steps before a warm-up
+        Past the present the warm-up is taken to go on to its limit, and a stable phase to last. Of steps before a warm-up
         that was begun anew nothing is known any longer, and of those of a cooldown before it was replanned only about.
         """
         return each_lr(all_lrs(self.config, self._state, step))[optimizer]

@@ -25,13 +25,14 @@ _FIXED: Final[dict[str, Any]] = {
     "min_rise": 0.0,
     "warmup_origin": 0,
     "cooldown": None,
+    "stable_type": "constant",
     "replanned_at": None,
     "replanned_progress": 0.0,
     **dict.fromkeys(BUDGETS),
 }
 """What the configurations of version 6 have besides, of a run whose end is fixed, and where the minimum alone counts."""
 _LATER: Final[Mapping[str, Mapping[str, Any]]] = {
-    "config": {"cooldown": None},
+    "config": {"cooldown": None, "stable_type": "constant"},
     "state": {"start_loss": None, "settled": False, "again": False, "batch": None, "batch_factor": 1.0}
     | {"ramp": None, "ramps": 0, "raised": 1.0},
     "judge": {"before": ()},

@@ -1,8 +1,9 @@
 """A run whose end is open, tested at eight horizons: with a short cooldown branched off, averaged, and with one from the average.
 
-All are compared with runs that were tuned for the horizon: a linear warm-up over its first tenth, then a linear decay to 0, the
-peak LR the best of a grid on another seed. The task is a character-level perceptron on the source of Python's standard library,
-with AdamW; what counts is the loss on files that were held out.
+The run holds its LR, and is run again with one that falls (`stable_type="inverse_sqrt"`). All are compared with runs that were
+tuned for the horizon: a linear warm-up over its first tenth, then a linear decay to 0, the peak LR the best of a grid on another
+seed. The task is a character-level perceptron on the source of Python's standard library, with AdamW; what counts is the loss on
+files that were held out.
 
 OMP_NUM_THREADS=1 python benchmarks/anytime.py [--minutes 3.5]   # again and again, until it says that all is done
 python benchmarks/anytime.py --report [--figure assets/anytime.png]
@@ -42,13 +43,15 @@ SHAPE = "sqrt"
 CHOOSING, REPORTED = 0, [1, 2, 3]
 """The seed on which the LRs of the tuned runs were chosen, and those that tell. Nothing of the open runs was chosen."""
 CONTEXT, BATCH, TESTED = 16, 64, 8192
+TRUNKS = {"constant": "", "inverse_sqrt": "falling_"}
+"""What the run does after its warm-up (`stable_type`), and what its kinds in the results file begin with."""
 LABELS = {
     "cooled_average": "cooldown of a tenth from the average",
     "average": "average of the trunk",
     "branch": "cooldown of a tenth from the trunk",
     "trunk": "trunk as it is",
 }
-"""What is compared, by its kind in the results file."""
+"""What is compared, by the rest of its kind."""
 RESULTS = Path(__file__).parent / "results" / "anytime.jsonl"
 
 
@@ -112,15 +115,16 @@ def tuned_run(seed: int, steps: int, lr: float) -> dict[str, Any]:
     return {"kind": "tuned", "seed": seed, "steps": steps, "lr": lr, "loss": tested(model)}
 
 
-def open_run(seed: int, end: float) -> list[dict[str, Any]]:
+def open_run(seed: int, stable_type: str, end: float) -> list[dict[str, Any]]:
     """A run without an end, its average, and branches of both; when the time is up, what there is of it. It goes on from there."""
+    prefix = TRUNKS[stable_type]
     rows: list[dict[str, Any]] = []
     model = new_model(seed)
     optimizer, generator = new_optimizer(model, 1e-3), torch.Generator().manual_seed(1000 + seed)
-    scheduler = AutoWU(optimizer, model=model, max_warmup_steps=WARMUP)
+    scheduler = AutoWU(optimizer, model=model, max_warmup_steps=WARMUP, stable_type=stable_type)
     average = AnytimeAverage(model)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "average": average}
-    kept = RESULTS.with_name(f"anytime-{seed}.pt")
+    kept = RESULTS.with_name(f"anytime-{prefix}{seed}.pt")
     if kept.exists():
         saved = torch.load(kept, weights_only=True)
         generator.set_state(saved["generator"])
@@ -134,10 +138,10 @@ def open_run(seed: int, end: float) -> list[dict[str, Any]]:
             if k == horizon - (length := round(COOLDOWN * horizon)):
                 for kind, weights in (("branch", model), ("cooled_average", average.module)):
                     loss, lr = branch(weights, optimizer, scheduler, generator, length)
-                    rows.append({"kind": kind, "seed": seed, "steps": horizon, "lr": lr, "loss": loss})
+                    rows.append({"kind": prefix + kind, "seed": seed, "steps": horizon, "lr": lr, "loss": loss})
         if k in HORIZONS:
-            rows.append({"kind": "trunk", "seed": seed, "steps": k, "loss": tested(model)})
-            rows.append({"kind": "average", "seed": seed, "steps": k, "loss": tested(average)})
+            rows.append({"kind": f"{prefix}trunk", "seed": seed, "steps": k, "loss": tested(model)})
+            rows.append({"kind": f"{prefix}average", "seed": seed, "steps": k, "loss": tested(average)})
         scheduler.step(step(model, optimizer, generator))
         average.update(model, scheduler)
     kept.unlink(missing_ok=True)
@@ -187,10 +191,11 @@ def pieces(seeds: list[int], end: float) -> Iterator[list[dict[str, Any]]]:
             for lr in grid(steps) if seed == CHOOSING else [best_lr(read(), steps)]:
                 if not any(r["kind"] == "tuned" and (r["seed"], r["steps"], r["lr"]) == (seed, steps, lr) for r in read()):
                     yield [tuned_run(seed, steps, lr)]
-    for seed in seeds:
-        done = any(row["kind"] == "trunk" and (row["seed"], row["steps"]) == (seed, STEPS) for row in read())
-        if seed != CHOOSING and not done:
-            yield open_run(seed, end)
+    for stable_type, prefix in TRUNKS.items():
+        for seed in seeds:
+            done = any((row["kind"], row["seed"], row["steps"]) == (f"{prefix}trunk", seed, STEPS) for row in read())
+            if seed != CHOOSING and not done:
+                yield open_run(seed, stable_type, end)
 
 
 def work(minutes: float, seeds: list[int]) -> None:
@@ -205,7 +210,7 @@ def work(minutes: float, seeds: list[int]) -> None:
     print("all is done")
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[int, list[float]]]:
+def ratios(rows: list[dict[str, Any]], prefix: str) -> dict[str, dict[int, list[float]]]:
     """Loss over that of the tuned run of the same seed and horizon, of each reported seed: by kind, by horizon."""
     losses = {(r["kind"], r["seed"], r["steps"]): r["loss"] for r in rows}
 
@@ -213,32 +218,45 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[int, list[float]]]:
         seeds = [seed for seed in REPORTED if (kind, seed, steps) in losses]
         return [losses[kind, seed, steps] / losses["tuned", seed, steps] for seed in seeds]
 
-    return {kind: {steps: of(kind, steps) for steps in HORIZONS} for kind in LABELS}
+    return {kind: {steps: of(prefix + kind, steps) for steps in HORIZONS} for kind in LABELS}
+
+
+def measured(rows: list[dict[str, Any]]) -> list[str]:
+    """The stable types of which a run has come to its last horizon."""
+    return [name for name, prefix in TRUNKS.items() if ratios(rows, prefix)["trunk"][STEPS]]
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """The table."""
-    lines = ["| steps | tuned LR | cooled average | average | branch | trunk as it is |", "|---" * 6 + "|"]
-    for steps in HORIZONS:
-        cells = [f"{statistics.mean(found[steps]):.3f}" for found in ratios(rows).values()]
-        lines.append(f"| {steps:,} | {best_lr(rows, steps):g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """A table for each stable type."""
+    tables = []
+    for stable_type in measured(rows):
+        columns = ratios(rows, TRUNKS[stable_type])
+        lines = ["| steps | tuned LR | cooled average | average | branch | trunk as it is |", "|---" * 6 + "|"]
+        for steps in HORIZONS:
+            cells = [f"{statistics.mean(found[steps]):.3f}" for found in columns.values()]
+            lines.append(f"| {steps:,} | {best_lr(rows, steps):g} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
-def draw(columns: dict[str, dict[int, list[float]]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each stable type."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, found in columns.items():
-        line = axes.plot(HORIZONS, [statistics.mean(found[steps]) for steps in HORIZONS], marker="o", label=LABELS[name])[0]
-        for steps in HORIZONS:
-            axes.plot([steps] * len(found[steps]), found[steps], ".", color=line.get_color(), markersize=4)
-    axes.axhline(1, color="black", linewidth=1, linestyle=":")
-    axes.set(xscale="log", xlabel="steps", ylabel="test loss / that of a run tuned for so many steps")
-    axes.legend()
+    names = measured(rows)
+    fig, panels = plt.subplots(1, len(names), figsize=(2 + 5 * len(names), 4), layout="constrained", sharey=True, squeeze=False)
+    for stable_type, axes in zip(names, panels[0], strict=True):
+        for name, found in ratios(rows, TRUNKS[stable_type]).items():
+            line = axes.plot(HORIZONS, [statistics.mean(found[steps]) for steps in HORIZONS], marker="o", label=LABELS[name])[0]
+            for steps in HORIZONS:
+                axes.plot([steps] * len(found[steps]), found[steps], ".", color=line.get_color(), markersize=4)
+        axes.axhline(1, color="black", linewidth=1, linestyle=":")
+        axes.set(xscale="log", xlabel="steps", title=f'stable_type="{stable_type}"' if len(names) > 1 else None)
+    panels[0, 0].set_ylabel("test loss / that of a run tuned for so many steps")
+    panels[0, 0].legend()
     fig.savefig(path, dpi=150)
 
 
@@ -254,7 +272,7 @@ def main() -> None:
         return
     print(report(read()))
     if args.figure is not None:
-        draw(ratios(read()), args.figure)
+        draw(read(), args.figure)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ import torch
 from measures import FLOOR, geometric_mean
 from probes import CLIP, _finite
 from probes_long import CASES
-from regret import Case, make_task, read
-from tasks import make_optimizer
+from regret import Case, read
+from tasks import make_optimizer, make_task
 
 from autowu import AutoWU
 
@@ -93,7 +93,9 @@ def report(rows: list[dict[str, Any]]) -> str:
             median = f"{statistics.median(raised):.1f}" if raised else ""
             numbers = [f"{f(v):.2f}" for v in (without, looked) for f in (geometric_mean, max)]
             name = "as found" if share == 1 else f"1/{1 / share:.0f}"
-            lines.append(f"| {', '.join(map(str, seeds))} | {name} | {' | '.join(numbers)} | {len(raised)} of {len(of)} | {median} |")
+            lines.append(
+                f"| {', '.join(map(str, seeds))} | {name} | {' | '.join(numbers)} | {len(raised)} of {len(of)} | {median} |"
+            )
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ UNLIKE = {
     "watch": {"watch": False},
     "decay_phase_stat": {"decay_phase_stat": "loss", "decay_phase_factor": 0.5},
     "cooldown_type": {"cooldown_type": "sqrt"},
+    "stable_type": {"stable_type": "inverse_sqrt"},
     "max_warmup_fraction": {"max_warmup_fraction": 0.2},
     "gp": {"gp": "gpytorch"},
     "rollback": {"rollback": False},

@@ -24,6 +24,7 @@ def averaged(values, share):
 
 class Phase:
     events = ()
+    in_ramp = False
 
     def __init__(self, phase):
         self.phase = phase

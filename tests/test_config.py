@@ -92,6 +92,7 @@ WRONG = {
     "max_warmup_steps": [0, 1.5, "all"],
     "warmup_type": ["sqrt"],
     "warmup_unit": ["batch"],
+    "stable_type": ["sqrt", None, True],
     "decay_phase_stat": ["accuracy"],
     "decay_phase_factor": [0, 2.0],
     "test_interval": [0, "batch", 1.5],

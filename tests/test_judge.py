@@ -25,6 +25,7 @@ GIVEN = dict.fromkeys(ARGUMENTS) | {
     "max_warmup_fraction": 0.5,
     "warmup_type": "exp",
     "warmup_unit": "step",
+    "stable_type": "constant",
     "decay_phase_factor": 1.0,
     "patience": 2,
     "confidence": 0.95,

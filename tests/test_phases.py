@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from autowu import AutoWU
 from autowu.config import checked, configure, extended
 from autowu.phases import (
+    LRRule,
     State,
     Switch,
     Verdict,
@@ -232,6 +233,56 @@ def test_the_factor_acts_after_every_epoch_of_the_stable_phase():
     config = config_of(immediate_cooldown=False, decay_phase_factor=0.5)
     lrs = [base_lr(config, after_switch(50, 0.8), k) for k in range(50, 160)]
     assert lrs == [0.8 * 0.5 ** (j // 10) for j in range(110)]
+
+
+@st.composite
+def long_stable_phases(draw):
+    """The arguments of a run, and the step of its switch."""
+    warmup, total = draw(st.integers(1, 60)), draw(st.one_of(st.none(), st.integers(70, 3000)))
+    arguments = {"max_warmup_steps": warmup, "cooldown_fraction": draw(st.sampled_from([0.01, 0.2, 0.6])), "total_steps": total}
+    arguments |= {"immediate_cooldown": False, "cooldown_type": draw(st.sampled_from(COOLDOWN_TYPES))}
+    if total is not None and draw(st.booleans()):
+        epochs = {"steps_per_epoch": 7, "total_epochs": total // 7, "decay_phase_factor": draw(st.sampled_from([0.7, 0.99, 1.0]))}
+        arguments |= epochs | {"total_steps": None}
+    else:
+        arguments |= {"steps_per_epoch": None, "total_epochs": None}
+    return arguments, draw(st.integers(1, config_of(**arguments).warmup_limit))
+
+
+@given(long_stable_phases(), st.integers(0, 500))
+@settings(max_examples=100)
+def test_with_inverse_sqrt_the_lr_is_the_held_one_over_the_root_of_the_age_and_in_the_cooldown_that_of_its_first_step(run, origin):
+    arguments, step = run
+    held, falling = (config_of(**arguments, stable_type=name) for name in ("constant", "inverse_sqrt"))
+    if held.total_steps is None:  # as after a warm-up that was begun anew
+        held, falling = (dataclasses.replace(config, warmup_origin=origin) for config in (held, falling))
+        step += origin
+    tau = held.warmup_steps / 0.32
+    steps = range(step, held.total_steps + 3 if held.total_steps else step + 3000)
+    of_held, of_falling = ([rule.at(k) for k in steps] for rule in (LRRule(c, after_switch(step, 0.1)) for c in (held, falling)))
+    assert all(a >= b > 0 for a, b in pairwise(of_falling))
+    assert all(a >= b for a, b in zip(of_held, of_falling, strict=True))
+    for k, one, other in zip(steps, of_held, of_falling, strict=True):
+        age = min(k, max(step, held.cooldown_from)) - held.warmup_origin
+        if age <= tau:
+            assert one == other
+        else:
+            assert other == pytest.approx(one * min(1, math.sqrt(tau / age)), rel=1e-12)
+
+
+@given(st.integers(10, 10**6))
+def test_by_default_a_short_run_of_known_length_never_sees_the_lr_fall_and_a_long_one_does(total):
+    known = {
+        "steps_per_epoch": None,
+        "total_epochs": None,
+        "total_steps": total,
+        "max_warmup_fraction": None,
+        "cooldown_fraction": 0.6,
+    }
+    config = config_of(**known, immediate_cooldown=False, stable_type="inverse_sqrt")
+    lr = LRRule(config, after_switch(config.warmup_limit, 0.1)).at(config.cooldown_start)
+    assert lr == 0.1 if total < 5000 else lr < 0.1 if total > 6000 else lr <= 0.1
+    assert LRRule(config, after_switch(config.warmup_limit, 0.1)).at(config.warmup_limit) == 0.1
 
 
 @given(st.lists(st.floats(0.01, 10.0), min_size=1, max_size=40), st.floats(0.1, 0.9))

@@ -138,8 +138,9 @@ def test_the_tests_are_those_that_were_made():
             [],
         ),
         ({"warmup_unit": "epoch", "total_steps": None, "steps_per_epoch": 5, "total_epochs": 80}, valley(STEPS), []),
+        ({"stable_type": "inverse_sqrt", "max_warmup_steps": 90, "cooldown_fraction": 0.1}, valley(STEPS), []),
     ],
-    ids=["plain", "immediate", "setback", "undone", "plateau", "epochs"],
+    ids=["plain", "immediate", "setback", "undone", "plateau", "epochs", "falling"],
 )
 def test_the_lr_of_every_step_is_what_it_was(arguments, losses, befell):
     scheduler = made(**({"cooldown_fraction": 0.3} | arguments))

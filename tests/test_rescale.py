@@ -15,6 +15,7 @@ KINDS = {
     "default": {},
     "immediate": {"immediate_cooldown": True, "cooldown_type": "cosine"},
     "by the epoch": {"test_interval": "epoch", "warmup_unit": "epoch"},
+    "falls": {"stable_type": "inverse_sqrt", "max_warmup_steps": 130, "cooldown_fraction": 0.15},
     "decays": {"decay_phase_factor": 0.8, "cooldown_fraction": 0.3},
     "plateau": {"decay_phase_stat": "loss", "decay_phase_factor": 0.5, "cooldown_fraction": 0.3},
 }

@@ -892,6 +892,8 @@ def test_copies_go_on_alike_and_apart(arguments, cut, copied):
         ({"decay_phase_factor": 1.1, "immediate_cooldown": False}, r"decay_phase_factor=1\.1"),
         ({"decay_phase_stat": "loss", "immediate_cooldown": False}, r"decay_phase_factor=1\.0"),
         ({"decay_phase_factor": 0.5, "immediate_cooldown": True}, r"decay_phase_factor=0\.5.*immediate_cooldown"),
+        ({"stable_type": "sqrt", "immediate_cooldown": False}, "stable_type='sqrt'.*'constant'.*'inverse_sqrt'"),
+        ({"stable_type": "inverse_sqrt", "immediate_cooldown": True}, "stable_type='inverse_sqrt'.*immediate_cooldown"),
         ({"test_interval": 0}, "test_interval=0"),
         ({"test_interval": 2.0}, r"test_interval=2\.0"),
         ({"test_interval": "day"}, "test_interval='day'.*'epoch'"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autowu.schedules import COOLDOWN_TYPES, WARMUP_TYPES, cooldown_factor, warmup_lr
+from autowu.schedules import COOLDOWN_TYPES, STABLE_TYPES, WARMUP_TYPES, cooldown_factor, stable_factor, warmup_lr
 
 steps = st.integers(2, 1000)
 low_lrs = st.floats(1e-8, 1e-2)
@@ -79,6 +79,12 @@ def test_cooldown_numbers(cooldown_type, quarter, half):
     assert cooldown_factor(0.5, cooldown_type) == pytest.approx(half, rel=1e-12)
 
 
+@given(age=st.floats(0, 1e9))
+def test_a_stable_factor_is_held_or_falls_with_the_root_from_an_age_of_one_on(age):
+    assert stable_factor(age) == stable_factor(age, "constant") == 1.0
+    assert stable_factor(age, "inverse_sqrt") == (1.0 if age <= 1 else pytest.approx(math.sqrt(1 / age), rel=1e-12))
+
+
 @given(u=progress)
 def test_cosine_is_symmetric(u):
     assert cooldown_factor(u, "cosine") + cooldown_factor(1 - u, "cosine") == pytest.approx(1.0, abs=1e-12)
@@ -96,4 +102,5 @@ def test_two_speeds_pass_two_fifths_of_the_decades_in_a_quarter_and_keep_to_two_
 
 def test_all_documented_types_are_there():
     assert set(WARMUP_TYPES) == {"exp", "linear", "two_speed"}
+    assert set(STABLE_TYPES) == {"constant", "inverse_sqrt"}
     assert set(COOLDOWN_TYPES) == {"cosine", "half_cosine", "linear", "sqrt"}

@@ -200,6 +200,7 @@ def test_a_state_with_one_entry_changed_is_loaded_whole_or_refused_whole(name, e
         (("config", "min_lr"), 7.0, r"min_lr=7.0: must be below max_lr=1.0"),
         (("config", "min_lr"), None, r'\["config"\]\["min_lr"\]=None: must be a number above 0'),
         (("config", "cooldown_type"), "cubic", r'\["config"\]\["cooldown_type"\]=\'cubic\': must be one of'),
+        (("config", "stable_type"), "sqrt", r'\["config"\]\["stable_type"\]=\'sqrt\': must be one of'),
         (("config", "total_steps"), 40, r'\["config"\]: warmup_steps='),
         (("snapshot", "newer", "step"), 50, r'\["snapshot"\]\["newer"\]\["step"\]=50: must be at most 33'),
         (("judge", "posterior", "mean"), torch.zeros(2, 500).double(), r'\["posterior"\]\["variance"\] of shape \(1, 500\)'),

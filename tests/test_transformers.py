@@ -253,6 +253,7 @@ def test_the_mixin_serves_other_trainers(tmp_path):
 
 def test_options_reach_the_scheduler(tmp_path):
     options = {"immediate_cooldown": False, "cooldown_type": "sqrt", "min_lr": 1e-5, "max_lr": 0.1, "max_warmup_fraction": 0.25}
+    options["stable_type"] = "inverse_sqrt"
     trainer = trainer_of(tmp_path, max_steps=40, lr_scheduler_kwargs=options, learning_rate=3.0)
     trainer.train()
     config = trainer.lr_scheduler.config
