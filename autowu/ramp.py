@@ -25,6 +25,8 @@ SPAN: Final = 64.0
 """Times the peak LR at which a ramp ends, at most."""
 _SHARE: Final = 0.02
 """Of a run's steps, those in which the LR would grow so far."""
+_ROOT: Final = 1.8
+"""On the root of the run's steps, the most that it takes in a longer one, as a warm-up does."""
 _LEAST: Final = 96
 """Such steps at least: at momentum 0.9 the loss is nine steps behind."""
 _PARTS: Final = 16
@@ -42,14 +44,15 @@ _MOST: Final = 4.0
 def next_ramp(config: Config, state: State, step: int) -> RampPlan | None:
     """The ramp that may begin at `step`, which is in the stable phase; None for none.
 
-    There is one after every half of a full warm-up. Where the cooldown begins does not matter, as runs that differ in that alone are
-    one run until then; it ends a ramp. None has the LR grow above `max_lr`, and there is none in a run whose peak was lowered: what
-    is too high is known there.
+    There is one after every half of a full warm-up. Where the cooldown begins does not matter, as runs that differ in that alone
+    are one run until then; it ends a ramp. None has the LR grow above `max_lr`, and there is none in a run whose peak was lowered:
+    what is too high is known there.
     """
     switch = state.switch
     if switch is None or state.ramps >= MOST_RAMPS or not _asks(config) or state.setbacks or state.plateau_factor < 1:
         return None
-    whole = max(_LEAST, round(_SHARE * (config.total_steps or 0)))
+    total = config.total_steps or 0
+    whole = max(_LEAST, round(min(_SHARE * total, _ROOT * math.sqrt(total))))
     every = max(config.warmup_steps // 2, 2 * whole)
     if step < switch.step + (state.ramps + 1) * every or phase_at(config, state, step) != "stable":
         return None

@@ -134,7 +134,7 @@ class Parts:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        if self.ema is not None:
+        if self.ema is not None and not (self.autowu is not None and self.autowu.in_ramp):  # whose steps are undone
             self.ema.update(self.model, step=self.scheduler.last_epoch + 1)
 
     def extra_state(self) -> dict[str, Any]:
@@ -198,8 +198,12 @@ def build_parts(config: TrainConfig, process: Process, model: nn.Module, steps_p
     optimizer = build_optimizer(config, model)
     if config.log_layers is not None:
         check_layer_log(config, optimizer)
-    put_back = None if ema is None else lambda step: ema.set(model)  # an average of what was undone is undone
-    scheduler = build_scheduler(config, model, optimizer, steps_per_epoch, put_back)
+
+    def put_back(step: int) -> None:
+        if not (isinstance(scheduler, AutoWU) and scheduler.in_ramp):  # of which the average has seen nothing
+            ema.set(model)  # an average of what was undone is undone
+
+    scheduler = build_scheduler(config, model, optimizer, steps_per_epoch, None if ema is None else put_back)
     mixed = config.mixup or config.cutmix  # labels are smoothed where they are mixed
     return Parts(
         model=model,
