@@ -95,6 +95,24 @@ def test_the_average_goes_back_with_the_model(tmp_path):
     assert went_back
 
 
+def test_the_average_leaves_the_weights_of_a_ramp_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("autowu.ramp.SHORTEST", 0)
+    monkeypatch.setattr("autowu.ramp._LEAST", 32)
+    options = ["--epochs", "100", "--cooldown-fraction", "0.1", "--model-ema", "--opt", "momentum"]
+    parts, loaders = made(configured(tmp_path, *options))
+    ramped, before = 0, None
+    while parts.autowu.phase in ("warmup", "stable") and not (ramped and before is None):
+        for images, labels in loaders.train:
+            loss = train_step(parts, images, labels)
+            if before is not None:
+                assert_same_weights(parts.ema.module, before)
+                ramped += 1
+            parts.step_scheduler(loss)
+            before = copy.deepcopy(parts.ema.module) if parts.autowu.in_ramp else None
+    assert ramped > 2
+    assert [event.kind for event in parts.autowu.events].count("ramp") == 1
+
+
 @pytest.mark.parametrize("options", [["--amp", "--amp-dtype", "float16"], ["--model-ema", "--model-ema-warmup"]], ids=" ".join)
 def test_a_run_goes_on_with_its_average_and_its_scaler(tmp_path, options):
     config = configured(tmp_path / "run", *options)
