@@ -171,12 +171,14 @@ def overfitting_message(state: State, level: float, best: float, restored: int |
     return f"the held-out loss was {best:.4g} and is {level:.4g}: the peak LR is now {peak}{_back_at(restored)}"
 
 
-def ramp_message(state: State, edge: float | None, factor: float, restored: int | None) -> str:
+def ramp_message(state: State, edge: float | None, risen: bool, factor: float, restored: int | None) -> str:
     """What is said of a ramp, after which the run has `state`, its peak LR raised by a `factor`.
 
-    `edge`: times the peak LR at which the loss rose; None where the ramp was cut short.
+    `edge`: times the peak LR at which the loss had `risen`, or had not; None where the ramp was cut short.
     """
-    found = "was cut short" if edge is None else f"saw the loss rise at {edge:.3g} times the peak LR"
+    found = "was cut short"
+    if edge is not None:
+        found = f"saw the loss rise at {edge:.3g} times it" if risen else f"saw no rise up to {edge:.3g} times it"
     peak = f"it is now {in_words(peak_lrs(state))}" if factor > 1 else f"it stays {in_words(peak_lrs(state))}"
     return f"AutoWU, a second look at the peak LR {found}; {peak}{_back_at(restored)}"
 

@@ -175,9 +175,9 @@ class OpenEnded:
             >>> scheduler.phase
             'warmup'
         """
+        config = rewarmed(self.config, replace(self._state, ramp=None), self.last_epoch, fraction)
         if self._state.ramp is not None and isinstance(self._stage, AfterSwitch):
             self._state = self._stage.end_ramp(self.last_epoch, self._state)
-        config = rewarmed(self.config, self._state, self.last_epoch, fraction)
         self._groups.largest = all_lrs(self.config, self._state, self.last_epoch)  # to go on with where no curve can be fitted
         self._state = State(start_loss=self._state.start_loss, batch=self._state.batch, again=True)
         self._stage = stage_of(config, self._state, self._rooms, self._groups.largest)

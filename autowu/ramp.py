@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from autowu.config import Config
-from autowu.phases import RampPlan, State, peak_lrs, phase_at
+from autowu.phases import RampPlan, State, base_lr, peak_lrs, phase_at
 from autowu.watch import HUGE, IN_A_ROW, STANDARD_ERROR
 
 __all__ = ["MOST_RAMPS", "SPAN", "Ramp", "next_ramp"]
@@ -56,9 +56,9 @@ def next_ramp(config: Config, state: State, step: int) -> RampPlan | None:
     every = max(config.warmup_steps // 2, 2 * whole)
     if step < switch.step + (state.ramps + 1) * every or phase_at(config, state, step) != "stable":
         return None
-    highest = [config.max_lr, *(high for _, high, _ in config.others)]
-    span = min(SPAN, *(high / lr for high, lr in zip(highest, peak_lrs(state), strict=True)))
-    if span < _FAR:
+    highest, peaks = [config.max_lr, *(high for _, high, _ in config.others)], peak_lrs(state)
+    span = min(SPAN, *(high / lr for high, lr in zip(highest, peaks, strict=True)))
+    if span < _FAR or base_lr(config, state, step) < peaks[0]:  # an LR that has fallen is far below its edge
         return None
     return RampPlan(step, math.ceil(whole * math.log(span) / math.log(SPAN)), span)
 
@@ -66,7 +66,7 @@ def next_ramp(config: Config, state: State, step: int) -> RampPlan | None:
 def _asks(config: Config) -> bool:
     """Whether a run looks at its peak again: one that is long, or open, and whose LR nothing else is to change."""
     long = config.total_steps is None or config.total_steps >= SHORTEST
-    return long and config.min_rise > 0 and config.decay_phase_stat is None and not config.immediate_cooldown
+    return long and config.min_rise > 0 and config.decay_phase_factor == 1.0 and not config.immediate_cooldown
 
 
 class Ramp:
@@ -78,13 +78,15 @@ class Ramp:
 
     Attributes:
         edge: times the peak LR at which the loss has risen; that of the end where it did not, None as long as it is not known.
+        risen: whether it has.
     """
 
     def __init__(self, steps: int, span: float, level: float, noise: float) -> None:
         self.steps, self.span, self.level, self.noise = steps, span, level, noise
         self.edge: float | None = None
-        self._seen = self._high = self._silent = self._count = 0
-        self._sum = 0.0
+        self.risen = False
+        self._seen = self._told = self._low = self._high = self._silent = self._count = 0
+        self._sum, self._last = 0.0, math.nan
 
     @property
     def _part(self) -> int:
@@ -99,27 +101,33 @@ class Ramp:
     def _push(self, loss: float) -> None:
         self._seen += 1
         if -HUGE < loss < HUGE:
-            self._silent, self._count, self._sum = 0, self._count + 1, self._sum + loss
+            self._told += loss != self._last
+            self._silent, self._count, self._sum, self._last = 0, self._count + 1, self._sum + loss, loss
         elif loss != -math.inf:
             self._silent += 1
         if self._silent >= IN_A_ROW:
-            self._end(self._seen - IN_A_ROW)
+            self._end(self._seen - IN_A_ROW, risen=True)
         elif self._seen % self._part == 0 and self._count:
             error = math.sqrt(self.noise * (1 / self._count + STANDARD_ERROR**2))
-            self._high = self._high + 1 if self._sum / self._count > self.level + _SURE * error else 0
+            if self._sum / self._count > self.level + _SURE * error:
+                self._high += 1
+            else:
+                self._low, self._high = self._seen, 0
             self._count, self._sum = 0, 0.0
             if self._high == 2:
-                self._end(self._seen - 1.5 * self._part)
+                self._end(self._low + self._part / 2, risen=True)
         if self.edge is None and self._seen >= self.steps:
-            self._end(self.steps)
+            self._end(self.steps, risen=False)
 
-    def _end(self, at: float) -> None:
-        self.edge = float(self.span ** (max(0.0, at) / self.steps))
+    def _end(self, at: float, *, risen: bool) -> None:
+        self.edge, self.risen = float(self.span ** (at / self.steps)), risen
 
     @property
     def factor(self) -> float:
-        """By which the peak LR is to be raised, 1 for not at all."""
-        return 1.0 if self.edge is None or self.edge < _FAR else min(_MOST, self.edge / _WITHIN)
+        """By which the peak LR is to be raised, 1 for not at all. Losses that are missing or passed again are no evidence."""
+        if self.edge is None or self.edge < _FAR or 2 * self._told < self._seen:
+            return 1.0
+        return min(_MOST, self.edge / _WITHIN)
 
     def state_dict(self) -> dict[str, Any]:
         return {name.lstrip("_"): value for name, value in vars(self).items()}
@@ -128,7 +136,6 @@ class Ramp:
     def of(cls, state: Mapping[str, Any]) -> Ramp:
         """The ramp that :meth:`state_dict` was taken of."""
         ramp = cls(*(state[name] for name in ("steps", "span", "level", "noise")))
-        ramp.edge = state["edge"]
-        ramp._seen, ramp._high, ramp._silent, ramp._count = (state[name] for name in ("seen", "high", "silent", "count"))
-        ramp._sum = state["sum"]
+        for name in vars(ramp):
+            setattr(ramp, name, state[name.lstrip("_")])
         return ramp

@@ -38,6 +38,8 @@ class NoRollback:
     """Whether the run can still go back, by all that this rank knows."""
     held: int | None = None
     """Step of the newer copy, None where there is none."""
+    has_model = False
+    """Whether it copies all that training changes, buffers too."""
     _why_lost = "nothing was copied: start again from a checkpoint, without rollback=False"
 
     def __init__(self, live: LiveRun, ranks: Ranks, log: EventLog) -> None:
@@ -172,8 +174,12 @@ class Rollback(NoRollback):
         if sound is not None and self._ranks.all_agree(sound):
             self._survived(step, lambda newer: newer.take(step, level=level))
 
+    @property
+    def has_model(self) -> bool:  # type: ignore[override]
+        return self._live.model is not None
+
     def is_whole(self, step: int) -> bool:
-        own = self.held == step and not self.failed and self._live.model is not None
+        own = self.held == step and not self.failed and self.has_model
         return self._ranks.all_agree(torch.tensor([float(own)], dtype=torch.float64))
 
     def keep_one(self, lr: float = math.inf) -> None:

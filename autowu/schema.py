@@ -326,9 +326,9 @@ def _watch(path: str, value: Any) -> None:
 
 
 _RAMP: Final = _record(
-    dict.fromkeys(("seen", "high", "silent", "count"), _whole(0))
+    dict.fromkeys(("seen", "told", "low", "high", "silent", "count"), _whole(0))
     | {"steps": _whole(1), "span": _plain(between(f"above 1 and at most {SPAN:g}", lambda value: 1 < value <= SPAN))}
-    | {"level": _loss, "noise": _at_least_0, "sum": _number, "edge": optional(_at_least_0)}
+    | {"level": _loss, "noise": _at_least_0, "sum": _number, "last": _number, "risen": _flag, "edge": optional(_at_least_0)}
 )
 
 _COPY: Final = _record(
@@ -465,6 +465,8 @@ def _position_agrees(name: str, state: Mapping[str, Any]) -> None:
         _most(f'{name}["last_epoch"]', taken, latest - 1, "the last step of a warm-up")
     else:
         _most(f'{path}["switch"]["step"]', switch["step"], min(taken, latest), "the steps of warm-up")
+    if (run["ramp"] is not None) != ("ramp" in state["reader"]) or (run["ramp"] is not None and switch is None):
+        raise ValueError(f'{path}["ramp"]={shown(run["ramp"])}: must be there with a switch and {name}["reader"]["ramp"], or not')
     for index, event in enumerate(state["events"]):
         _most(f'{name}["events"][{index}]["step"]', event["step"], taken + 1, "the coming step")
 

@@ -342,11 +342,11 @@ class AfterSwitch:
 
     def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
         """A step that the optimizer did not take changes nothing here, unless the loss is not finite, again and again."""
-        before, reader = state, self.rooms.reader
-        if state.ramp is not None and skipped % IN_A_ROW == 0:  # by an overflow, say
-            return self._steered(step, before, self.end_ramp(step, state)), self
         if skipped % _SKIPPED or not state.watched or not self.rooms.ranks.alone or math.isfinite(float(loss)):
             return state, self
+        before, reader = state, self.rooms.reader
+        if state.ramp is not None:
+            return self._steered(step, before, self.end_ramp(step, state)), self
         reader.follow_skipped(float(loss))
         if reader.watch.silent >= IN_A_ROW:
             state = self.end_watch(state) if self._bears_no_more(state) else self._set_back(step, state)
@@ -387,11 +387,13 @@ class AfterSwitch:
     def _begin_ramp(self, step: int, state: State) -> State:
         """Look at the peak LR again, from a copy, where that is due and the run is well."""
         rooms, plan = self.rooms, next_ramp(self.config, state, step)
-        if plan is None or not rooms.rollback.able:
+        watch = rooms.reader.watch
+        if plan is None or not rooms.rollback.able or rooms.held_out.came or not watch.near_best:
             return state
+        if rooms.ranks.alone and not rooms.rollback.has_model:
+            return replace(state, ramps=MOST_RAMPS)
         rooms.reader.catch_up()
         self._heed_flag()
-        watch = rooms.reader.watch
         if not watch.near_best or watch.on_trial or watch.noise == 0:
             return state
         rooms.rollback.renew(step, watch.level)
@@ -406,12 +408,13 @@ class AfterSwitch:
         assert plan is not None
         # A branch that is forked where its cooldown begins has that in its plan one step later than a full run.
         is_last = step >= plan.begin + plan.steps or phase_at(self.config, state, step - 1) != "stable"
+        is_last = is_last or (rooms.ranks.alone and rooms.rollback.held is None)
         if rooms.reader.follows_at_once(loss, self._losses):
             rooms.reader.follow(step, loss, look=True)
-        else:
-            rooms.reader.read_block(step, self._losses, flag=rooms.rollback.failed, due=is_last)
-        if step % _FOLDED_EVERY == 0:
-            self._losses.fold()
+            if step % _FOLDED_EVERY == 0:
+                self._losses.fold()
+        elif rooms.reader.read_block(step, self._losses, flag=rooms.rollback.failed, due=is_last) is not None:
+            self._losses.fold()  # they have been read
         if rooms.held_out.came:
             rooms.held_out.read()  # which tells of weights that are not to stay
         ramp = rooms.reader.ramp
@@ -423,12 +426,17 @@ class AfterSwitch:
         rooms.reader.catch_up()
         ramp, restored = rooms.reader.ramp, rooms.rollback.put_back(step)
         rooms.reader.end_ramp(step)
-        edge, factor = (None, 1.0) if ramp is None else (ramp.edge, ramp.factor)
-        after = replace(state, ramp=None, raised=state.raised * factor, ramps=state.ramps if factor > 1 else MOST_RAMPS)
-        rooms.log.tell("ramp", step, ramp_message(after, edge, factor, None if restored is None else restored.step))
-        if restored is None and rooms.rollback.lost(step):
-            return self.end_watch(after)
-        return after
+        edge, risen, factor = (None, False, 1.0) if ramp is None else (ramp.edge, ramp.risen, ramp.factor)
+        if restored is None:  # it may not bear what it has been through
+            factor = 1.0
+        is_right = factor == 1 and edge is not None
+        after = replace(state, ramp=None, raised=state.raised * factor, ramps=MOST_RAMPS if is_right else state.ramps)
+        back_at = None if restored is None else restored.step
+        rooms.log.tell("ramp", step, ramp_message(after, edge, risen, factor, back_at))
+        if restored is not None:
+            return after
+        rooms.log.warn_once("snapshot", step, "the copy of before a ramp is not there: the weights stay those of its high LRs")
+        return self.end_watch(after) if rooms.rollback.lost(step) else after
 
     def _read(self, step: int, loss: float | Tensor) -> int | None:
         """Have the watch follow the loss; the step of the look before, None where it has not followed any."""

@@ -198,12 +198,8 @@ def build_parts(config: TrainConfig, process: Process, model: nn.Module, steps_p
     optimizer = build_optimizer(config, model)
     if config.log_layers is not None:
         check_layer_log(config, optimizer)
-
-    def put_back(step: int) -> None:
-        if not (isinstance(scheduler, AutoWU) and scheduler.in_ramp):  # of which the average has seen nothing
-            ema.set(model)  # an average of what was undone is undone
-
-    scheduler = build_scheduler(config, model, optimizer, steps_per_epoch, None if ema is None else put_back)
+    put_back = None if ema is None else lambda step: _undo(ema, model, scheduler)
+    scheduler = build_scheduler(config, model, optimizer, steps_per_epoch, put_back)
     mixed = config.mixup or config.cutmix  # labels are smoothed where they are mixed
     return Parts(
         model=model,
@@ -221,6 +217,12 @@ def build_parts(config: TrainConfig, process: Process, model: nn.Module, steps_p
         ema=ema,
         fsdp=config.fsdp,
     )
+
+
+def _undo(ema: Any, model: nn.Module, scheduler: Any) -> None:
+    """An average of what was undone is undone; of a ramp it has seen nothing."""
+    if not scheduler.in_ramp:
+        ema.set(model)
 
 
 def _average(config: TrainConfig, model: nn.Module) -> Any:

@@ -163,7 +163,8 @@ class Checkpoints:
 
     def _of_all_processes(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """The schedulers' states by rank. The copies of the model are alike: each keeps its own, none travels."""
-        if self._config.small_checkpoints and "snapshot" in state:
+        in_ramp = self._parts.autowu is not None and self._parts.autowu.in_ramp  # whose weights only a copy mends
+        if self._config.small_checkpoints and "snapshot" in state and not in_ramp:
             state = state | {"snapshot": None}
         if self._config.fsdp or "snapshot" not in state:
             return self._of_each(state)
