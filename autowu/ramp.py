@@ -33,7 +33,7 @@ _PARTS: Final = 16
 """Of these steps, whose mean losses are looked at."""
 _SURE: Final = 3.0
 """Standard errors by which the losses of two parts in a row must lie above the level before."""
-_FAR: Final = 6.5
+_FAR: Final = 10.0
 """Times the peak LR, below which an edge is where it is expected."""
 _WITHIN: Final = 5.0
 """The edge over the peak LR that it leads to: as much as is usual, so that a peak that is raised is none too high."""

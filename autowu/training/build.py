@@ -199,7 +199,7 @@ def build_parts(config: TrainConfig, process: Process, model: nn.Module, steps_p
     if config.log_layers is not None:
         check_layer_log(config, optimizer)
     put_back = None if ema is None else lambda step: _undo(ema, model, scheduler)
-    scheduler = build_scheduler(config, model, optimizer, steps_per_epoch, put_back)
+    scheduler: Any = build_scheduler(config, model, optimizer, steps_per_epoch, put_back)
     mixed = config.mixup or config.cutmix  # labels are smoothed where they are mixed
     return Parts(
         model=model,
