@@ -44,6 +44,20 @@ def test_the_page_of_open_ends_has_the_measured_table(benchmark):
     assert all(table in (ROOT / "docs" / "horizon.md").read_text() for table in tables)
 
 
+def test_the_table_of_the_second_look_is_the_measured_one(benchmark):
+    second_look = benchmark("second_look")
+    table = second_look.report(second_look.read(second_look.RESULTS))
+    assert table.count("\n") == 1 + len(second_look.SHARES)
+    assert table in (ROOT / "docs" / "decision.md").read_text()
+
+
+def test_a_run_of_the_second_look_has_ramps_or_not(benchmark):
+    second_look = benchmark("second_look")
+    without, looked = (second_look.run("mlp sgd 32 2000", 0, 0.0625, ramps) for ramps in (False, True))
+    assert without["ramps"] == 0 < looked["ramps"]
+    assert without["lr"] == looked["lr"]
+
+
 def test_the_table_of_the_language_model_is_the_measured_one(benchmark):
     smollm2 = benchmark("smollm2")
     head, *rows = [json.loads(line) for line in smollm2.RESULTS.read_text().splitlines()]
