@@ -38,4 +38,5 @@ def main(folder):
     dist.destroy_process_group()
 
 
-main(Path(sys.argv[1]))
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
