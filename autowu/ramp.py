@@ -48,10 +48,8 @@ def next_ramp(config: Config, state: State, step: int) -> RampPlan | None:
     are one run until then; it ends a ramp. None has the LR grow above `max_lr`, and there is none in a run whose peak was lowered:
     what is too high is known there.
     """
-    switch = state.switch  # what is asked first is so in most steps
-    if step >= config.cooldown_from or state.ramps >= MOST_RAMPS or switch is None or not _asks(config):
-        return None
-    if state.setbacks or state.plateau_factor < 1:
+    switch = state.switch
+    if switch is None or state.ramps >= MOST_RAMPS or not _asks(config) or state.setbacks or state.plateau_factor < 1:
         return None
     total = config.total_steps or 0
     whole = max(_LEAST, round(min(_SHARE * total, _ROOT * math.sqrt(total))))

@@ -382,7 +382,8 @@ class AfterSwitch:
         on_probation = self._back_at is not None and step < self._back_at + _PROBATION
         if copy_is_due and reader.watch.near_best and not reader.watch.doubt and not on_probation:
             rollback.renew(step, reader.watch.level)
-        return self._begin_ramp(step, state) if since // BLOCK < step // BLOCK else state
+        may_ramp = since // BLOCK < step // BLOCK and step < self.config.cooldown_from and state.ramps < MOST_RAMPS
+        return self._begin_ramp(step, state) if may_ramp else state
 
     def _begin_ramp(self, step: int, state: State) -> State:
         """Look at the peak LR again, from a copy, where that is due and the run is well."""
