@@ -141,9 +141,9 @@ def test_a_peak_that_was_too_high_is_not_looked_at_again(changed):
         {"immediate_cooldown": True},
         {"steps_per_epoch": 60, "total_epochs": 50, "total_steps": None, "decay_phase_stat": "loss", "decay_phase_factor": 0.5},
         {"steps_per_epoch": 60, "total_epochs": 50, "total_steps": None, "decay_phase_factor": 0.9},
-        {"min_rise": 0.0},
-        {"rollback": False},
-        {"watch": False},
+        pytest.param({"min_rise": 0.0}, marks=pytest.mark.slow),
+        pytest.param({"rollback": False}, marks=pytest.mark.slow),
+        pytest.param({"watch": False}, marks=pytest.mark.slow),
         {"model": None},
         {"max_lr": 0.02},
     ],
@@ -274,7 +274,7 @@ def test_the_figure_knows_the_lrs_of_ramps(low):
 
 
 @pytest.mark.parametrize("path", ["host", "blocks"])
-@pytest.mark.parametrize("into", [0, 7, 25])
+@pytest.mark.parametrize("into", [pytest.param(0, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow), 25])
 def test_a_run_that_is_cut_in_a_ramp_goes_on_bit_for_bit(into, path, request):
     if path == "blocks":
         request.getfixturevalue("in_blocks")
