@@ -430,6 +430,18 @@ def test_a_state_of_mid_ramp_without_its_copy_says_so_and_raises_nothing():
     assert again.optimizer.param_groups[0]["lr"] == again.scheduler.switch.lr
 
 
+def test_a_ramp_whose_copy_is_lost_raises_nothing_whatever_it_found():
+    run = Run(peak_factor=LOW)
+    run.into_ramp()
+    ramp = run.scheduler._rooms.reader.ramp
+    ramp.follow(valley(math.inf) * 1e-6)  # far below the level before
+    assert ramp.factor == 4
+    run.scheduler._rooms.rollback.free()
+    run.step()
+    assert not run.scheduler.in_ramp
+    assert run.scheduler._state.raised == 1
+
+
 def test_a_state_with_half_of_a_ramp_is_refused():
     run = Run(peak_factor=LOW)
     run.into_ramp()
