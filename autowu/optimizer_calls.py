@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -187,4 +188,5 @@ class _Calls:
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.number += 1
-        optimizer._opt_called = True  # type: ignore[attr-defined]
+        if not torch.compiler.is_compiling():  # torch 2.11 cannot trace it, and the number says as much
+            optimizer._opt_called = True  # type: ignore[attr-defined]

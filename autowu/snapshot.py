@@ -142,18 +142,20 @@ class Snapshot:
             if key[0] in ("state", "group"):
                 before.setdefault(key[:3], {})[key[3]] = value
         optimizers, ours = self.live.optimizers(), {id(p): label for label, p in fitting.items()}
+        on_device = [{id(p) for g in o.param_groups if _counts_on_device(g) for p in g["params"]} for o in optimizers]
         for (kind, level, where), parameter, holder in list(self.live.holders()):
             if kind == "group" and (held := before.get((kind, level, where))) is not None:
-                _restore_holder(holder, held, self.live.place, pairs)
+                _restore_holder(holder, held, self.live.place, pairs, _counts_on_device(holder))
             elif parameter is not None and id(parameter) in ours:
                 held = before.pop((kind, level, ours[id(parameter)]), None)
                 if held is None:
                     del optimizers[level].state[parameter]
                 else:
-                    _restore_holder(holder, held, parameter.device, pairs)
+                    _restore_holder(holder, held, parameter.device, pairs, id(parameter) in on_device[level])
         for (kind, level, where), held in before.items():  # what the optimizer has dropped since
             if kind == "state" and where in fitting and level < len(optimizers):
-                _restore_holder(optimizers[level].state.setdefault(fitting[where], {}), held, fitting[where].device, pairs)
+                parameter, holder = fitting[where], optimizers[level].state.setdefault(fitting[where], {})
+                _restore_holder(holder, held, parameter.device, pairs, id(parameter) in on_device[level])
 
     def free(self) -> None:
         """Give the memory back."""
@@ -163,6 +165,8 @@ class Snapshot:
         """The copy itself, on the host; None where there is none."""
         if self.step is None:
             return None
+        if any(tensor.is_pinned() for tensor in self._copies.values()):  # the device may still be writing them
+            torch.cuda.synchronize(self.live.place)
         tensors = {key: tensor.to("cpu", copy=True) for key, tensor in self._copies.items()}
         return {"step": self.step, "lr": self.lr, "level": self.level, "tensors": tensors, "rest": copy.deepcopy(self._rest)}
 
@@ -220,10 +224,18 @@ def _fits(tensor: Tensor | None, kept: Tensor) -> bool:
     return tensor is not None and local(tensor).shape == kept.shape
 
 
+def _counts_on_device(group: dict[str, Any]) -> bool:
+    """Whether torch's optimizers count the steps of a group where its parameters are, see ``Optimizer.load_state_dict``."""
+    return bool(group.get("capturable") or group.get("fused"))
+
+
 def _restore_holder(
-    holder: dict[str, Any], before: dict[str, Any], device: torch.device, pairs: list[tuple[Tensor, Tensor]]
+    holder: dict[str, Any], before: dict[str, Any], device: torch.device, pairs: list[tuple[Tensor, Tensor]], counts_there: bool
 ) -> None:
-    """Bring a dictionary of the optimizer back to what it held `before`; tensors with `pairs` where the same one is still there."""
+    """Bring a dictionary of the optimizer back to what it held `before`; tensors with `pairs` where the same one is still there.
+
+    What has to be made anew is put on `device`: numbers only if the optimizer `counts_there`, or the copy was made of one there.
+    """
     for name in [name for name in holder if name not in before and is_kept(name)]:
         del holder[name]
     for name, value in before.items():
@@ -232,8 +244,9 @@ def _restore_holder(
             holder[name] = copy.deepcopy(value)
         elif isinstance(now, Tensor) and _fits(now, value):
             pairs.append((local(now), value))
-        else:  # a counter is kept on the host
-            holder[name] = value.to(device if value.ndim else "cpu", copy=True)
+        else:
+            there = value.ndim or counts_there or value.is_cuda or value.is_pinned()
+            holder[name] = value.to(device if there else "cpu", copy=True)
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

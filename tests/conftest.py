@@ -29,6 +29,9 @@ def pytest_configure(config):
     config.option.loadscopereorder = False  # xdist's own order, by the number of tests, has the longest files last
     # Raised by torch when linear_operator, on which gpytorch stands, or torch's own compiler is imported.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning")
+    # Where there is a GPU: of tests that look for waits, and of those that stay on the CPU.
+    config.addinivalue_line("filterwarnings", "ignore:Synchronization debug mode is a prototype feature:UserWarning")
+    config.addinivalue_line("filterwarnings", "ignore:GPU available but not used:UserWarning")
 
 
 LONG = ("train", "benchmarks", "distributed", "accelerate", "lightning", "transformers", "optim_device", "optim_sharded", "pytorch")

@@ -13,7 +13,7 @@ from torch import nn
 
 from autowu import AutoWU
 from autowu.live import LiveRun
-from autowu.optim import LARS
+from autowu.optim import LAMB, LARS, TVLARS, Muon
 from autowu.snapshot import Snapshot, free_memory
 
 OPTIMIZERS = {
@@ -372,8 +372,10 @@ def test_a_copy_of_a_wrapped_model_fits_the_bare_one(saved, loaded):
     snapshot = Snapshot(LiveRun(other.optimizer, loaded(other.model) if loaded else other.model))
     snapshot.load_state_dict(copy.deepcopy(taken.state_dict()))
     assert snapshot.restore() == []
-    assert_equal(other.tensors(), run.tensors())
-    torch.testing.assert_close(other.optimizer.state_dict()["state"], run.optimizer.state_dict()["state"], rtol=0, atol=0)
+    # DataParallel moves a model to the GPU, if there is one.
+    torch.testing.assert_close(other.tensors(), run.tensors(), rtol=0, atol=0, check_device=False)
+    states = other.optimizer.state_dict()["state"], run.optimizer.state_dict()["state"]
+    torch.testing.assert_close(*states, rtol=0, atol=0, check_device=False)
 
 
 def test_with_the_model_a_loaded_copy_goes_by_name_not_by_place():
@@ -418,6 +420,36 @@ def test_the_memory_of_the_host_is_known():
     assert 1e8 < free_memory(torch.device("cpu")) < 1e14
 
 
+ON_A_GPU = {
+    **{name: OPTIMIZERS[name] for name in ("sgd", "adamw", "adamw fused", "lars", "lamb", "sam", "lookahead")},
+    "adamw capturable": lambda p: torch.optim.AdamW(p, lr=0.01, capturable=True),
+    "LAMB": lambda p: LAMB(p, lr=0.01),
+    "TVLARS": lambda p: TVLARS(p, lr=0.1),
+    "Muon": lambda p: Muon([{"params": [q for q in p if q.ndim == 2]}], lr=0.02),
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize("way", ["beside", "on the host", "loaded"])
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_a_run_on_a_gpu_goes_on_as_it_did(name, way, cleared):
+    run = Training(ON_A_GPU["sgd"])
+    run.model.cuda()
+    run.inputs, run.targets = ([t.cuda() for t in ts] for ts in (run.inputs, run.targets))
+    run.optimizer = ON_A_GPU[name](run.model.parameters())
+    run.steps(0, 3)
+    snapshot = Snapshot(LiveRun(run.optimizer, run.model), torch.device("cpu") if way == "on the host" else None)
+    snapshot.take(3)
+    expected = run.steps(3, 9).tensors()
+    if way == "loaded":
+        snapshot.load_state_dict(copy.deepcopy(snapshot.state_dict()))
+    if cleared:
+        run.optimizer.state.clear()
+    assert snapshot.restore() == []
+    assert_equal(run.steps(3, 9).tensors(), expected)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_copy_in_host_memory_is_pinned():
     run = Training(OPTIMIZERS["adamw"])
@@ -428,9 +460,26 @@ def test_a_copy_in_host_memory_is_pinned():
     snapshot = Snapshot(LiveRun(run.optimizer, run.model), torch.device("cpu"))
     snapshot.take(3)
     expected = run.steps(3, 9).tensors()
-    assert all(t.is_pinned() for t in snapshot._copies.values())
+    originals = LiveRun(run.optimizer, run.model).look().tensors  # AdamW's counters are on the host themselves
+    assert {key for key, t in snapshot._copies.items() if t.is_pinned()} == {key for key, t in originals.items() if t.is_cuda}
     snapshot.restore()
     assert_equal(run.steps(3, 9).tensors(), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_copy_on_its_way_to_host_memory_is_waited_for_where_it_is_saved():
+    model = nn.Linear(4096, 4096, device="cuda")
+    snapshot = Snapshot(LiveRun(torch.optim.SGD(model.parameters(), lr=0.1), model), torch.device("cpu"))
+    snapshot.take(0)
+    busy = torch.randn(8192, 8192, device="cuda")
+    for step in range(1, 4):
+        with torch.no_grad():
+            model.weight.fill_(step)
+        for _ in range(20):
+            busy = torch.nn.functional.normalize(busy @ busy)  # the device has more to do when the copy is asked for
+        snapshot.take(step)
+        saved = snapshot.state_dict()["tensors"]["parameter", "weight"]
+        assert (saved == step).all()
 
 
 # ---------------------------------------------------------------- in AutoWU
