@@ -269,7 +269,7 @@ def test_nothing_synchronises_with_a_gpu():
     assert history.device.type == "cuda"
     expected = filled([1.0, *losses.tolist(), 0.5], max_points=64)
     torch.testing.assert_close(history.curve(4000).sums.cpu(), expected.curve(4000).sums)
-    assert_same_curve(saved_and_loaded(history).curve(4000), history.curve(4000))
+    assert_same_curve(saved_and_loaded(history).curve(4000), history.curve(4000).to(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("folds", [(), (1,), (2, 5)])

