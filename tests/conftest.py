@@ -28,7 +28,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a variant of what a quick test holds as well; run with --slow")
     config.option.loadscopereorder = False  # xdist's own order, by the number of tests, has the longest files last
     # Raised by torch when linear_operator, on which gpytorch stands, or torch's own compiler is imported.
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script(_method)?` is deprecated")  # of two categories
     # Where there is a GPU: of tests that look for waits, and of those that stay on the CPU.
     config.addinivalue_line("filterwarnings", "ignore:Synchronization debug mode is a prototype feature:UserWarning")
     config.addinivalue_line("filterwarnings", "ignore:GPU available but not used:UserWarning")

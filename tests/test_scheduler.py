@@ -1004,7 +1004,7 @@ def test_steps_without_a_test_never_wait_for_the_device():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_decisions_are_the_same_on_the_device():
-    curve = v_curve(600, lowest=150)
+    curve = v_curve(600, lowest=90)
     on_host, on_device, moved = (AutoWU(sgd(), total_steps=600, device=d) for d in (None, None, "cuda"))
     expected = advance(on_host, curve)
     lrs = advance(on_device, torch.from_numpy(curve).cuda()), advance(moved, curve)
