@@ -16,6 +16,7 @@ MISSING = -math.inf
 """Stands for a loss that did not come; left out as those that are not finite are, but no sign that the run has blown up."""
 
 _STAGE = 1024
+_MOST_SLOTS = 16_384
 
 
 class LossHistory:
@@ -49,6 +50,8 @@ class LossHistory:
 
     def _stage_in(self, room: Tensor) -> None:
         self._staged, self._room = room, len(room)
+        # On a device an index costs a quarter of the copy, but so many views take their time.
+        self._slots = () if room.is_cpu or len(room) > _MOST_SLOTS else room.unbind()
         # A view of memory assigns a number many times faster than torch does.
         self._array: Any = room.numpy().data if room.is_cpu else None
         self.on_host = room.is_cpu
@@ -73,10 +76,11 @@ class LossHistory:
         """Put a loss that is a tensor, or that goes where one was, without a synchronisation."""
         if isinstance(loss, Tensor) and not loss.is_cpu and self._array is not None:
             self._move(loss.device)
+        room = self._slots[slot] if self._slots else self._staged[slot]
         if isinstance(loss, Tensor):
-            self._staged[slot].copy_(loss.detach().view(()))
+            room.copy_(loss.detach() if loss.ndim == 0 else loss.detach().view(()))
         else:
-            self._staged[slot].fill_(loss)
+            room.fill_(loss)
 
     @property
     def staged(self) -> Tensor:
@@ -162,7 +166,7 @@ class LossHistory:
         self._stage_in(staged)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_array", "_room")}
+        return {name: value for name, value in vars(self).items() if name not in ("_array", "_room", "_slots")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

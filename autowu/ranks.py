@@ -118,8 +118,6 @@ class Ranks:
         A mean is over the finite losses; where there is none, NaN, or MISSING if no rank had a loss at all.
         """
         raised = losses.new_full((1,), float(flag))
-        if self.alone:
-            return torch.cat([losses, raised])
         packed = self.sum(torch.cat([*_summands(losses), raised]))
         return torch.cat([_means(packed[:-1].view(3, len(losses))), packed[-1:]])
 

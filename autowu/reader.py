@@ -24,10 +24,11 @@ __all__ = ["LateRead", "Reader"]
 
 
 class LateRead:
-    """A tensor on its way to the host; by the time it is wanted it has arrived, and nothing waits."""
+    """A tensor on its way to the host, and numbers there that go with it; by the time it is wanted it has arrived."""
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, *more: float) -> None:
         self._event: torch.cuda.Event | None = None
+        self._more = more
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
@@ -37,11 +38,10 @@ class LateRead:
             self._values = values.to("cpu", copy=True)
 
     def get(self) -> list[float]:
-        """The values."""
+        """The values, and the numbers after them."""
         if self._event is not None:
             self._event.synchronize()
-        values: list[float] = self._values.tolist()
-        return values
+        return [*self._values.tolist(), *self._more]
 
     def __reduce__(self) -> tuple[type[LateRead], tuple[Tensor]]:
         return LateRead, (torch.tensor(self.get(), dtype=self._values.dtype),)
@@ -105,8 +105,9 @@ class Reader:
             self.catch_up()
         if step - self._looked_at < BLOCK and not due:
             return None
-        block = self._ranks.average(losses.staged[self._looked_at - step :], flag)
-        before, self._pending = self._pending, LateRead(block)
+        own = losses.staged[self._looked_at - step :]
+        block = LateRead(own, float(flag)) if self._ranks.alone else LateRead(self._ranks.average(own, flag))
+        before, self._pending = self._pending, block
         self._follow(before)
         since, self._looked_at = self._looked_at, step
         return since

@@ -68,7 +68,7 @@ _COPIES: Final = 200
 _POINTS: Final = 1024
 """Points that the losses since the switch are kept as."""
 _FOLDED_EVERY: Final = 512
-"""Steps, where the watch follows at once: what is staged must outlast a block, should it be read in blocks from now on."""
+"""Steps: what is staged must outlast a block, should it be read in blocks from now on."""
 _SPACING: Final = 2.0
 """On `peak_factor`, the share of the LR between two copies of a warm-up: so far past the minimum the edge lies in the mean."""
 _PROBATION: Final = 40
@@ -201,7 +201,8 @@ class WarmUp:
             return self._leave(after, " (warm-up at its limit)", self._go_back_if_past(step, _switch(after)))
         self.rooms.judge.prepare(self.config, after, step)
         nothing_known = self.rooms.judge.last is None or (self.rooms.rollback.able and self.rooms.rollback.held is None)
-        if all_sound and (nothing_known or falls(found)):
+        # A loss that has leapt up and falls again has not come back: what it was before is worth more.
+        if all_sound and (nothing_known or (falls(found) and self.rooms.reader.watch.at_best)):
             self._copy(step)
         return after, self
 
@@ -414,8 +415,8 @@ class AfterSwitch:
             rooms.reader.follow(step, loss, look=True)
             if step % _FOLDED_EVERY == 0:
                 self._losses.fold()
-        elif rooms.reader.read_block(step, self._losses, flag=rooms.rollback.failed, due=is_last) is not None:
-            self._losses.fold()  # they have been read
+        elif (since := rooms.reader.read_block(step, self._losses, flag=rooms.rollback.failed, due=is_last)) is not None:
+            self._fold_read(step, since)
         if rooms.held_out.came:
             rooms.held_out.read()  # which tells of weights that are not to stay
         ramp = rooms.reader.ramp
@@ -453,9 +454,14 @@ class AfterSwitch:
             return reader.follow(step, loss, look=look)
         since = reader.read_block(step, self._losses, flag=rollback.failed)
         if since is not None:
-            self._losses.fold()  # they have been read
+            self._fold_read(step, since)
             self._heed_flag()
         return since
+
+    def _fold_read(self, step: int, since: int) -> None:
+        """Fold the losses now and then, for on a GPU it costs as much as twenty steps; those that were read can go."""
+        if since // _FOLDED_EVERY < step // _FOLDED_EVERY:
+            self._losses.fold()
 
     def _heed_flag(self) -> None:
         if self.rooms.reader.flagged:

@@ -367,6 +367,11 @@ class LossWatch:
         return self.silent == self.high == 0 and self._lost <= max(NEAR * self.progress, self._error(NEAR_SURE))
 
     @property
+    def at_best(self) -> bool:
+        """Whether the loss is as low as ever, but for 4 standard errors."""
+        return self._lost <= self._error(NEAR_SURE)
+
+    @property
     def _lost(self) -> float:
         return self.mean - self.best if self.count >= _START else 0.0
 

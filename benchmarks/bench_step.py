@@ -53,7 +53,7 @@ class Floor(LRScheduler):
 
 
 def in_warmup(optimizer: torch.optim.Optimizer) -> AutoWU:
-    return AutoWU(optimizer, total_steps=TOTAL, test_interval=TOTAL)
+    return AutoWU(optimizer, total_steps=TOTAL, test_interval=10 * CALLS)
 
 
 def in_cooldown(optimizer: torch.optim.Optimizer) -> AutoWU:

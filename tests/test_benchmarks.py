@@ -60,7 +60,7 @@ def test_a_run_of_the_second_look_has_ramps_or_not(benchmark):
 
 def test_the_table_of_the_language_model_is_the_measured_one(benchmark):
     smollm2 = benchmark("smollm2")
-    head, *rows = [json.loads(line) for line in smollm2.RESULTS.read_text().splitlines()]
+    head, *rows = [json.loads(line) for line in smollm2.SETTINGS["cpu"].results.read_text().splitlines()]
     ran = [(row["case"], row["method"], row["lr"], row["seed"]) for row in rows]
     assert len(set(ran)) == len(ran)
     assert set(ran) <= set(smollm2.wanted([*smollm2.CASES], [*smollm2.SEEDS]))
@@ -84,7 +84,7 @@ def test_fine_tuning_of_norms_is_measured_once_and_leaves_the_pretrained_model_a
     model, tokens = LlamaForCausalLM(LlamaConfig(**sizes)), torch.randint(4, (80, 8))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     monkeypatch.setattr(smollm2, "pretrained", lambda: (model, None))
-    monkeypatch.setattr(smollm2, "text", lambda: (tokens, tokens[:4]))
+    monkeypatch.setattr(smollm2, "text", lambda _: (tokens, tokens[:4]))
     monkeypatch.setattr(smollm2, "STEPS", 40)
 
     def command(*options):

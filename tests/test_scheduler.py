@@ -1030,3 +1030,26 @@ def test_a_warm_up_of_a_dozen_steps_goes_back_too(read):
     # Copies are held of steps 5 and 6, the last with a loss no higher than the mean so far; the LR of step 6 is above the peak.
     assert weight.item() == 5
     assert f"model and optimizer are back at step {weight.item():.0f}" in scheduler.events[-1].message
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("lowest", "leap", "falls_for", "leaps_in", "end"), [(0.01, 0.2, 170, 5, 0.02), (0.02, 0.15, 200, 4, 0.025)]
+)
+def test_a_loss_that_leaps_up_and_falls_again_is_no_reason_to_copy(lowest, leap, falls_for, leaps_in, end, seed):
+    """What the warm-up has spoilt may learn again, at LRs that are too high by then: the copies of before are worth more."""
+    half = falls_for // 2
+    falling = [*np.linspace(1, 0.3, half), *np.geomspace(0.3, lowest, falls_for - half)]
+    again = [*np.geomspace(lowest, leap, leaps_in)[1:], *np.geomspace(leap, end, 60), *np.geomspace(end, 50, 40)]
+    noise = np.exp(0.2 * np.random.default_rng(seed).normal(size=len(falling + again)))
+    weight = torch.nn.Parameter(torch.zeros(1))
+    scheduler = AutoWU(torch.optim.SGD([weight], lr=0.1), total_steps=1200, model=torch.nn.ParameterList([weight]))
+    for step, loss in enumerate(np.array(falling + again) * noise, 1):
+        with torch.no_grad():
+            weight.fill_(step)
+        scheduler.optimizer.step()
+        scheduler.step(float(loss))
+        if scheduler.switch is not None:
+            break
+    assert scheduler.switch.minimum > falls_for + leaps_in  # where the fit sees it
+    assert falls_for / 2 < weight.item() <= falls_for
