@@ -150,15 +150,18 @@ class LiveRun:
 
         An attention mask is a buffer with infinities.
         """
-        tensors = {key: _normed(t) for key, t in self.look().tensors.items() if _is_inexact(t) and t.numel() > 0}
-        if not tensors:  # a shard may be empty
+        alike: dict[tuple[Any, ...], list[Tensor]] = {}  # of which many take one kernel
+        for key, tensor in self.look().tensors.items():
+            if _is_inexact(tensor) and tensor.numel() > 0:
+                alike.setdefault((tensor.device, tensor.dtype, key[0] == "buffer"), []).append(_normed(tensor))
+        if not alike:  # a shard may be empty
             return torch.ones(1, dtype=torch.float64, device=self.place)
-        device = next(iter(tensors.values())).device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        norms = torch._foreach_norm(list(tensors.values()), math.inf)
-        is_buffer = torch.tensor([key[0] == "buffer" for key in tensors]).to(device, non_blocking=True)
-        largest = torch.stack([norm.to(device, dtype) for norm in norms])
-        return (largest.isfinite() | (is_buffer & ~largest.isnan())).all().to(dtype)[None]
+        device, *_ = next(iter(alike))
+        sound = []
+        for (_, _, is_buffer), tensors in alike.items():
+            largest = torch.stack(torch._foreach_norm(tensors, math.inf))
+            sound.append((~largest.isnan() if is_buffer else largest.isfinite()).all().to(device, non_blocking=True))
+        return torch.stack(sound).all().to(torch.float32 if device.type == "mps" else torch.float64)[None]
 
     @property
     def place(self) -> torch.device:

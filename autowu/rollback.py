@@ -52,6 +52,9 @@ class NoRollback:
     def take(self, step: int, lr: float, level: float, share: float) -> None:
         """In the warm-up: copy the run, over the older copy, if a `share` of the LR is no less than the LR of the newer."""
 
+    def pass_by(self, lr: float, share: float) -> None:
+        """In the warm-up, in place of :meth:`take`: the run is not worth a copy, and has been better when the newer was made."""
+
     def renew(self, step: int, level: float) -> None:
         """After the switch: copy the run over the newer copy, if it is sound on all ranks."""
 
@@ -60,7 +63,7 @@ class NoRollback:
         return False
 
     def keep_one(self, lr: float = math.inf) -> None:
-        """Keep the newer of the copies that was made at no more than `lr`, else the older; free the other."""
+        """Keep the newer copy, if it was made at no more than `lr` or has been passed by, else the older; free the other."""
 
     def keep_best(self, step: int, level: float) -> None:
         """After the switch: copy the run over the older copy, as the best by held-out losses, if it is sound on all ranks."""
@@ -140,6 +143,7 @@ class Rollback(NoRollback):
         super().__init__(live, ranks, log)
         self._newer, self._older = (Snapshot(live, device) for _ in range(2))
         self._on_rollback = on_rollback
+        self._passed_by = False  # whether a copy was due since the newer was made, of a run that had been better then
         self.able = True
         _claim(self)
         log.say(self._describe())
@@ -165,7 +169,11 @@ class Rollback(NoRollback):
     def take(self, step: int, lr: float, level: float, share: float) -> None:
         if self._newer.step is None or lr * share >= self._newer.lr:
             self._newer, self._older = self._older, self._newer
+            self._passed_by = False
             self._survived(step, lambda newer: newer.take(step, lr, level))
+
+    def pass_by(self, lr: float, share: float) -> None:
+        self._passed_by = self._passed_by or (self._newer.step is not None and lr * share >= self._newer.lr)
 
     def renew(self, step: int, level: float) -> None:
         if not self.able:
@@ -183,8 +191,9 @@ class Rollback(NoRollback):
         return self._ranks.all_agree(torch.tensor([float(own)], dtype=torch.float64))
 
     def keep_one(self, lr: float = math.inf) -> None:
-        if self._newer.step is not None and self._newer.lr > lr and self._older.step is not None:
+        if self._newer.step is not None and self._newer.lr > lr and self._older.step is not None and not self._passed_by:
             self._newer, self._older = self._older, self._newer
+        self._passed_by = False
         self._older.free()
 
     def keep_best(self, step: int, level: float) -> None:
@@ -247,6 +256,7 @@ class Rollback(NoRollback):
 
     def free(self) -> None:
         _CLAIMED.discard(self)
+        self._passed_by = False
         self._newer.free()
         self._older.free()
 
@@ -258,13 +268,15 @@ class Rollback(NoRollback):
     def state_dict(self) -> dict[str, Any] | None:
         if not self.able or self._newer.step is self._older.step is None:
             return None
-        return {"newer": self._newer.state_dict(), "older": self._older.state_dict()}
+        passed_by = {"passed_by": True} if self._passed_by else {}
+        return {"newer": self._newer.state_dict(), "older": self._older.state_dict(), **passed_by}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         self._live.begin()
         newer, older = (None, None) if state is None else (state["newer"], state["older"])
         self._newer.load_state_dict(newer)
         self._older.load_state_dict(older)
+        self._passed_by = state is not None and state.get("passed_by", False)
 
     def _survived(self, step: int, act: Callable[[Snapshot], _T]) -> _T | None:
         """`act` on the newer copy, if there still are any; None where that fails."""

@@ -419,7 +419,7 @@ _TABLE: Final = _record(
                 "budget": _BUDGET,
             }
         ),
-        "snapshot": optional(_record({"newer": optional(_COPY), "older": optional(_COPY)}, more=True)),
+        "snapshot": optional(_record({"newer": optional(_COPY), "older": optional(_COPY)}, may={"passed_by": _flag}, more=True)),
     },
     more=True,  # those of a class that derives from the scheduler
 )

@@ -250,5 +250,10 @@ def _restore_holder(
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources, non_blocking=True)
+    alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}  # of which many take one kernel
+    for target, source in zip(targets, sources, strict=True):
+        key = target.device, target.dtype, source.device, source.dtype
+        for tensors, one in zip(alike.setdefault(key, ([], [])), (target, source), strict=True):
+            tensors.append(one)
+    for pair in alike.values():
+        torch._foreach_copy_(*pair, non_blocking=True)

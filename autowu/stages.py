@@ -201,9 +201,8 @@ class WarmUp:
             return self._leave(after, " (warm-up at its limit)", self._go_back_if_past(step, _switch(after)))
         self.rooms.judge.prepare(self.config, after, step)
         nothing_known = self.rooms.judge.last is None or (self.rooms.rollback.able and self.rooms.rollback.held is None)
-        # A loss that has leapt up and falls again has not come back: what it was before is worth more.
-        if all_sound and (nothing_known or (falls(found) and self.rooms.reader.watch.at_best)):
-            self._copy(step)
+        if all_sound and (nothing_known or falls(found)):
+            self._copy(step, worth=nothing_known or self.rooms.reader.watch.at_best)
         return after, self
 
     def _verdict(self, step: int, state: State) -> tuple[Verdict | None, bool]:
@@ -224,12 +223,16 @@ class WarmUp:
         if sound is not None and bool(sound) and bool(MISSING < history.staged[-1] <= history.mean()):
             self._copy(step)
 
-    def _copy(self, step: int) -> None:
+    def _copy(self, step: int, *, worth: bool = True) -> None:
+        """Copy the run where that is due and `worth` it: a loss that has leapt up and falls again has not come back yet."""
         level = self.rooms.reader.watch.level
         lr, spacing = warmup_lr_at(self.config, step - self.config.warmup_origin), copy_share(self.config)
         if self.config.min_rise:  # else the peak follows from the minimum
             spacing = min(1.0, _SPACING * spacing)
-        self.rooms.rollback.take(step, lr, level, spacing)
+        if worth:
+            self.rooms.rollback.take(step, lr, level, spacing)
+        else:
+            self.rooms.rollback.pass_by(lr, spacing)
 
     def _explode(self, step: int, state: State) -> tuple[State, Stage]:
         """A loss that explodes ends the warm-up at once."""

@@ -227,14 +227,16 @@ def test_every_number_has_its_script():
             assert list((ROOT / "benchmarks" / "results").glob(f"{Path(script).stem}.json*"))
 
 
-def test_table_of_tests_is_the_measured_one():
-    for row in results("bench_decision")["rows"]:
+@pytest.mark.parametrize(("of", "heading"), [("", "A test"), ("_cuda", "On a GPU")])
+def test_table_of_tests_is_the_measured_one(of, heading):
+    for row in results(f"bench_decision{of}")["rows"]:
         closed, gpytorch, ratio = row["test_ms_closed_form"], row["test_ms_gpytorch"], row["test_ratio"]
-        assert f"| {row['losses']:,} | {closed:.1f} ms | {gpytorch:.0f} ms | {ratio:.0f}x |" in section("docs/speed.md", "A test")
+        assert f"| {row['losses']:,} | {closed:.1f} ms | {gpytorch:.0f} ms | {ratio:.0f}x |" in section("docs/speed.md", heading)
 
 
-def test_table_of_steps_is_the_measured_one():
-    measured, shown = results("bench_step"), section("docs/speed.md", "A step")
+@pytest.mark.parametrize(("of", "heading"), [("", "A step"), ("_cuda", "On a GPU")])
+def test_table_of_steps_is_the_measured_one(of, heading):
+    measured, shown = results(f"bench_step{of}"), section("docs/speed.md", heading)
     for groups in (1, 8):
         cells = " | ".join(
             f"{row['step_us']:.1f} µs" + (f" ({row['ratio']:.1f}x)" if row["scheduler"] != "cosine" else "")
@@ -319,11 +321,13 @@ def test_table_of_optimizer_steps_is_the_measured_one(monkeypatch):
     assert f"bench_optim.py`, {result['machine']['device']}, {result['machine']['threads']} threads" in shown
 
 
-def test_table_of_copies_is_the_measured_one():
-    for row in results("bench_snapshot")["rows"]:
+@pytest.mark.parametrize(("of", "heading"), [("", "Copies"), ("_cuda", "On a GPU")])
+def test_table_of_copies_is_the_measured_one(of, heading):
+    for row in results(f"bench_snapshot{of}")["rows"]:
         times = " | ".join(f"{row[f'{what}_over_step']:.1%}" for what in ("take", "sound", "restore"))
-        line = f"| {row['model']}, {row['optimizer']} | {row['batch']} | {row['copy_mib']:.0f} MiB | {times} |"
-        assert line in section("docs/speed.md", "Copies")
+        held = {"": "", "cuda": "the GPU | ", "cpu": "the host | "}[row["held"] if of else ""]
+        line = f"| {row['model']}, {row['optimizer']} | {row['batch']} | {row['copy_mib']:.0f} MiB | {held}{times} |"
+        assert line in section("docs/speed.md", heading)
 
 
 def test_table_of_optimizers_is_the_measured_one():
