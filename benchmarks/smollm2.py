@@ -125,7 +125,7 @@ def adapted(rank: int, device: str) -> nn.Module:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, device: str) -> float:
-    parts = text(device)[1].split(8)
+    parts = torch.split(text(device)[1], 8)
     loss = sum(model(input_ids=part, labels=part).loss.item() * len(part) for part in parts) / len(text(device)[1])
     return round(loss, 5) if math.isfinite(loss) else math.inf
 

@@ -54,6 +54,30 @@ def test_the_newer_of_two_copies_at_no_more_than_the_peak_is_put_back(peak, expe
     assert run.rollback.state_dict()["older"] is None
 
 
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize(("lr", "expected"), [(7.9, 2), (8.0, 3), (9.0, 3)])
+def test_a_copy_that_was_due_and_not_worth_it_leaves_the_newer_the_better(lr, expected, saved):
+    run = Run().take(1, 1.0).take(2, 2.0).take(3, 4.0)
+    run.rollback.pass_by(lr, 0.5)
+    if saved:
+        state = copy.deepcopy(run.rollback.state_dict())
+        assert ("passed_by" in state) == (lr >= 8)
+        run = Run()
+        run.rollback.load_state_dict(state)
+    run.at(9).rollback.keep_one(3.0)
+    assert run.rollback.put_back(9).step == run.weight == expected
+
+
+def test_a_copy_that_is_taken_after_all_counts_as_the_newer():
+    run = Run()
+    run.rollback.pass_by(1.0, 0.5)  # of nothing
+    run.take(1, 1.0).take(2, 2.0)
+    run.rollback.pass_by(4.0, 0.5)
+    run.take(3, 8.0)
+    run.rollback.keep_one(4.0)
+    assert run.rollback.held == 2
+
+
 def test_the_only_copy_is_put_back_whatever_its_lr():
     run = Run().take(1, 1.0).at(9)
     run.rollback.keep_one(0.01)

@@ -1,0 +1,126 @@
+"""What it brings to pass by a run whose loss has leapt up and falls again in the warm-up, and not to copy it.
+
+    python benchmarks/passed_by.py [--seeds 12 13] [--shard 1/2] [--minutes 10]
+    python benchmarks/passed_by.py --report
+
+The cases are those of the suites `cpu`, `hard`, `plateaus` and `long` of regret.py. A run in which nothing was passed by is stopped at
+its switch: it is the same with either rule. Of the others both are trained to the end, on the same batches, and the report takes
+test losses as ratios to that of the rule before, which copies whatever falls. Seeds 0 to 11 had a part in the rule.
+
+A case with a seed is a line of JSON in results/passed_by.jsonl; those that are there are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from measures import FLOOR, geometric_mean
+from probes import _finite
+from regret import CASES, Case, read
+from tasks import make_optimizer, make_task
+
+from autowu import AutoWU
+from autowu.rollback import Rollback
+from autowu.watch import LossWatch
+
+RESULTS = Path(__file__).parent / "results" / "passed_by.jsonl"
+SUITES = ("cpu", "hard", "plateaus", "long")
+SEEDS = (12, 13)
+
+
+def train(name: str, seed: int) -> float | None:
+    """Test loss of a run with AutoWU; None, from the switch on, where nothing was passed by."""
+    case = Case.parse(name)
+    task = make_task(case.task)
+    torch.manual_seed(seed)
+    model = task.new_model()
+    optimizer = make_optimizer(case.optimizer, model, 1.0)
+    scheduler = AutoWU(optimizer, total_steps=case.steps, model=model)
+    batches = task.batches(case.batch_size, seed)
+    with mock.patch.object(Rollback, "pass_by", autospec=True, side_effect=Rollback.pass_by) as passed_by:
+        for _ in range(case.steps):
+            inputs, targets = next(batches)
+            loss = task.loss(model, inputs, targets)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            scheduler.step(loss.item())
+            if scheduler.switch is not None and not passed_by.called and LossWatch.at_best is AT_BEST:
+                return None
+    return task.evaluate(model, task.test)[0]
+
+
+AT_BEST = LossWatch.at_best
+
+
+def run(name: str, seed: int) -> dict[str, Any]:
+    """Test losses with the rule and with that before; a line of the results file."""
+    now = train(name, seed)
+    before = None
+    if now is not None:
+        with mock.patch.object(LossWatch, "at_best", True):
+            before = train(name, seed)
+    return {"case": name, "seed": seed, "before": before, "now": now}
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The table of the docs: the runs that differ."""
+    changed = {}
+    for row in rows:
+        if row["now"] is not None:
+            ratio = max(FLOOR, _finite(row["now"])) / max(FLOOR, _finite(row["before"]))
+            if ratio != 1:
+                changed[row["case"], row["seed"]] = ratio
+    if not changed:
+        return f"of {len(rows)} runs none differs"
+    ratios = sorted(changed.values())
+    told = (
+        f"of {len(rows)} runs {len(changed)} differ: {geometric_mean(ratios):.2f} of the test loss in the mean, "
+        f"{ratios[0]:.2f} to {ratios[-1]:.2f}; {sum(ratio < 1 for ratio in ratios)} are better"
+    )
+    cases = Counter(case for case, _ in changed)
+    lines = [
+        f"| {case} | {count} | {geometric_mean([r for (c, _), r in changed.items() if c == case]):.2f} |"
+        for case, count in cases.most_common()
+    ]
+    return "\n".join([told, "", "| case | runs that differ | test loss over that before |", "|---|---|---|", *lines])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS])
+    parser.add_argument("--cases", nargs="+", help="their names (default: all of the suites)")
+    parser.add_argument("--shard", default="1/1")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so long")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("autowu").setLevel(logging.CRITICAL)
+    cases = args.cases or [case for suite in SUITES for case in CASES[suite] if not case.startswith("sounds")]
+    done = {(row["case"], row["seed"]) for row in read(args.out)}
+    shard, shards = map(int, args.shard.split("/"))
+    wanted = [key for key in ((case, seed) for seed in args.seeds for case in dict.fromkeys(cases)) if key not in done]
+    started = time.perf_counter()
+    for case, seed in [] if args.report else wanted[shard - 1 :: shards]:
+        if time.perf_counter() - started > 60 * args.minutes:
+            break
+        with args.out.open("a") as file:
+            print(json.dumps(run(case, seed)), file=file)
+    print(report([row for row in read(args.out) if row["seed"] in args.seeds]))
+
+
+if __name__ == "__main__":
+    main()
