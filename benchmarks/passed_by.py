@@ -3,8 +3,8 @@
     python benchmarks/passed_by.py [--seeds 12 13] [--shard 1/2] [--minutes 10]
     python benchmarks/passed_by.py --report
 
-The cases are those of the suites `cpu`, `hard`, `plateaus` and `long` of regret.py. A run in which nothing was passed by is stopped at
-its switch: it is the same with either rule. Of the others both are trained to the end, on the same batches, and the report takes
+The cases are those of the suites `cpu`, `hard`, `plateaus` and `long` of regret.py. A run in which nothing was passed by is stopped
+at its switch: it is the same with either rule. Of the others both are trained to the end, on the same batches, and the report takes
 test losses as ratios to that of the rule before, which copies whatever falls. Seeds 0 to 11 had a part in the rule.
 
 A case with a seed is a line of JSON in results/passed_by.jsonl; those that are there are not run again.
@@ -37,7 +37,7 @@ from autowu.watch import LossWatch
 
 RESULTS = Path(__file__).parent / "results" / "passed_by.jsonl"
 SUITES = ("cpu", "hard", "plateaus", "long")
-SEEDS = (12, 13)
+SEEDS = (12, 13, 14, 15, 16, 17)
 
 
 def train(name: str, seed: int) -> float | None:

@@ -68,6 +68,18 @@ def test_the_table_of_the_language_model_is_the_measured_one(benchmark):
     assert all(len(row["losses"]) == smollm2.STEPS for row in rows)
     page = (ROOT / "docs" / "results.md").read_text()
     assert smollm2.report(rows, head["untrained"]) in page
+    gpu = {}
+    head_there, *there = [json.loads(line) for line in smollm2.SETTINGS["cuda"].results.read_text().splitlines()]
+    assert smollm2.report(there, head_there["untrained"]) in page
+    for row in there:
+        gpu[row["case"], row["method"], row["lr"], row["seed"]] = f"{row['test_loss']:.3f}"
+    grid = " and ".join(gpu["lora 8", "grid", lr, 1] for lr in (3.162e-4, 1e-3))
+    assert f"rank 8 come to {gpu['lora 8', 'autowu', None, 1]} at" in page
+    assert f"come to {grid}" in page
+    assert (
+        f"rank 64 come to {gpu['lora 64', 'autowu', None, 1]}, and the norms with seed 2 to {gpu['norms', 'autowu', None, 2]}"
+        in page
+    )
     losses = {key[:3]: row["losses"] for key, row in zip(ran, rows, strict=True)}
     found, still = losses["lora 8", "autowu", None], losses["norms", "grid", 3.162e-4]
     gains = [least - loss for loss, least in zip(found[:32], still, strict=False)]
