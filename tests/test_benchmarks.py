@@ -58,6 +58,23 @@ def test_a_run_of_the_second_look_has_ramps_or_not(benchmark):
     assert without["lr"] == looked["lr"]
 
 
+def test_the_table_of_runs_passed_by_is_the_measured_one(benchmark):
+    passed_by = benchmark("passed_by")
+    rows = passed_by.read(passed_by.RESULTS)
+    assert {row["seed"] for row in rows} == {*passed_by.SEEDS}
+    assert passed_by.report(rows) in (ROOT / "docs" / "decision.md").read_text()
+
+
+def test_a_run_is_trained_to_the_end_where_something_was_passed_by(benchmark, monkeypatch):
+    passed_by = benchmark("passed_by")
+    assert passed_by.run("few sgd 16 200", 0) == {"case": "few sgd 16 200", "seed": 0, "before": None, "now": None}
+    never = property(lambda _: False)
+    monkeypatch.setattr(passed_by.LossWatch, "at_best", never)
+    monkeypatch.setattr(passed_by, "AT_BEST", never)
+    row = passed_by.run("few sgd 16 200", 0)
+    assert row["now"] != row["before"] > 0
+
+
 def test_the_table_of_the_language_model_is_the_measured_one(benchmark):
     smollm2 = benchmark("smollm2")
     head, *rows = [json.loads(line) for line in smollm2.SETTINGS["cpu"].results.read_text().splitlines()]
