@@ -160,7 +160,7 @@ class LiveRun:
         sound = []
         for (_, _, is_buffer), tensors in alike.items():
             largest = torch.stack(torch._foreach_norm(tensors, math.inf))
-            sound.append((~largest.isnan() if is_buffer else largest.isfinite()).all().to(device, non_blocking=True))
+            sound.append((~largest.isnan() if is_buffer else largest.isfinite()).all().to(device))
         return torch.stack(sound).all().to(torch.float32 if device.type == "mps" else torch.float64)[None]
 
     @property
