@@ -19,6 +19,9 @@ __all__ = ["NoRollback", "Restored", "Rollback"]
 
 _T = TypeVar("_T")
 
+_FAR: Final = 30.0
+"""Times the LR of the newer copy, at which a run is copied though it has been better."""
+
 
 class Restored(NamedTuple):
     """A copy that was put back."""
@@ -52,8 +55,8 @@ class NoRollback:
     def take(self, step: int, lr: float, level: float, share: float) -> None:
         """In the warm-up: copy the run, over the older copy, if a `share` of the LR is no less than the LR of the newer."""
 
-    def pass_by(self, lr: float, share: float) -> None:
-        """In the warm-up, in place of :meth:`take`: the run is not worth a copy, and has been better when the newer was made."""
+    def pass_by(self, step: int, lr: float, level: float, share: float) -> None:
+        """In the warm-up, as :meth:`take`, of a run that has been better when the newer copy was made, which stays for long."""
 
     def renew(self, step: int, level: float) -> None:
         """After the switch: copy the run over the newer copy, if it is sound on all ranks."""
@@ -172,8 +175,11 @@ class Rollback(NoRollback):
             self._passed_by = False
             self._survived(step, lambda newer: newer.take(step, lr, level))
 
-    def pass_by(self, lr: float, share: float) -> None:
-        self._passed_by = self._passed_by or (self._newer.step is not None and lr * share >= self._newer.lr)
+    def pass_by(self, step: int, lr: float, level: float, share: float) -> None:
+        if self._newer.step is None or lr >= _FAR * self._newer.lr:  # it has learnt much since, and the loss may be another
+            self.take(step, lr, level, share)
+        else:
+            self._passed_by = self._passed_by or lr * share >= self._newer.lr
 
     def renew(self, step: int, level: float) -> None:
         if not self.able:

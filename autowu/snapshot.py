@@ -42,6 +42,7 @@ class Snapshot:
         self._copies: dict[Key, Tensor] = {}
         self._rest: dict[Key, Any] = {}
         self._copied: dict[Label, Tensor] | None = None  # the parameters themselves; None in a copy that was loaded
+        self._from: set[torch.device] = set()  # GPUs that may still be writing copies in host memory
 
     @torch.no_grad()
     def take(self, step: int, lr: float = 0.0, level: float = 0.0) -> None:
@@ -55,6 +56,7 @@ class Snapshot:
         rest = copy.deepcopy(rest)
         self._make_room(tensors)
         _copy(list(self._copies.values()), list(tensors.values()))
+        self._from = {t.device for key, t in tensors.items() if t.is_cuda and self._copies[key].is_cpu}
         self._rest, self._copied = rest, parameters
         self.step, self.lr, self.level = step, lr, level
 
@@ -159,14 +161,14 @@ class Snapshot:
 
     def free(self) -> None:
         """Give the memory back."""
-        self._copies, self._rest, self._copied, self.step = {}, {}, None, None
+        self._copies, self._rest, self._copied, self._from, self.step = {}, {}, None, set(), None
 
     def state_dict(self) -> dict[str, Any] | None:
         """The copy itself, on the host; None where there is none."""
         if self.step is None:
             return None
-        if any(tensor.is_pinned() for tensor in self._copies.values()):  # the device may still be writing them
-            torch.cuda.synchronize(self.live.place)
+        for device in self._from:
+            torch.cuda.synchronize(device)
         tensors = {key: tensor.to("cpu", copy=True) for key, tensor in self._copies.items()}
         return {"step": self.step, "lr": self.lr, "level": self.level, "tensors": tensors, "rest": copy.deepcopy(self._rest)}
 
@@ -245,7 +247,7 @@ def _restore_holder(
         elif isinstance(now, Tensor) and _fits(now, value):
             pairs.append((local(now), value))
         else:
-            there = value.ndim or counts_there or value.is_cuda or value.is_pinned()
+            there = value.ndim or counts_there or not value.is_cpu or value.is_pinned()
             holder[name] = value.to(device if there else "cpu", copy=True)
 
 

@@ -202,6 +202,7 @@ class WarmUp:
         self.rooms.judge.prepare(self.config, after, step)
         nothing_known = self.rooms.judge.last is None or (self.rooms.rollback.able and self.rooms.rollback.held is None)
         if all_sound and (nothing_known or falls(found)):
+            self.rooms.reader.catch_up()  # the test has waited for the device
             self._copy(step, worth=nothing_known or self.rooms.reader.watch.at_best)
         return after, self
 
@@ -229,10 +230,8 @@ class WarmUp:
         lr, spacing = warmup_lr_at(self.config, step - self.config.warmup_origin), copy_share(self.config)
         if self.config.min_rise:  # else the peak follows from the minimum
             spacing = min(1.0, _SPACING * spacing)
-        if worth:
-            self.rooms.rollback.take(step, lr, level, spacing)
-        else:
-            self.rooms.rollback.pass_by(lr, spacing)
+        rollback = self.rooms.rollback
+        (rollback.take if worth else rollback.pass_by)(step, lr, level, spacing)
 
     def _explode(self, step: int, state: State) -> tuple[State, Stage]:
         """A loss that explodes ends the warm-up at once."""

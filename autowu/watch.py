@@ -368,8 +368,8 @@ class LossWatch:
 
     @property
     def at_best(self) -> bool:
-        """Whether the loss is as low as ever, but for 4 standard errors."""
-        return self._lost <= self._error(NEAR_SURE)
+        """Whether the loss is as low as ever, but for 4 standard errors; else the run had come down, and has gone up since."""
+        return self._lost <= self._error(NEAR_SURE) or self.progress <= self._error(SURE)
 
     @property
     def _lost(self) -> float:

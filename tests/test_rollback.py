@@ -58,7 +58,7 @@ def test_the_newer_of_two_copies_at_no_more_than_the_peak_is_put_back(peak, expe
 @pytest.mark.parametrize(("lr", "expected"), [(7.9, 2), (8.0, 3), (9.0, 3)])
 def test_a_copy_that_was_due_and_not_worth_it_leaves_the_newer_the_better(lr, expected, saved):
     run = Run().take(1, 1.0).take(2, 2.0).take(3, 4.0)
-    run.rollback.pass_by(lr, 0.5)
+    run.rollback.pass_by(4, lr, 0.4, 0.5)
     if saved:
         state = copy.deepcopy(run.rollback.state_dict())
         assert ("passed_by" in state) == (lr >= 8)
@@ -70,12 +70,22 @@ def test_a_copy_that_was_due_and_not_worth_it_leaves_the_newer_the_better(lr, ex
 
 def test_a_copy_that_is_taken_after_all_counts_as_the_newer():
     run = Run()
-    run.rollback.pass_by(1.0, 0.5)  # of nothing
-    run.take(1, 1.0).take(2, 2.0)
-    run.rollback.pass_by(4.0, 0.5)
+    run.rollback.pass_by(1, 1.0, 0.1, 0.5)  # there is none that was better
+    assert run.rollback.held == 1
+    run.take(2, 2.0)
+    run.rollback.pass_by(3, 4.0, 0.3, 0.5)
     run.take(3, 8.0)
     run.rollback.keep_one(4.0)
     assert run.rollback.held == 2
+
+
+@pytest.mark.parametrize(("lr", "held"), [(59.0, 2), (60.0, 3)])
+def test_a_run_is_copied_after_all_where_the_lr_has_grown_thirtyfold(lr, held):
+    run = Run().take(1, 1.0).take(2, 2.0)
+    run.at(3).rollback.pass_by(3, lr, 0.3, 0.5)
+    assert run.rollback.held == held
+    run.rollback.keep_one(10.0)
+    assert run.rollback.held == 2, "it has been better then"
 
 
 def test_the_only_copy_is_put_back_whatever_its_lr():

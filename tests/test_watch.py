@@ -960,3 +960,15 @@ def test_a_state_without_its_copy_goes_on_without():
     assert again.scheduler.switch == whole.scheduler.switch
     assert "back at step" not in again.scheduler.events[-1].message
     assert again.weights[-1].isnan().any()
+
+
+def test_a_run_is_at_its_best_until_it_has_come_down_and_gone_up():
+    noise = 0.05 * np.random.default_rng(0).normal(size=180)
+    rises = np.concatenate([np.full(20, 2.0), np.full(40, 3.0), np.linspace(3, 1, 60), np.full(20, 1.5), np.linspace(1.5, 0.9, 40)])
+    watch, said = LossWatch(), []
+    for loss in rises + noise:
+        watch.push(float(loss))
+        said.append(watch.at_best)
+    assert all(said[:120])  # what it has at first is no progress to lose
+    assert not any(said[125:150])
+    assert all(said[160:])
