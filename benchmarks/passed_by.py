@@ -48,15 +48,9 @@ def train(name: str, seed: int) -> float | None:
     model = task.new_model()
     optimizer = make_optimizer(case.optimizer, model, 1.0)
     scheduler = AutoWU(optimizer, total_steps=case.steps, model=model)
-    batches = task.batches(case.batch_size, seed)
     with mock.patch.object(Rollback, "pass_by", autospec=True, side_effect=Rollback.pass_by) as passed_by:
-        for _ in range(case.steps):
-            inputs, targets = next(batches)
-            loss = task.loss(model, inputs, targets)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            scheduler.step(loss.item())
+        for loss in task.steps(model, optimizer, case.batch_size, seed, case.steps):
+            scheduler.step(loss)
             if scheduler.switch is not None and not passed_by.called and LossWatch.at_best is AT_BEST:
                 return None
     return task.evaluate(model, task.test)[0]

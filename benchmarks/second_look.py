@@ -51,15 +51,9 @@ def run(name: str, seed: int, share: float, ramps: bool) -> dict[str, Any]:
     optimizer = make_optimizer(case.optimizer, model, 1.0)
     usual = AutoWU(optimizer, total_steps=case.steps, rollback=False).config.peak_factor
     scheduler = AutoWU(optimizer, total_steps=case.steps, model=model, peak_factor=share * usual)
-    batches = task.batches(case.batch_size, seed)
     with mock.patch("autowu.ramp.SHORTEST", 0 if ramps else math.inf):
-        for _ in range(case.steps):
-            inputs, targets = next(batches)
-            loss = task.loss(model, inputs, targets)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            scheduler.step(loss.item())
+        for loss in task.steps(model, optimizer, case.batch_size, seed, case.steps):
+            scheduler.step(loss)
     told = [event.message for event in scheduler.events if event.kind == "ramp"]
     assert scheduler.switch is not None
     raised = scheduler._state.raised

@@ -56,17 +56,8 @@ class Setting(NamedTuple):
 
 _FOLDER: Final = Path(__file__).parent / "results"
 _MORE: Final = (
-    "email",
-    "unittest",
-    "http",
-    "multiprocessing",
-    "importlib",
-    "json",
-    "logging",
-    "xml",
-    "urllib",
-    "ctypes",
-    "concurrent",
+    *("email", "unittest", "http", "multiprocessing", "importlib", "json"),
+    *("logging", "xml", "urllib", "ctypes", "concurrent"),
 )
 SETTINGS: Final = {
     "cpu": Setting(2, 40, 24, ("asyncio",), _FOLDER / "smollm2.jsonl"),

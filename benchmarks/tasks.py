@@ -16,6 +16,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ class Task:
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     new_model: Callable[[], nn.Module]
+
+    def steps(self, model: nn.Module, optimizer: Optimizer, batch_size: int, seed: int, number: int) -> Iterator[float]:
+        """Take so many steps; the loss of each, once it is taken."""
+        for inputs, targets in islice(self.batches(batch_size, seed), number):
+            loss = self.loss(model, inputs, targets)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            yield loss.item()
 
     def batches(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches without end: the data in a new order each time through; what makes no full batch is left out."""
