@@ -313,6 +313,23 @@ def test_five_rows_of_results_and_their_limit_are_the_measured_ones(regret):
     assert f"at most {longest:,} steps" in README
 
 
+def test_what_is_said_of_other_seeds_is_measured(regret):
+    rows = regret.read(ROOT / "benchmarks" / "results" / "regret_unseen.jsonl")
+    ran = {(row["case"], row["method"], row["lr"], row["seed"]) for row in rows}
+    seeds = sorted({seed for *_, seed in ran})
+    assert len(seeds) == 3
+    assert ran == set(regret.jobs(regret.CASES["cpu"], ["grid", "autowu"], seeds))
+    assert not {*seeds} & {*regret.SEEDS}
+    summary, _ = regret.report(rows).split("\n\n")
+    assert summary in PAGES["docs/results.md"]
+    scores = regret.scores(rows, "test_loss")["autowu"].ratios.items()
+    means = [regret.geometric_mean(ratio for (_, of), ratio in scores if of == seed) for seed in seeds]
+    assert "Seeds 18 to 20 had none: they come to {:.2f}, {:.2f} and {:.2f}".format(*means) in PAGES["docs/results.md"]
+    (autowu, sweep) = ([cell.strip() for cell in line.split("|")][3:5] for line in summary.splitlines()[2:])
+    told = f"AutoWU comes to {autowu[0]}, {autowu[1]} in the worst case; the sweep to {sweep[0]}, {sweep[1]}."
+    assert told in " ".join(README.split())
+
+
 def test_table_of_optimizer_steps_is_the_measured_one(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     bench = importlib.import_module("bench_optim")
