@@ -90,6 +90,8 @@ def test_the_table_of_the_language_model_is_the_measured_one(benchmark):
     assert smollm2.report(there, head_there["untrained"]) in page
     for row in there:
         gpu[row["case"], row["method"], row["lr"], row["seed"]] = f"{row['test_loss']:.3f}"
+    found = [statistics.stdev(row["losses"][:12]) for row in there if row["method"] == "autowu"]
+    assert f"scatters by {max(found):.2f} at most" in page
     grid = " and ".join(gpu["lora 8", "grid", lr, 1] for lr in (3.162e-4, 1e-3))
     assert f"rank 8 come to {gpu['lora 8', 'autowu', None, 1]} at" in page
     assert f"come to {grid}" in page
