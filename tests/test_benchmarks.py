@@ -304,7 +304,7 @@ def test_the_grid_of_the_hard_suite_is_kept_whole_and_its_page_says_what_was_mea
     folder = ROOT / "benchmarks" / "results" / "hard"
     grid = regret.read(folder / "grid.jsonl")
     assert len({(row["case"], row["lr"], row["seed"]) for row in grid}) == len(grid)
-    assert {row["seed"] for row in grid} == {0, 1, 2, 3, 4}
+    assert {row["seed"] for row in grid} == {0, 1, 2, 3, 4, 5}
     assert {row["case"] for row in grid} <= set(regret.HARD)
     best = measures.best_of_grid(grid)
     for (case, seed), found in best.items():
@@ -325,6 +325,13 @@ def test_the_grid_of_the_hard_suite_is_kept_whole_and_its_page_says_what_was_mea
     ):
         assert f"{what} | {rows['0.1.0'][column]} | {rows['default'][column]} |" in page
     assert rows["default"][1:3] == ["17", "34"]
+    told = []
+    for seeds in ((5,), (3, 4, 5)):
+        runs = [run for run in measures.outcomes(regret.read(folder / "default.jsonl"), best) if run.seed in seeds]
+        told.append([cell.split(" (")[0].strip() for cell in measures.table(runs, None).splitlines()[2].split(" | ")])
+    (third, three), said = told, " ".join(page.split())
+    assert f"comes to {float(third[3]):.2f}. The three come to {three[3]}, {three[5]} in the worst case" in said
+    assert f"with {three[7]} of 51 LRs more than half a decade off, {three[8]} more than one" in said
 
 
 def test_the_page_of_the_decision_has_what_probes_of_long_runs_told(benchmark):
