@@ -38,6 +38,7 @@ from autowu.watch import LossWatch
 RESULTS = Path(__file__).parent / "results" / "passed_by.jsonl"
 SUITES = ("cpu", "hard", "plateaus", "long")
 SEEDS = (12, 13, 14, 15, 16, 17)
+AT_BEST = LossWatch.at_best
 
 
 def train(name: str, seed: int) -> float | None:
@@ -54,9 +55,6 @@ def train(name: str, seed: int) -> float | None:
             if scheduler.switch is not None and not passed_by.called and LossWatch.at_best is AT_BEST:
                 return None
     return task.evaluate(model, task.test)[0]
-
-
-AT_BEST = LossWatch.at_best
 
 
 def run(name: str, seed: int) -> dict[str, Any]:

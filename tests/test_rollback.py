@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -240,3 +241,46 @@ def test_without_a_model_every_verb_is_there_and_does_nothing():
         (False, False) + (None,) * 4
     )
     assert {name for name in vars(NoRollback) if name[0] != "_"} == {name for name in dir(Rollback) if name[0] != "_"}
+
+
+def back_at(losses, steps=1200):
+    """The step that a run with these losses goes back to at its switch, and the switch."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    scheduler = AutoWU(torch.optim.SGD([weight], lr=0.1), total_steps=steps, model=torch.nn.ParameterList([weight]))
+    for step, loss in enumerate(losses, 1):
+        with torch.no_grad():
+            weight.fill_(step)
+        scheduler.optimizer.step()
+        scheduler.step(float(loss))
+        if scheduler.switch is not None:
+            break
+    return weight.item(), scheduler.switch
+
+
+LEAPS = [(0.01, 0.2, 170, 5, 0.02), (0.01, 0.2, 172, 5, 0.02), (0.01, 0.2, 175, 5, 0.02), (0.02, 0.15, 200, 4, 0.025)]
+
+
+@pytest.mark.parametrize("path", ["host", "blocks"])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("lowest", "leap", "falls_for", "leaps_in", "end"), LEAPS)
+def test_a_loss_that_leaps_up_and_falls_again_is_no_reason_to_copy(lowest, leap, falls_for, leaps_in, end, seed, path, monkeypatch):
+    """What the warm-up has spoilt may learn again, at LRs that are too high by then: the copies of before are worth more."""
+    if path == "blocks":  # as losses on a GPU
+        monkeypatch.setattr("autowu.reader.Reader.follows_at_once", lambda *_: False)
+    half = falls_for // 2
+    falling = [*np.linspace(1, 0.3, half), *np.geomspace(0.3, lowest, falls_for - half)]
+    again = [*np.geomspace(lowest, leap, leaps_in)[1:], *np.geomspace(leap, end, 60), *np.geomspace(end, 50, 40)]
+    noise = np.exp(0.2 * np.random.default_rng(seed).normal(size=len(falling + again)))
+    step, switch = back_at(np.array(falling + again) * noise)
+    assert switch.minimum > falls_for + leaps_in  # where the fit sees it
+    assert falls_for / 2 < step <= falls_for
+
+
+RISES_FIRST = [*np.linspace(1, 2, 40), *np.linspace(2, 1.5, 245), *np.geomspace(1.5, 50, 100)]
+A_TERM_JOINS = [*np.linspace(3, 2.5, 99), *np.linspace(3.44, 2.38, 186), *np.geomspace(2.4, 50, 100)]
+
+
+@pytest.mark.parametrize("losses", [RISES_FIRST, A_TERM_JOINS], ids=["rises first", "a term joins"])
+def test_a_run_that_learns_at_a_higher_loss_does_not_go_back_to_its_start(losses):
+    step, switch = back_at(np.array(losses) + 0.03 * np.random.default_rng(0).normal(size=len(losses)), steps=2000)
+    assert 200 < step <= switch.step
