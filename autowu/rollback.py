@@ -56,7 +56,7 @@ class NoRollback:
         """In the warm-up: copy the run, over the older copy, if a `share` of the LR is no less than the LR of the newer."""
 
     def pass_by(self, step: int, lr: float, level: float, share: float) -> None:
-        """In the warm-up, as :meth:`take`, of a run that has been better: the newer copy stays until the LR is thirty times its own."""
+        """In the warm-up, as :meth:`take`, of a run that has been better: the newer copy stays, up to thirty times its LR."""
 
     def renew(self, step: int, level: float) -> None:
         """After the switch: copy the run over the newer copy, if it is sound on all ranks."""

@@ -9,10 +9,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from autowu import AutoWU
 from autowu.history import MISSING, LossHistory
 from autowu.ranks import Ranks
 from autowu.reader import Reader
-from autowu.watch import LossWatch
+from autowu.watch import BLOCK, LossWatch
 
 
 @st.composite
@@ -190,3 +191,28 @@ def test_losses_that_are_passed_again_are_one_in_blocks_and_of_several_ranks_too
     in_blocks.catch_up()
     assert_same(at_once.watch, plain)
     assert in_blocks.watch.count == plain.count == 39 + times
+
+
+@pytest.mark.parametrize("again", [lambda reader: reader, copy.deepcopy])
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_block_of_one_rank_brings_all_its_losses_and_its_flag(flag, again):
+    reader, losses = Reader(Ranks()), LossHistory()
+    for step in range(1, 11):
+        losses.append(float(step))
+    assert reader.read_block(10, losses, flag=flag) == 0
+    reader = again(reader)
+    assert not reader.flagged
+    reader.catch_up()
+    assert (reader.watch.count, reader.watch.last, reader.flagged) == (10, 10.0, flag)
+
+
+def test_losses_that_are_read_in_blocks_are_folded_before_their_room_is_full(monkeypatch):
+    monkeypatch.setattr(Reader, "follows_at_once", lambda *_: False)
+    scheduler = AutoWU(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), total_steps=1900, rollback=False)
+    staged = [0]
+    for loss in np.geomspace(2, 0.1, 1899):
+        scheduler.optimizer.step()
+        scheduler.step(float(loss))
+        if scheduler.switch is not None and scheduler._state.watched:  # else nothing reads them
+            staged.append(len(scheduler._stage._losses.staged))
+    assert 512 <= max(staged) < 512 + 2 * BLOCK
