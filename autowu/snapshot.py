@@ -147,17 +147,17 @@ class Snapshot:
         on_device = [{id(p) for g in o.param_groups if _counts_on_device(g) for p in g["params"]} for o in optimizers]
         for (kind, level, where), parameter, holder in list(self.live.holders()):
             if kind == "group" and (held := before.get((kind, level, where))) is not None:
-                _restore_holder(holder, held, self.live.place, pairs, _counts_on_device(holder))
+                pairs += _restored(holder, held, None, self.live.place, _counts_on_device(holder))
             elif parameter is not None and id(parameter) in ours:
                 held = before.pop((kind, level, ours[id(parameter)]), None)
                 if held is None:
                     del optimizers[level].state[parameter]
                 else:
-                    _restore_holder(holder, held, parameter.device, pairs, id(parameter) in on_device[level])
+                    pairs += _restored(holder, held, parameter, parameter.device, id(parameter) in on_device[level])
         for (kind, level, where), held in before.items():  # what the optimizer has dropped since
             if kind == "state" and where in fitting and level < len(optimizers):
                 parameter, holder = fitting[where], optimizers[level].state.setdefault(fitting[where], {})
-                _restore_holder(holder, held, parameter.device, pairs, id(parameter) in on_device[level])
+                pairs += _restored(holder, held, parameter, parameter.device, id(parameter) in on_device[level])
 
     def free(self) -> None:
         """Give the memory back."""
@@ -231,15 +231,17 @@ def _counts_on_device(group: dict[str, Any]) -> bool:
     return bool(group.get("capturable") or group.get("fused"))
 
 
-def _restore_holder(
-    holder: dict[str, Any], before: dict[str, Any], device: torch.device, pairs: list[tuple[Tensor, Tensor]], counts_there: bool
-) -> None:
-    """Bring a dictionary of the optimizer back to what it held `before`; tensors with `pairs` where the same one is still there.
+def _restored(
+    holder: dict[str, Any], before: dict[str, Any], parameter: Tensor | None, device: torch.device, counts_there: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Bring a dictionary of the optimizer, of a `parameter` or a group, back to what it held `before`; pairs still to be copied.
 
-    What has to be made anew is put on `device`: numbers only if the optimizer `counts_there`, or the copy was made of one there.
+    Those are the tensors that are still there. What has to be made anew is put on `device`, but for numbers: they go there only if
+    the optimizer `counts_there`, or the copy was made of one there. What a 0-dim parameter has beside "step" is no such number.
     """
     for name in [name for name in holder if name not in before and is_kept(name)]:
         del holder[name]
+    pairs, is_scalar = [], parameter is not None and parameter.ndim == 0
     for name, value in before.items():
         now = holder.get(name)
         if not isinstance(value, Tensor):
@@ -247,8 +249,10 @@ def _restore_holder(
         elif isinstance(now, Tensor) and _fits(now, value):
             pairs.append((local(now), value))
         else:
-            there = value.ndim or counts_there or not value.is_cpu or value.is_pinned()
+            is_moment = value.ndim > 0 or (is_scalar and name != "step")
+            there = is_moment or counts_there or not value.is_cpu or value.is_pinned()
             holder[name] = value.to(device if there else "cpu", copy=True)
+    return pairs
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

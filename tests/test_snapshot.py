@@ -450,6 +450,32 @@ def test_a_run_on_a_gpu_goes_on_as_it_did(name, way, cleared):
     assert_equal(run.steps(3, 9).tensors(), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("adamw", {}), ("adamw", {"capturable": True}), ("adamw", {"fused": True}), ("sgd", {})]
+)
+def test_moments_of_every_shape_go_where_their_parameter_is_and_counters_where_the_optimizer_reads_them(name, options):
+    def run(device):
+        model = nn.ParameterDict({"matrix": torch.ones(2, 2), "scale": torch.tensor(1.0)}).to(device)
+        return model, OPTIMIZERS[name](model.parameters())
+
+    model, optimizer = run("cpu")
+    (model["matrix"].sum() * model["scale"]).backward()
+    optimizer.step()
+    snapshot = Snapshot(LiveRun(optimizer, model))
+    snapshot.take(1)
+    elsewhere, begun = run("meta")
+    begun.param_groups[0].update(options)  # at construction some ask for a GPU
+    loaded = Snapshot(LiveRun(begun, elsewhere))
+    loaded.load_state_dict(snapshot.state_dict())
+    loaded.restore()
+    for parameter in elsewhere.values():
+        state = dict(begun.state[parameter])
+        if (counter := state.pop("step", None)) is not None:
+            assert counter.device.type == ("meta" if options else "cpu")
+        assert state
+        assert all(moment.is_meta and moment.shape == parameter.shape for moment in state.values())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_copy_in_host_memory_is_pinned():
     run = Training(OPTIMIZERS["adamw"])
