@@ -2,7 +2,7 @@
 
     pip install -e .[bench]
     python benchmarks/bench_optim.py [--device cuda] [--models resnet50 vit_base_patch16_224] [--rounds 11] [--processes 5]
-                                     [--no-compile] [--out benchmarks/results/bench_optim.json]
+                                     [--families sgd adam] [--no-compile] [--out benchmarks/results/bench_optim.json]
 
 The parameters of real models with random gradients in float32; norms and biases with neither decay nor adaptation, as
 `autowu.optim.param_groups` sorts them. The optimizers of a family (SGD's, Adam's) take turns in every round, from gradients that
@@ -14,7 +14,8 @@ times the parameters; LARS reads weight and gradient once more for their norms: 
 the norm of the update before it can use it: it reads weight, gradient and both moments and writes the moments, then reads weight
 and moments and writes the weight: 10. A cache that holds a parameter between the two passes takes it below that.
 
-A results file keeps the rows of models that are not measured again, if they are of the same machine.
+The results file is written after each family of a model. It keeps the rows of those that are not measured again, if they are of the
+same machine and rounds: on a machine that is there for minutes, measure `--models` and `--families` one by one.
 
 On a GPU the table also counts the kernels that a step launches.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import logging
 import multiprocessing
@@ -175,23 +177,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--models", nargs="+", default=["resnet50", "vit_base_patch16_224"])
+    parser.add_argument("--families", nargs="+", default=[*FAMILIES], choices=[*FAMILIES])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled steps")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
-    for model in args.models:
-        for family in FAMILIES:
-            rows += measure_in_processes(args.processes, model, family, args.device, args.rounds, not args.no_compile)
-    result = {"machine": machine(args.device), "rounds": args.rounds, "rows": rows}
+    result: dict[str, Any] = {"machine": machine(args.device), "rounds": args.rounds, "rows": []}
+    if args.out is not None and args.out.exists():
+        before = json.loads(args.out.read_text())
+        if {**before, "rows": []} == result:
+            result = before
     print(json.dumps(result["machine"]))
+    for model, family in itertools.product(args.models, args.families):
+        rows = measure_in_processes(args.processes, model, family, args.device, args.rounds, not args.no_compile)
+        result["rows"] = [row for row in result["rows"] if (row["model"], row["family"]) != (model, family)] + rows
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
-    if args.out is not None:
-        if args.out.exists() and (before := json.loads(args.out.read_text()))["machine"] == result["machine"]:
-            result["rows"] = [row for row in before["rows"] if row["model"] not in args.models] + rows
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
