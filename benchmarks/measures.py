@@ -9,6 +9,7 @@
 - *Profile*, as AlgoPerf has it: the time to a target is the share of the run after which the test loss first is as low, in
   twentieths from the half on; never is infinite. A method's score is the share of its runs whose time is within a factor of the
   best method's, averaged over factors from 1 to 4. The target of a case is the median over the seeds of a tuned run's last loss.
+  The standard error of a score is over the seeds, that of a difference over the cases, each the mean of its seeds.
 """
 
 from __future__ import annotations
@@ -164,46 +165,52 @@ def _error(values: list[float]) -> str:
 
 def _logs(runs: list[Outcome], key: str) -> list[float]:
     """The mean logarithm of the ratio by case or seed."""
-    groups: dict[Any, list[float]] = {}
-    for run in runs:
-        groups.setdefault(getattr(run, key), []).append(math.log(run.ratio))
-    return [statistics.fmean(logs) for logs in groups.values()]
+    return _means((getattr(run, key), math.log(run.ratio)) for run in runs)
 
 
 def _paired(runs: list[Outcome], others: list[Outcome]) -> str:
     """The ratio of the ones over the others', on the runs that both have."""
     known = {(run.case, run.seed): run.ratio for run in others}
-    by_case: dict[str, list[float]] = {}
-    for run in runs:
-        if (run.case, run.seed) in known:
-            logs = by_case.setdefault(run.case, [])
-            logs.append(math.log(run.ratio) - math.log(known[run.case, run.seed]))
-    return _error([statistics.fmean(logs) for logs in by_case.values()]) if by_case else ""
+    same = (run for run in runs if (run.case, run.seed) in known)
+    by_case = _means((run.case, math.log(run.ratio) - math.log(known[run.case, run.seed])) for run in same)
+    return _error(by_case) if by_case else ""
 
 
-def profile(rows: Iterable[Row], targets: dict[str, float]) -> str:
-    """Markdown: the score of every method that was looked at during the run, with the standard error over the seeds."""
+def profile(rows: Iterable[Row], targets: dict[str, float], against: str) -> str:
+    """Markdown: the score of every method that was looked at during the run, and how far it is below another's on the same runs."""
     times: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
         known = row["method"] in ("tuned 1.0",) or not row["method"].startswith("tuned")
         if known and row.get("looks") and row["case"] in targets:
             meets = (t for t, x in zip(LOOKS, row["looks"], strict=True) if x is not None and x <= targets[row["case"]])
             times.setdefault((row["case"], row["seed"]), {})[row["method"]] = next(meets, math.inf)
-    scores: dict[str, dict[int, list[float]]] = {}
-    for (_, seed), by_method in times.items():
+    points: dict[str, dict[tuple[str, int], float]] = {}
+    for run, by_method in times.items():
         best = min(by_method.values())
         for method, reached in by_method.items():
-            within = (
-                (LONGEST_FACTOR - min(reached / best, LONGEST_FACTOR)) / (LONGEST_FACTOR - 1) if math.isfinite(reached) else 0.0
-            )
-            scores.setdefault(method, {}).setdefault(seed, []).append(within)
-    lines = ["", "| method | runs | score | targets met |", "|---|---|---|---|"]
-    for method, by_seed in scores.items():
-        means = [statistics.fmean(values) for values in by_seed.values()]
-        error = f" ± {statistics.stdev(means) / math.sqrt(len(means)):.3f}" if len(means) > 1 else ""
-        met = [math.isfinite(by[method]) for by in times.values() if method in by]
-        lines.append(f"| {method} | {len(met)} | {statistics.fmean(means):.3f}{error} | {sum(met)} |")
+            within = LONGEST_FACTOR - min(reached / best, LONGEST_FACTOR) if math.isfinite(reached) else 0.0
+            points.setdefault(method, {})[run] = within / (LONGEST_FACTOR - 1)
+    lines = ["", f"| method | runs | score | targets met | below {against} |", "|---" * 5 + "|"]
+    for method, own in points.items():
+        score = _mean_and_error(_means((seed, point) for (_, seed), point in own.items()))
+        other = points.get(against, {})
+        below = _means((run[0], other[run] - point) for run, point in own.items() if run in other)
+        met = sum(math.isfinite(by[method]) for by in times.values() if method in by)
+        lines.append(f"| {method} | {len(own)} | {score} | {met} | {_mean_and_error(below) if below else ''} |")
     return "\n".join(lines)
+
+
+def _means(values: Iterable[tuple[Any, float]]) -> list[float]:
+    """The mean of the values that have the same key, for each key."""
+    groups: dict[Any, list[float]] = {}
+    for key, value in values:
+        groups.setdefault(key, []).append(value)
+    return [statistics.fmean(group) for group in groups.values()]
+
+
+def _mean_and_error(values: list[float]) -> str:
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{error}"
 
 
 def _cells(runs: list[Outcome], others: list[Outcome]) -> list[str]:

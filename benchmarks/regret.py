@@ -534,7 +534,7 @@ def compare(args: argparse.Namespace, suite: str) -> None:
     if found:
         print(table(found, args.against, common=bool(args.report)))
     if report and (folder / TARGETS).exists():
-        print(profile(rows, json.loads((folder / TARGETS).read_text())))
+        print(profile(rows, json.loads((folder / TARGETS).read_text()), args.against))
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -275,9 +276,13 @@ def test_a_profile_counts_whose_time_to_the_target_is_near_the_best(benchmark):
         return grid_row(None, 1.0, seed) | {"method": method, "looks": [2.0] * first + [1.0] * (11 - first)}
 
     rows = [looked_at("fast", 0, 0), looked_at("slow", 0, 10), looked_at("fast", 1, 0), looked_at("slow", 1, 11)]
-    lines = measures.profile(rows, {"a b 1 100": 1.0}).splitlines()
-    assert "| fast | 2 | 1.000 ± 0.000 | 2 |" in lines
-    assert "| slow | 2 | 0.333 ± 0.333 | 1 |" in lines  # twice the time counts for all factors of 2 to 4: two thirds; then a miss
+    rows += [{**row, "case": "c b 1 100", "looks": [2.0] * 11} for row in rows if row["method"] == "slow"]
+    rows += [{**row, "case": "c b 1 100"} for row in rows[:3:2]]
+    lines = measures.profile(rows, {"a b 1 100": 1.0, "c b 1 100": 1.0}, "fast").splitlines()
+    assert "| fast | 4 | 1.000 ± 0.000 | 4 | 0.000 ± 0.000 |" in lines
+    assert (
+        "| slow | 4 | 0.167 ± 0.167 | 1 | 0.833 ± 0.167 |" in lines
+    )  # twice the time counts for all factors of 2 to 4: two thirds; then a miss
 
 
 @pytest.mark.parametrize(("start", "low", "high"), [(1e-4, 1e-2, 1.0), (30.0, 0.0, 1.0)])
@@ -311,27 +316,58 @@ def test_the_grid_of_the_hard_suite_is_kept_whole_and_its_page_says_what_was_mea
         lrs = {row["lr"] for row in grid if (row["case"], row["seed"]) == (case, seed)}
         assert min(lrs) < 0.2 * found.lr < 5 * found.lr < max(lrs), f"{case}, seed {seed}: the grid ends at its best LR"
     page = (ROOT / "docs" / "results.md").read_text()
-    rows = {}
-    for name in ("0.1.0", "default"):
-        runs = [run for run in measures.outcomes(regret.read(folder / f"{name}.jsonl"), best) if run.seed in (3, 4)]
-        line = next(line for line in measures.table(runs, "0.1.0").splitlines() if line.startswith(f"| {name}"))
-        rows[name] = [cell.split(" (")[0].strip() for cell in line.split(" | ")]
+    rows = hard_rows(regret, measures, against="0.1.0")
     for column, what in (
         (3, "standard error over the seeds"),
         (5, "worst case"),
-        (7, "of 34"),
+        (7, "of 51"),
         (8, "a decade off"),
         (10, "warm-up"),
     ):
         assert f"{what} | {rows['0.1.0'][column]} | {rows['default'][column]} |" in page
-    assert rows["default"][1:3] == ["17", "34"]
-    told = []
-    for seeds in ((5,), (3, 4, 5)):
-        runs = [run for run in measures.outcomes(regret.read(folder / "default.jsonl"), best) if run.seed in seeds]
-        told.append([cell.split(" (")[0].strip() for cell in measures.table(runs, None).splitlines()[2].split(" | ")])
-    (third, three), said = told, " ".join(page.split())
-    assert f"comes to {float(third[3]):.2f}. The three come to {three[3]}, {three[5]} in the worst case" in said
-    assert f"with {three[7]} of 51 LRs more than half a decade off, {three[8]} more than one" in said
+    assert rows["default"][1:3] == ["17", "51"]
+    ratio, error = map(float, rows["default"][4].split(" ± "))
+    told = f"default is at {ratio:.2f} of 0.1.0, with a standard error of {error:.2f} over the cases. So it is ahead by"
+    assert f"{told} {(1 - ratio) / error:.1f} of them" in " ".join(page.split())
+
+
+def hard_rows(regret, measures, against):
+    """Cells of the table of the hard suite on the seeds that chose nothing, by method."""
+    folder, methods = ROOT / "benchmarks" / "results" / "hard", ("0.1.0", "default", *regret.PEERS)
+    best, tuned = measures.best_of_grid(regret.read(folder / "grid.jsonl")), regret.read(folder / "tuned.jsonl")
+    rows = [row for name in methods for row in regret.read(folder / f"{name}.jsonl") if row["seed"] in (3, 4, 5)]
+    lines = measures.table(measures.outcomes(rows, best, tuned), against).splitlines()[2 : 2 + len(methods)]
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    return {own[0]: [own[0], *(cell.split(" (")[0] for cell in own[1:])] for own in cells}
+
+
+def test_the_page_of_results_has_what_peers_reach_on_the_hard_suite(benchmark):
+    regret, measures = benchmark("regret"), benchmark("measures")
+    folder, seeds = ROOT / "benchmarks" / "results" / "hard", (3, 4, 5)
+    rows = hard_rows(regret, measures, against="default")
+    looked_at = [row for file in folder.glob("*.jsonl") for row in regret.read(file) if row["seed"] in seeds]
+    looked_at = [row for row in looked_at if row["method"] != "0.1.0"]
+    ran = {(row["case"], row["method"], row["seed"]) for row in looked_at}
+    cases = {row["case"] for row in looked_at if row["method"] == "onecycle"}
+    assert ran >= {job[:2] + job[3:] for job in regret.jobs(sorted(cases), ("default", *regret.PEERS), seeds)}
+    lines = measures.profile(looked_at, json.loads((folder / "targets.json").read_text()), "default").splitlines()
+    scores = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[3:]}
+    page = (ROOT / "docs" / "results.md").read_text()
+    shown = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in page.splitlines() if re.search(r" of \d+ \|$", line)}
+    names = {"AutoWU": "default", "Schedule-Free": "schedule-free", "AdaLRS": "adalrs", "GreedyLR": "greedy", "Prodigy": "prodigy"}
+    names |= {"ReduceLROnPlateau after a range test": "plateau", "OneCycleLR after a range test": "onecycle"}
+    names |= {"D-Adaptation": "d-adaptation"}
+    assert {*shown} == {*names}
+    for name, method in names.items():
+        of, (runs, score, met, below) = rows[method], scores[method]
+        over = "" if method == "default" else of[4]
+        behind = "" if method == "default" else below
+        told = [name, of[1], of[3], over, of[5], of[11], score, behind, f"{met} of {runs}"]
+        assert [cell.strip("| ") for cell in shown[name]] == told
+    assert f"A tuned run itself scores {scores['tuned 1.0'][1]}." in page
+    for method in regret.PEERS:
+        below, error = map(float, scores[method][3].split(" ± "))
+        assert f"{below / error:.1f}" == "1.6" if method in ("schedule-free", "prodigy") else below > 2 * error
 
 
 def test_the_page_of_the_decision_has_what_probes_of_long_runs_told(benchmark):
