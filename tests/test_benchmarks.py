@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import product
 
 import pytest
 import torch
@@ -74,6 +75,26 @@ def test_a_run_is_trained_to_the_end_where_something_was_passed_by(benchmark, mo
     monkeypatch.setattr(passed_by, "AT_BEST", never)
     row = passed_by.run("few sgd 16 200", 0)
     assert row["now"] > 0 < row["before"]
+
+
+def test_a_thousand_runs_and_their_false_set_backs_are_the_measured_ones(benchmark):
+    false_setbacks = benchmark("false_setbacks")
+    rows = false_setbacks.read(false_setbacks.RESULTS)
+    assert sorted((row["case"], row["seed"]) for row in rows) == sorted(product(false_setbacks.FAST, false_setbacks.SEEDS))
+    assert len(rows) >= 1000
+    assert all((row["twin"] is not None) == ("divergence" in row["watched"]["events"]) for row in rows)
+    assert false_setbacks.report(rows) in (ROOT / "docs" / "decision.md").read_text()
+
+
+def test_a_run_that_is_set_back_has_a_twin_without_the_watch(benchmark, monkeypatch):
+    false_setbacks = benchmark("false_setbacks")
+    assert false_setbacks.run("wine adamw 16 400", 101)["twin"] is None
+    monkeypatch.setattr("autowu.watch.LossWatch.diverged", property(lambda _: True))
+    row = false_setbacks.run("wine adamw 16 400", 101)
+    assert "divergence" in row["watched"]["events"]
+    assert "divergence" not in row["twin"]["events"]
+    falsely = row | {"twin": row["watched"]}
+    assert "2 were set back, 1 of them falsely" in false_setbacks.report([falsely, row | {"twin": row["twin"] | {"train": 9.0}}])
 
 
 def test_the_table_of_the_language_model_is_the_measured_one(benchmark):

@@ -1,0 +1,106 @@
+"""How often does the watch set a run back that would have done as well without?
+
+    python benchmarks/false_setbacks.py [--seeds 100 101] [--shard 1/2] [--minutes 10]
+    python benchmarks/false_setbacks.py --report
+
+A thousand short runs: the cases of regret.py whose run takes some three seconds at most, on seeds of their own, which chose
+nothing. Nothing is done to these runs. One that was set back after its switch is trained again without the watch, on the same
+batches. It was set back falsely if that twin ends with a training loss that is no higher (mean of the last tenth of the steps).
+
+A run is a line of JSON in results/false_setbacks.jsonl; those that are there are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from measures import FLOOR
+from probes import _finite
+from regret import CASES, Case, read
+from tasks import make_optimizer, make_task
+
+from autowu import AutoWU
+
+RESULTS = Path(__file__).parent / "results" / "false_setbacks.jsonl"
+SLOW = ("lm", "resnet", "cnn adamp", "cnn adamw 32", "cnn l", "gru", "vit sgd 32 1000", "sounds", "net adamw", "net sgd", "adding")
+FAST = tuple(case for suite in ("cpu", "hard", "plateaus") for case in CASES[suite] if not case.startswith(SLOW))
+SEEDS = tuple(range(100, 131))
+
+
+def train(name: str, seed: int, watch: bool) -> dict[str, Any]:
+    """A run with AutoWU; what it ended with, and what befell it after its switch."""
+    case = Case.parse(name)
+    task = make_task(case.task)
+    torch.manual_seed(seed)
+    model = task.new_model()
+    optimizer = make_optimizer(case.optimizer, model, 1.0)
+    scheduler = AutoWU(optimizer, total_steps=case.steps, model=model, watch=watch)
+    losses = []
+    for loss in task.steps(model, optimizer, case.batch_size, seed, case.steps):
+        losses.append(loss)
+        scheduler.step(loss)
+    assert scheduler.switch is not None
+    after = [event.kind for event in scheduler.events if event.step > scheduler.switch.step]
+    train_loss, test_loss = statistics.fmean(losses[-max(1, case.steps // 10) :]), task.evaluate(model, task.test)[0]
+    finite = math.isfinite(train_loss) and math.isfinite(test_loss)
+    found = {"lr": scheduler.switch.lr, "finite": finite, "train": _finite(train_loss), "test": _finite(test_loss)}
+    return found | {"events": after}
+
+
+def run(name: str, seed: int) -> dict[str, Any]:
+    """A run, and its twin without the watch where it was set back; a line of the results file."""
+    watched = train(name, seed, watch=True)
+    twin = train(name, seed, watch=False) if "divergence" in watched["events"] else None
+    return {"case": name, "seed": seed, "watched": watched, "twin": twin}
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The table of the docs: the runs that were set back, and what was true of all."""
+    lost = sum(not row["watched"]["finite"] for row in rows)
+    back = [row for row in rows if row["twin"] is not None]
+    falsely = sum(row["twin"]["train"] <= row["watched"]["train"] for row in back)
+    told = f"of {len(rows):,} runs {lost} ended non-finite; {len(back)} were set back, {falsely} of them falsely"
+    lines = [told, "", "| case | seed | training loss over that without the watch | test loss |", "|---|---|---|---|"]
+    for row in back:
+        ratios = (max(FLOOR, row["watched"][kind]) / max(FLOOR, row["twin"][kind]) for kind in ("train", "test"))
+        lines.append(f"| {row['case']} | {row['seed']} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS])
+    parser.add_argument("--cases", nargs="+", default=[*FAST], help="their names (default: all that are fast)")
+    parser.add_argument("--shard", default="1/1")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so long")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("autowu").setLevel(logging.CRITICAL)
+    done = {(row["case"], row["seed"]) for row in read(args.out)}
+    shard, shards = map(int, args.shard.split("/"))
+    wanted = [key for key in ((case, seed) for seed in args.seeds for case in args.cases) if key not in done]
+    started = time.perf_counter()
+    for case, seed in [] if args.report else wanted[shard - 1 :: shards]:
+        if time.perf_counter() - started > 60 * args.minutes:
+            break
+        with args.out.open("a") as file:
+            row = json.loads(json.dumps(run(case, seed)), parse_float=lambda x: float(f"{float(x):.6g}"))
+            print(json.dumps(row), file=file)
+    print(report([row for row in read(args.out) if row["seed"] in args.seeds]))
+
+
+if __name__ == "__main__":
+    main()
