@@ -22,7 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["FLOOR", "LOOKS", "Outcome", "best_of_grid", "freeze", "geometric_mean", "outcomes", "profile", "table", "tuned_lrs"]
+__all__ = [
+    *(
+        "FLOOR",
+        "LOOKS",
+        "NAMES",
+        "TUNED",
+        "Outcome",
+        "best_of_grid",
+        "beside_peers",
+        "freeze",
+        "geometric_mean",
+        "outcomes",
+        "points",
+    ),
+    *("profile", "table", "tuned_lrs"),
+]
 
 FLOOR = 1e-4
 """A loss below this is none: ratios of smaller ones say nothing."""
@@ -30,6 +45,19 @@ LOOKS = tuple(k / 20 for k in range(10, 21))
 """Shares of a run after which its test loss is looked at."""
 LONGEST_FACTOR = 4.0
 """Of the performance profile."""
+TUNED = "tuned 1.0"
+"""A tuned run of the case's own length."""
+NAMES = {
+    "default": "AutoWU",
+    "schedule-free": "Schedule-Free",
+    "adalrs": "AdaLRS",
+    "greedy": "GreedyLR",
+    "plateau": "ReduceLROnPlateau after a range test",
+    "prodigy": "Prodigy",
+    "onecycle": "OneCycleLR after a range test",
+    "d-adaptation": "D-Adaptation",
+}
+"""What the docs call a method."""
 
 Row = dict[str, Any]
 BAND = 1.1
@@ -176,28 +204,59 @@ def _paired(runs: list[Outcome], others: list[Outcome]) -> str:
     return _error(by_case) if by_case else ""
 
 
-def profile(rows: Iterable[Row], targets: dict[str, float], against: str) -> str:
-    """Markdown: the score of every method that was looked at during the run, and how far it is below another's on the same runs."""
+def _points(rows: Iterable[Row], targets: dict[str, float]) -> dict[str, dict[tuple[str, int], float]]:
+    """Of every method that was looked at during its runs, what each run scores; 0 is a miss."""
     times: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
-        known = row["method"] in ("tuned 1.0",) or not row["method"].startswith("tuned")
+        known = row["method"] in (TUNED,) or not row["method"].startswith("tuned")
         if known and row.get("looks") and row["case"] in targets:
             meets = (t for t, x in zip(LOOKS, row["looks"], strict=True) if x is not None and x <= targets[row["case"]])
             times.setdefault((row["case"], row["seed"]), {})[row["method"]] = next(meets, math.inf)
-    points: dict[str, dict[tuple[str, int], float]] = {}
+    found: dict[str, dict[tuple[str, int], float]] = {}
     for run, by_method in times.items():
         best = min(by_method.values())
         for method, reached in by_method.items():
             within = LONGEST_FACTOR - min(reached / best, LONGEST_FACTOR) if math.isfinite(reached) else 0.0
-            points.setdefault(method, {})[run] = within / (LONGEST_FACTOR - 1)
+            found.setdefault(method, {})[run] = within / (LONGEST_FACTOR - 1)
+    return found
+
+
+def profile(rows: Iterable[Row], targets: dict[str, float], against: str) -> str:
+    """Markdown: the score of every method that was looked at during the run, and how far it is below another's on the same runs."""
+    by_method = _points(rows, targets)
     lines = ["", f"| method | runs | score | targets met | below {against} |", "|---" * 5 + "|"]
-    for method, own in points.items():
-        score = _mean_and_error(_means((seed, point) for (_, seed), point in own.items()))
-        other = points.get(against, {})
-        below = _means((run[0], other[run] - point) for run, point in own.items() if run in other)
-        met = sum(math.isfinite(by[method]) for by in times.values() if method in by)
-        lines.append(f"| {method} | {len(own)} | {score} | {met} | {_mean_and_error(below) if below else ''} |")
+    for method, own in by_method.items():
+        met = sum(point > 0 for point in own.values())
+        lines.append(f"| {method} | {len(own)} | {_score(own)} | {met} | {_below(own, by_method.get(against, {}))} |")
     return "\n".join(lines)
+
+
+def beside_peers(found: list[Outcome], rows: Iterable[Row], targets: dict[str, float]) -> str:
+    """Markdown: a row for the default and each peer of :data:`NAMES`, the best first; others are left out of the scores, too."""
+    scored = _points((row for row in rows if row["method"] in (*NAMES, TUNED)), targets)
+    heads = ("method", "cases", "test loss", "over AutoWU's", "worst case", "steps", "score", "below AutoWU's", "targets met")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    default = [run for run in found if run.method == "default"]
+    by_method = {name: [run for run in found if run.method == method] for method, name in NAMES.items()}
+    methods = {name: method for method, name in NAMES.items()}
+    for name, runs in sorted(by_method.items(), key=lambda item: statistics.fmean(_logs(item[1], "seed")) if item[1] else math.inf):
+        if runs:
+            own, cells = scored[methods[name]], _cells(runs, default)
+            over, below = ("", "") if name == "AutoWU" else (cells[3], _below(own, scored["default"]))
+            met = f"{sum(point > 0 for point in own.values())} of {len(own)}"
+            lines.append(f"| {' | '.join((name, cells[0], cells[2], over, cells[4], cells[-1], _score(own), below, met))} |")
+    if TUNED in scored:
+        lines += ["", f"A tuned run itself scores {_score(scored[TUNED])}."]
+    return "\n".join(lines)
+
+
+def _score(own: dict[tuple[str, int], float]) -> str:
+    return _mean_and_error(_means((seed, point) for (_, seed), point in own.items()))
+
+
+def _below(own: dict[tuple[str, int], float], other: dict[tuple[str, int], float]) -> str:
+    by_case = _means((run[0], other[run] - point) for run, point in own.items() if run in other)
+    return _mean_and_error(by_case) if by_case else ""
 
 
 def _means(values: Iterable[tuple[Any, float]]) -> list[float]:

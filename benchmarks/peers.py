@@ -30,11 +30,13 @@ EPOCHS = 30
 RANGE_TEST_STEPS = 100
 PEERS = ("onecycle", "plateau", "schedule-free", "d-adaptation", "prodigy", "greedy", "adalrs")
 DEFAULT_LRS = {
-    **dict.fromkeys(("sgd", "adamw", "adamp", "lamb"), 1e-3),
+    **dict.fromkeys(("sgd", "adamw", "adamp", "lamb", "madgrad", "adan", "adopt"), 1e-3),
     **dict.fromkeys(("lars", "rmsprop", "adagrad", "adafactor"), 1e-2),
     "muon": 2e-2,
     "lion": 1e-4,
     "nadam": 2e-3,
+    "mars": 3e-3,
+    "laprop": 4e-4,
 }
 """That of the class, or of its authors."""
 

