@@ -240,8 +240,9 @@ def test_a_run_resumed_within_an_epoch_is_the_uncut_one(tmp_path, accumulate):
         Observing(epoch * EPOCHS), Batches(size), accumulate_grad_batches=accumulate, enable_checkpointing=True, callbacks=[saving]
     )
     switch, total = uncut.lr_schedulers().switch, len(uncut.lrs)
-    assert 35 < switch.step < total - 35
-    for step in (switch.step // 7 * 7, switch.step // 7 * 7 + 35):
+    before = (switch.step - 1) // 7 * 7
+    assert 0 < before < total - 35
+    for step in (before, before + 35):
         assert step % epoch != 0
         path = tmp_path / f"step={step}.ckpt"
         assert torch.load(path, weights_only=True)["lr_schedulers"][0]["last_epoch"] == step
@@ -395,7 +396,7 @@ def test_two_processes_switch_together(tmp_path):
         assert first["losses"] != second["losses"]
         assert first["lrs"] == second["lrs"]
         assert first["switch"] == second["switch"]
-        assert first["switch"]["by_test"]
+        assert first["switch"]["probability"] > 0.95  # of a test, at the limit of so short a warm-up
         assert first["last_epoch"] == second["last_epoch"] == len(first["lrs"]) == 20 * EPOCHS
 
 
