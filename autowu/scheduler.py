@@ -70,7 +70,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         min_contrast: standard deviations that the fall to the minimum and the rise from it must make up together, 0 or more.
         min_rise: share of the fall that the rise must make up, sure by four standard deviations: else it is a first dip, or noise
             on a plateau. 0: no matter how much, and the peak follows from the minimum in place of its valley's far edge.
-        peak_factor: the peak LR as a share of the LR at that edge, in (0, 1]; None: by family and length.
+        peak_factor: the peak LR as a share of the LR at that edge, in (0, 1]; None: by family, length and momentum.
         gp: "closed-form" (:class:`~autowu.gp.ClosedFormGP`), "gpytorch" (:class:`~autowu.gpytorch_engine.GPyTorchGP`, an extra),
             or any :class:`~autowu.gp.LossCurveGP`.
         device: where the GP does its sums; None for the device of the losses.
