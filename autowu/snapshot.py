@@ -237,7 +237,8 @@ def _restored(
     """Bring a dictionary of the optimizer, of a `parameter` or a group, back to what it held `before`; pairs still to be copied.
 
     Those are the tensors that are still there. What has to be made anew is put on `device`, but for numbers: they go there only if
-    the optimizer `counts_there`, or the copy was made of one there. What a 0-dim parameter has beside "step" is no such number.
+    the optimizer `counts_there`, or the copy was made of one there. What a 0-dim parameter has beside "step" goes there, too, as it
+    does in torch's ``Optimizer.load_state_dict``.
     """
     for name in [name for name in holder if name not in before and is_kept(name)]:
         del holder[name]

@@ -110,11 +110,13 @@ def tuned_lrs(grid: Iterable[Row]) -> dict[str, float]:
     return found
 
 
-def freeze(grid: list[Row], path: Path) -> None:
-    """Write the targets of the profile, once, of the cases whose grid has three seeds."""
-    by_lr = _by_case_and_lr(grid)
-    losses = {case: [*by_lr[case][lr].values()] for case, lr in tuned_lrs(grid).items()}
-    targets = {case: round(statistics.median(of_case), 6) for case, of_case in losses.items() if len(of_case) >= 3}
+def freeze(tuned: Iterable[Row], path: Path) -> None:
+    """Write the targets of the profile, once, of the cases that were tuned on three seeds: of the last looks, as those of a run."""
+    last: dict[str, list[float]] = {}
+    for row in tuned:
+        if row["method"] == TUNED:
+            last.setdefault(row["case"], []).append(row["looks"][-1] if row["finite"] else math.inf)
+    targets = {case: round(statistics.median(losses), 6) for case, losses in last.items() if len(losses) >= 3}
     kept = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(targets | kept, indent=1) + "\n")
 

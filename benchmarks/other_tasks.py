@@ -1,11 +1,12 @@
 """Kinds of training on which nothing of the rule was chosen: other losses than an error of a label, and optimizers hardly known.
 
 - ``membrane``: the voltage of a cell's membrane, 12,000 samples that come with matplotlib; a GRU reads 32 of them and says by how
-  much the next one differs. The last quarter of the recording is held out.
+  much the next one differs. Windows of the last quarter of the recording are held out.
 - ``terrain``: the height of a landscape, matplotlib's elevation model; a perceptron of Fourier features of the two coordinates.
 - ``denoise``: the digits in noise of all levels, as a diffusion model is trained; a perceptron says what the noise was.
-- ``vae``: a variational autoencoder of the digits; the loss is the negative evidence bound.
-- ``contrast``: two noisy views of each digit, which are to be told from those of the others in the batch (SimCLR's loss).
+- ``vae``: a variational autoencoder of the digits; the loss is the negative evidence bound. In the test the mean is decoded.
+- ``contrast``: two noisy views of each digit; the second is to be told from those of the others in the batch (InfoNCE, one way). In
+  training a digit may be in a batch twice.
 - ``physics``: a function whose second derivative is given, and which is 0 at both ends; held out is the function itself.
 - ``ratings``: 12,000 ratings by 300 people of 200 things, drawn from a model of rank 6, with noise; embeddings of width 12.
 
@@ -180,7 +181,8 @@ def _data(name: str) -> Data:
         return (x, pull), (places, torch.sin(3 * math.pi * places) + torch.sin(math.pi * places))
     if name == "ratings":
         people, things = torch.randn(300, 6, generator=draw), torch.randn(200, 6, generator=draw)
-        pairs = torch.stack([torch.randint(n, (12_000,), generator=draw) for n in (300, 200)], 1)
+        picked = torch.randperm(300 * 200, generator=draw)[:12_000]
+        pairs = torch.stack([picked // 200, picked % 200], 1)
         rating = (people[pairs[:, 0]] * things[pairs[:, 1]]).sum(1, keepdim=True) / 2 + 3.5
         return _mixed(pairs, rating + 0.3 * torch.randn(rating.shape, generator=draw), 2000)
     digits = make_task("mlp")

@@ -106,7 +106,7 @@ STARTS = {
     "lars": 1.0,
     **dict.fromkeys(("madgrad", "adan", "adopt", "mars", "laprop"), 0.003162),
 }
-"""Where the hard suite's grid starts."""
+"""Where a grid starts that grows outward."""
 LENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
 """Of a tuned run, as shares of the case's steps."""
 
@@ -285,7 +285,7 @@ def next_lr(known: dict[float, float], start: float) -> float | None:
 
 
 def run_grid(cases: list[str], seeds: list[int], path: Path, device: str, minutes: float) -> None:
-    """Run what is missing of the hard suite's grid; a later seed starts at the best LR of the first."""
+    """Run what is missing of a suite's grid."""
     started = time.perf_counter()
     rows = read(path)
     path.parent.mkdir(exist_ok=True)
@@ -295,8 +295,7 @@ def run_grid(cases: list[str], seeds: list[int], path: Path, device: str, minute
             while lr is not None:
                 mine = [row for row in rows if row["case"] == case]
                 losses = {row["lr"]: row["test_loss"] if row["finite"] else math.inf for row in mine if row["seed"] == seed}
-                firsts = [(row["test_loss"], row["lr"]) for row in mine if row["seed"] == seeds[0] and row["finite"]]
-                lr = next_lr(losses, min(firsts)[1] if firsts else STARTS[case.split()[1]])
+                lr = next_lr(losses, STARTS[case.split()[1]])
                 if lr is not None:
                     if time.perf_counter() - started > 60 * minutes:
                         return
@@ -512,7 +511,7 @@ def compare(args: argparse.Namespace, suite: str) -> None:
     cases, grid, folder = chosen_cases(suite, args.cases), grid_file(suite), RESULTS / suite
     best = tuned_lrs(read(grid))
     if args.freeze:
-        freeze(read(grid), folder / TARGETS)
+        freeze(read(folder / "tuned.jsonl"), folder / TARGETS)
         return
     names = [args.variant] if args.variant else args.methods if args.methods != [*METHODS] else []
     variants: Variants = {args.variant: json.loads(args.autowu)} if args.variant else {}
@@ -556,7 +555,7 @@ def main() -> None:
     )
     parser.add_argument("--against", default="0.1.0", metavar="NAME", help="whom the others are compared with in --report")
     parser.add_argument("--tuned", action="store_true", help="train the best LR of the grid at other lengths of the run")
-    parser.add_argument("--freeze", action="store_true", help="take the targets of the performance profile from the grid, once")
+    parser.add_argument("--freeze", action="store_true", help="take the targets of the profile from the tuned runs, once")
     parser.add_argument("--shard", default="1/1", metavar="K/N", help="the K-th of N parts of what is to be run")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so long")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

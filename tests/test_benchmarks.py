@@ -92,8 +92,9 @@ def test_a_run_that_is_set_back_has_a_twin_without_the_watch(benchmark, monkeypa
     row = false_setbacks.run("wine adamw 16 400", 101)
     assert "divergence" in row["watched"]["events"]
     assert "divergence" not in row["twin"]["events"]
-    falsely = row | {"twin": row["watched"]}
-    assert "2 were set back, 1 of them falsely" in false_setbacks.report([falsely, row | {"twin": row["twin"] | {"train": 9.0}}])
+    twins = [row["watched"], *({**row["twin"], "train": factor * row["watched"]["train"]} for factor in (0.5, 2.0))]
+    told = false_setbacks.report([{**row, "twin": twin} for twin in twins])
+    assert "3 were set back: 1 ended lower by it, 1 higher, 1 the same" in told
 
 
 def test_the_table_of_the_language_model_is_the_measured_one(benchmark):
@@ -239,8 +240,8 @@ def test_variants_are_compared_with_a_grid_that_is_run_once(benchmark, monkeypat
     best = min(grid, key=lambda row: row["test_loss"])
     assert len(lrs) == len(set(lrs)) >= 5
     assert lrs.index(best["lr"]) in range(2, len(lrs) - 2)
-    command("--freeze")
     command("--tuned")
+    command("--freeze")
     command("--variant", "half", "--autowu", '{"peak_factor": 0.5}')
     files, printed = command("--variant", "0.1.0")
     assert len(files["0.1.0.jsonl"].splitlines()) == 1
@@ -339,7 +340,31 @@ def test_the_grid_of_the_hard_suite_is_kept_whole_and_its_page_says_what_was_mea
     rows = table_rows(regret, measures, "hard", (3, 4, 5))
     ratio, error = map(float, rows["default"][4].split(" ± "))
     told = f"default is at {ratio:.2f} of 0.1.0, with a standard error of {error:.2f} over the cases. So it is ahead by"
-    assert f"{told} {(1 - ratio) / error:.1f} of them" in " ".join(page.split())
+    said = " ".join(page.split())
+    assert f"{told} {(1 - ratio) / error:.1f} of them" in said
+    default, before = (outcomes_of(regret, measures, "hard", name, (3, 4, 5)) for name in ("default", "0.1.0"))
+    rest, others = ([run for run in runs if not run.case.startswith("friedman")] for runs in (default, before))
+    ratio, error = map(float, measures._paired(rest, others).split(" ± "))
+    assert f"Without `friedman` it is at {ratio:.2f}, ahead by {(1 - ratio) / error:.1f}" in said
+    off = [run for run in default if abs(run.decades) > 0.5]
+    assert f"Of the {len(off)} LRs {sum(run.decades > 0 for run in off)} are too high" in said
+    ends = [sum(run.steps == end for run in default) for end in (regret.LENGTHS[0], regret.LENGTHS[-1])]
+    assert f"{ends[0]} and {ends[1]} of AutoWU's {len(default)} runs are there" in said
+
+
+@pytest.mark.parametrize("suite", ["hard", "kinds"])
+def test_no_tuned_run_is_far_below_the_best_of_the_grid_on_its_seed(benchmark, suite):
+    regret, measures = benchmark("regret"), benchmark("measures")
+    folder = ROOT / "benchmarks" / "results" / suite
+    best = measures.best_of_grid(regret.read(folder / "grid.jsonl"))
+    tuned = [row for row in regret.read(folder / "tuned.jsonl") if row["method"] == "tuned 1.0" and row["finite"]]
+    assert all(max(row["test_loss"], measures.FLOOR) > 0.95 * best[row["case"], row["seed"]].loss for row in tuned)
+
+
+def outcomes_of(regret, measures, suite, method, seeds):
+    folder = ROOT / "benchmarks" / "results" / suite
+    best, tuned = measures.best_of_grid(regret.read(folder / "grid.jsonl")), regret.read(folder / "tuned.jsonl")
+    return [run for run in measures.outcomes(regret.read(folder / f"{method}.jsonl"), best, tuned) if run.seed in seeds]
 
 
 @pytest.mark.parametrize(
@@ -360,32 +385,54 @@ def test_the_page_of_results_has_what_the_rule_and_that_before_reach(benchmark, 
     assert rows["default"][1:3] == ["17", "51"]
 
 
-def test_a_suite_of_other_kinds_has_lrs_that_are_low_rather_than_high(benchmark):
+def test_what_is_said_of_the_suite_of_other_kinds_is_measured(benchmark):
     regret, measures = benchmark("regret"), benchmark("measures")
-    folder = ROOT / "benchmarks" / "results" / "kinds"
-    rows = regret.read(folder / "default.jsonl")
-    assert {row["case"] for row in rows} == {*benchmark("other_tasks").KINDS}
-    found = measures.outcomes(rows, measures.best_of_grid(regret.read(folder / "grid.jsonl")))
-    page = (ROOT / "docs" / "results.md").read_text()
-    assert f"{sum(run.decades < 0 for run in found)} of {len(found)} lie below the best of the grid" in page
-    own = measures.table(found, "").splitlines()[2].split(" | ")
-    told = f"it is at {float(own[3].split()[0]):.2f}, {own[5]} in the worst case."
+    names = ("default", "0.1.0", "onecycle", "plateau", "greedy", "schedule-free", "prodigy", "d-adaptation")
+    runs = {name: outcomes_of(regret, measures, "kinds", name, (0, 1, 2)) for name in names}
+    default, page = runs["default"], " ".join((ROOT / "docs" / "results.md").read_text().split())
+    assert {run.case for run in default} == {*benchmark("other_tasks").KINDS}
+    assert f"{sum(run.decades < 0 for run in default)} of {len(default)} lie below the best of the grid" in page
+
+    def mean(name, without=""):
+        logs = measures._logs([run for run in runs[name] if not (without and without in run.case)], "case")
+        return math.exp(statistics.fmean(logs))
+
+    own = measures.table(default, "").splitlines()[2].split(" | ")
+    assert f"**The default is at {float(own[3].split()[0]):.2f} on kinds" in page
+    assert float(own[5]) < 1.9
+    assert max(run.ratio for run in default) < 2.5
+    assert mean("default") > mean("0.1.0")
+    told = f"OneCycleLR is at {mean('onecycle', 'madgrad'):.2f} and AutoWU at {mean('default', 'madgrad'):.2f}"
+    assert told in page
+    rest = [f"{mean(name, 'physics'):.2f}" for name in ("greedy", "schedule-free", "prodigy")]
+    assert "Without it GreedyLR is at {}, Schedule-Free at {} and Prodigy at {}".format(*rest) in page
+    assert sum(math.isinf(run.ratio) for run in runs["d-adaptation"]) == 2
+    physics = {name: [run.ratio for run in runs[name] if run.case.startswith("physics")] for name in names}
+    bad = {name for name, ratios in physics.items() if statistics.fmean(map(math.log, ratios)) > math.log(100)}
+    assert bad == {"greedy", "schedule-free", "prodigy", "d-adaptation"}
+    told = f"AutoWU is at {float(own[3].split()[0]):.2f}, and at {own[5]} in the worst case."
     assert told in " ".join((ROOT / "README.md").read_text().split())
 
 
-@pytest.mark.parametrize("name", ["membrane", "terrain", "denoise", "vae", "contrast", "physics", "ratings"])
-def test_a_task_of_another_kind_learns_from_what_it_is_not_tested_on(benchmark, name):
+@pytest.mark.parametrize(
+    ("name", "lr", "steps"),
+    [
+        *(("membrane", 0.01, 120), ("terrain", 0.01, 120), ("denoise", 0.01, 120), ("vae", 0.01, 120), ("contrast", 0.01, 120)),
+        *(("ratings", 0.1, 300), ("physics", 0.03, 400)),
+    ],
+)
+def test_a_task_of_another_kind_learns_what_it_is_tested_on_from_other_data(benchmark, name, lr, steps):
     other_tasks, make_optimizer = benchmark("other_tasks"), benchmark("tasks").make_optimizer
     assert name in other_tasks.OTHERS
     task = benchmark("tasks").make_task(name)
-    assert not any(torch.equal(row, task.test[0][0]) for row in task.train[0])
+    seen, unseen = ({row.numpy().tobytes() for row in part[0]} for part in (task.train, task.test))
+    assert not seen & unseen or name == "physics"  # whose function is tested where its second derivative was given
     torch.manual_seed(0)
     model = task.new_model()
     before, _ = task.evaluate(model, task.test)
     assert task.evaluate(model, task.test)[0] == before
-    losses = [*task.steps(model, make_optimizer("adamw", model, 0.01), 128, 0, 120)]
-    assert statistics.fmean(losses[-20:]) < 0.9 * statistics.fmean(losses[:5])
-    assert task.evaluate(model, task.test)[0] != before
+    assert all(math.isfinite(loss) for loss in task.steps(model, make_optimizer("adamw", model, lr), 128, 0, steps))
+    assert task.evaluate(model, task.test)[0] < 0.95 * before
 
 
 def table_rows(regret, measures, suite, seeds, against="0.1.0"):
@@ -417,7 +464,7 @@ def test_the_page_of_results_has_what_peers_reach(benchmark, suite, seeds):
     leads = {cells[1].strip(): cells[8].split(" ± ") for cells in (line.split("|") for line in shown.splitlines()[3:-2])}
     for name, (below, error) in leads.items() if suite == "hard" else ():
         lead = float(below) / float(error)
-        assert f"{lead:.1f}" == "1.6" if name in ("Schedule-Free", "Prodigy") else lead > 2
+        assert 1.15 <= lead < 1.65 if name in ("Schedule-Free", "Prodigy", "GreedyLR") else lead > 2
 
 
 def test_the_page_of_the_decision_has_what_probes_of_long_runs_told(benchmark):
