@@ -23,19 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 __all__ = [
-    *(
-        "FLOOR",
-        "LOOKS",
-        "NAMES",
-        "TUNED",
-        "Outcome",
-        "best_of_grid",
-        "beside_peers",
-        "freeze",
-        "geometric_mean",
-        "outcomes",
-        "points",
-    ),
+    *("FLOOR", "LOOKS", "NAMES", "TUNED", "Outcome", "beside_peers", "best_of_grid", "freeze", "geometric_mean", "outcomes"),
     *("profile", "table", "tuned_lrs"),
 ]
 
@@ -238,15 +226,12 @@ def beside_peers(found: list[Outcome], rows: Iterable[Row], targets: dict[str, f
     scored = _points((row for row in rows if row["method"] in (*NAMES, TUNED)), targets)
     heads = ("method", "cases", "test loss", "over AutoWU's", "worst case", "steps", "score", "below AutoWU's", "targets met")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    default = [run for run in found if run.method == "default"]
-    by_method = {name: [run for run in found if run.method == method] for method, name in NAMES.items()}
-    methods = {name: method for method, name in NAMES.items()}
-    for name, runs in sorted(by_method.items(), key=lambda item: statistics.fmean(_logs(item[1], "seed")) if item[1] else math.inf):
-        if runs:
-            own, cells = scored[methods[name]], _cells(runs, default)
-            over, below = ("", "") if name == "AutoWU" else (cells[3], _below(own, scored["default"]))
-            met = f"{sum(point > 0 for point in own.values())} of {len(own)}"
-            lines.append(f"| {' | '.join((name, cells[0], cells[2], over, cells[4], cells[-1], _score(own), below, met))} |")
+    by_method = {method: runs for method in NAMES if (runs := [run for run in found if run.method == method])}
+    for method in sorted(by_method, key=lambda method: statistics.fmean(_logs(by_method[method], "seed"))):
+        own, cells = scored[method], _cells(by_method[method], by_method["default"])
+        over, below = ("", "") if method == "default" else (cells[3], _below(own, scored["default"]))
+        met = f"{sum(point > 0 for point in own.values())} of {len(own)}"
+        lines.append(f"| {' | '.join((NAMES[method], cells[0], cells[2], over, cells[4], cells[-1], _score(own), below, met))} |")
     if TUNED in scored:
         lines += ["", f"A tuned run itself scores {_score(scored[TUNED])}."]
     return "\n".join(lines)

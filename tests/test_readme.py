@@ -291,9 +291,8 @@ def test_tables_of_regret_are_the_measured_ones(regret):
 
 def test_what_is_said_of_the_seeds_that_chose_is_measured(regret):
     rows = regret.read(ROOT / "benchmarks" / "results" / "regret.jsonl")
-    scores = regret.scores(
-        [row for row in rows if row["method"] in ("grid", "autowu") and row["seed"] in regret.SEEDS], "test_loss"
-    )
+    rows = [row for row in rows if row["method"] in ("grid", "autowu") and row["seed"] in regret.SEEDS]
+    scores = regret.scores(rows, "test_loss")
     assert not {*UNSEEN} & {*regret.SEEDS}
     own, sweep = scores["autowu"], scores["sweep"]
     told = f"come to {own.mean:.2f}, {own.worst:.2f} in the worst case; the sweep there to {sweep.mean:.2f}."
