@@ -76,6 +76,30 @@ def test_a_run_is_trained_to_the_end_where_something_was_passed_by(benchmark, mo
     assert row["now"] > 0 < row["before"]
 
 
+def test_the_table_of_peaks_and_decays_is_the_measured_one(benchmark):
+    peaks = benchmark("peaks")
+    rows = peaks.read(peaks.RESULTS)
+    assert len({row["case"] for row in rows}) == 48
+    assert sorted((row["case"], row["seed"]) for row in rows) == sorted(product({row["case"] for row in rows}, (0, 1)))
+    assert peaks.report(rows) in (ROOT / "docs" / "decision.md").read_text()
+
+
+def test_a_run_goes_on_from_its_switch_with_each_peak_and_decay(benchmark, monkeypatch):
+    peaks = benchmark("peaks")
+    monkeypatch.setattr(peaks, "MULTIPLES", (1.0, 2.0))
+    monkeypatch.setattr(peaks, "DECAYS", ("own", "power 2"))
+    used = {}
+    monkeypatch.setattr(peaks.Run, "train", lambda run, lrs, seed: used.setdefault(len(used), lrs))
+    row = peaks.run("few sgd 16 200", 0)
+    assert [*row["ends"]] == ["own, 1", "own, 2", "power 2, 1", "power 2, 2"]
+    own, twice, squared, _ = used.values()
+    assert len(own) == 200 - row["step"]
+    assert own[0] == squared[0] == row["lr"] == own[200 - row["step"] - 120]
+    assert own[-1] == pytest.approx(row["lr"] / 120)
+    assert squared[-1] == pytest.approx(row["lr"] / (200 - row["step"]) ** 2)
+    assert twice == pytest.approx([2 * lr for lr in own])
+
+
 def test_a_thousand_runs_and_their_false_set_backs_are_the_measured_ones(benchmark):
     false_setbacks = benchmark("false_setbacks")
     rows = false_setbacks.read(false_setbacks.RESULTS)
