@@ -12,22 +12,19 @@ A run is a line of JSON in results/false_setbacks.jsonl; those that are there ar
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import math
 import os
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from by_case import command
 from measures import FLOOR
 from probes import _finite
-from regret import CASES, Case, read
+from regret import CASES, Case
 from tasks import make_optimizer, make_task
 
 from autowu import AutoWU
@@ -83,29 +80,5 @@ def report(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS])
-    parser.add_argument("--cases", nargs="+", default=[*FAST], help="their names (default: all that are fast)")
-    parser.add_argument("--shard", default="1/1")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so long")
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.getLogger("autowu").setLevel(logging.CRITICAL)
-    done = {(row["case"], row["seed"]) for row in read(args.out)}
-    shard, shards = map(int, args.shard.split("/"))
-    wanted = [key for key in ((case, seed) for seed in args.seeds for case in args.cases) if key not in done]
-    started = time.perf_counter()
-    for case, seed in [] if args.report else wanted[shard - 1 :: shards]:
-        if time.perf_counter() - started > 60 * args.minutes:
-            break
-        with args.out.open("a") as file:
-            row = json.loads(json.dumps(run(case, seed)), parse_float=lambda x: float(f"{float(x):.6g}"))
-            print(json.dumps(row), file=file)
-    print(report([row for row in read(args.out) if row["seed"] in args.seeds]))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULTS, FAST, SEEDS, run, report)

@@ -12,12 +12,7 @@ A case with a seed is a line of JSON in results/passed_by.jsonl; those that are 
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import math
 import os
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,9 +21,10 @@ from unittest import mock
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from by_case import command
 from measures import FLOOR, geometric_mean
 from probes import _finite
-from regret import CASES, Case, read
+from regret import CASES, Case
 from tasks import make_optimizer, make_task
 
 from autowu import AutoWU
@@ -37,6 +33,7 @@ from autowu.watch import LossWatch
 
 RESULTS = Path(__file__).parent / "results" / "passed_by.jsonl"
 SUITES = ("cpu", "hard", "plateaus", "long")
+TRIED = tuple(dict.fromkeys(case for suite in SUITES for case in CASES[suite] if not case.startswith("sounds")))
 SEEDS = (12, 13, 14, 15, 16, 17)
 AT_BEST = LossWatch.at_best
 
@@ -90,29 +87,5 @@ def report(rows: list[dict[str, Any]]) -> str:
     return "\n".join([told, "", "| case | runs that differ | test loss over that before |", "|---|---|---|", *lines])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS])
-    parser.add_argument("--cases", nargs="+", help="their names (default: all of the suites)")
-    parser.add_argument("--shard", default="1/1")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so long")
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.getLogger("autowu").setLevel(logging.CRITICAL)
-    cases = args.cases or [case for suite in SUITES for case in CASES[suite] if not case.startswith("sounds")]
-    done = {(row["case"], row["seed"]) for row in read(args.out)}
-    shard, shards = map(int, args.shard.split("/"))
-    wanted = [key for key in ((case, seed) for seed in args.seeds for case in dict.fromkeys(cases)) if key not in done]
-    started = time.perf_counter()
-    for case, seed in [] if args.report else wanted[shard - 1 :: shards]:
-        if time.perf_counter() - started > 60 * args.minutes:
-            break
-        with args.out.open("a") as file:
-            print(json.dumps(run(case, seed)), file=file)
-    print(report([row for row in read(args.out) if row["seed"] in args.seeds]))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULTS, TRIED, SEEDS, run, report)

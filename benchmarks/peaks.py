@@ -13,23 +13,19 @@ A case with a seed is a line of JSON in results/peaks.jsonl; those that are ther
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import math
 import os
 import statistics
-import time
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
+from by_case import command
 from measures import FLOOR
 from probes import CLIP, Run, _finite
-from regret import CASES, chosen_cases, read
+from regret import CASES
 
 from autowu.phases import cooldown_begin
 
@@ -38,6 +34,8 @@ SUITES = ("cpu", "hard", "plateaus")
 LEFT_OUT = ("sounds adamw 32 300", "vit sgd 32 1000", "net adamw 32 5000", "net sgd 32 10000", "deep sgd 64 1000")
 """For a package, for their time, and one that learns nothing at any of these LRs."""
 MULTIPLES = (0.5, 1.0, 1.4, 2.0, 2.8)
+TRIED = tuple(case for suite in SUITES for case in CASES[suite] if case not in LEFT_OUT)
+SEEDS = (0, 1)
 DECAYS = ("own", "linear", "power 1.5", "power 2")
 """AutoWU's own, held and then linear; linear from the switch on; and powers of that."""
 
@@ -76,7 +74,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         for multiple in MULTIPLES:
             values = [*logs(f"{decay}, {multiple:g}").values()]
             mean, worst = math.exp(statistics.fmean(values)), math.exp(max(values))
-            error = mean * statistics.stdev(values) / math.sqrt(len(values))
+            error = mean * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
             cells.append("1" if (decay, multiple) == ("own", 1.0) else f"{mean:.2f} ± {error:.2f}, {worst:.1f}")
         lines.append(f"| {decay} | {' | '.join(cells)} |")
     of_own = [logs(f"own, {multiple:g}") for multiple in MULTIPLES]
@@ -84,30 +82,5 @@ def report(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"Of its own decay, the multiple that is best for each case, picked afterwards: {best:.2f}."])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", metavar="PATTERN")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--shard", default="1/1")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after so long")
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.getLogger("autowu").setLevel(logging.CRITICAL)
-    cases = [case for suite in SUITES for case in chosen_cases(suite, args.cases) if case in CASES[suite] and case not in LEFT_OUT]
-    done = {(row["case"], row["seed"]) for row in read(args.out)}
-    shard, shards = map(int, args.shard.split("/"))
-    wanted = [(case, seed) for seed in args.seeds for case in dict.fromkeys(cases) if (case, seed) not in done]
-    started = time.perf_counter()
-    for case, seed in [] if args.report else wanted[shard - 1 :: shards]:
-        if time.perf_counter() - started > 60 * args.minutes:
-            break
-        row = json.loads(json.dumps(run(case, seed)), parse_float=lambda x: float(f"{float(x):.6g}"))
-        with args.out.open("a") as file:
-            print(json.dumps(row), file=file)
-    print(report([row for row in read(args.out) if row["seed"] in args.seeds]))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULTS, TRIED, SEEDS, run, report)

@@ -61,7 +61,7 @@ def test_a_run_of_the_second_look_has_ramps_or_not(benchmark):
 
 def test_the_table_of_runs_passed_by_is_the_measured_one(benchmark):
     passed_by = benchmark("passed_by")
-    rows = passed_by.read(passed_by.RESULTS)
+    rows = benchmark("regret").read(passed_by.RESULTS)
     assert {row["seed"] for row in rows} == {*passed_by.SEEDS}
     assert passed_by.report(rows) in (ROOT / "docs" / "decision.md").read_text()
 
@@ -78,7 +78,7 @@ def test_a_run_is_trained_to_the_end_where_something_was_passed_by(benchmark, mo
 
 def test_the_table_of_peaks_and_decays_is_the_measured_one(benchmark):
     peaks = benchmark("peaks")
-    rows = peaks.read(peaks.RESULTS)
+    rows = benchmark("regret").read(peaks.RESULTS)
     assert len({row["case"] for row in rows}) == 48
     assert sorted((row["case"], row["seed"]) for row in rows) == sorted(product({row["case"] for row in rows}, (0, 1)))
     assert peaks.report(rows) in (ROOT / "docs" / "decision.md").read_text()
@@ -102,7 +102,7 @@ def test_a_run_goes_on_from_its_switch_with_each_peak_and_decay(benchmark, monke
 
 def test_a_thousand_runs_and_their_false_set_backs_are_the_measured_ones(benchmark):
     false_setbacks = benchmark("false_setbacks")
-    rows = false_setbacks.read(false_setbacks.RESULTS)
+    rows = benchmark("regret").read(false_setbacks.RESULTS)
     assert sorted((row["case"], row["seed"]) for row in rows) == sorted(product(false_setbacks.FAST, false_setbacks.SEEDS))
     assert len(rows) >= 1000
     assert all((row["twin"] is not None) == ("divergence" in row["watched"]["events"]) for row in rows)
