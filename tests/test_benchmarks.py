@@ -76,6 +76,27 @@ def test_a_run_is_trained_to_the_end_where_something_was_passed_by(benchmark, mo
     assert row["now"] > 0 < row["before"]
 
 
+def test_scripts_that_go_case_by_case_run_nothing_twice(benchmark, monkeypatch, tmp_path, capsys):
+    by_case, ran = benchmark("by_case"), []
+
+    def run(case, seed):
+        ran.append((case, seed))
+        return {"case": case, "seed": seed}
+
+    def command(*options):
+        monkeypatch.setattr(sys, "argv", ["script.py", "--out", str(tmp_path / "rows.jsonl"), *options])
+        ran.clear()
+        by_case.command("", tmp_path, ("one", "two"), (0, 1), run, lambda rows: str(len(rows)))
+        return [*ran], int(capsys.readouterr().out)
+
+    assert command("--report") == ([], 0)
+    assert command("--cases", "w", "--seeds", "1") == ([("two", 1)], 1)
+    assert command("--shard", "1/2") == ([("one", 0), ("one", 1)], 3)
+    assert command("--minutes", "0") == ([], 3)
+    assert command() == ([("two", 0)], 4)
+    assert command("--seeds", "0") == ([], 2)
+
+
 def test_the_table_of_peaks_and_decays_is_the_measured_one(benchmark):
     peaks = benchmark("peaks")
     rows = benchmark("regret").read(peaks.RESULTS)
