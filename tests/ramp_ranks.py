@@ -38,7 +38,7 @@ def main(folder):
     torch.save({"kinds": kinds, "raised": raised, "lr": lr, "weights": model.state_dict()}, folder / f"{rank}.pt")
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # what is left to be destroyed, DDP's group of gloo, now and then waits for ever where the machine is busy
+    os._exit(0)  # DDP frees its group of gloo with the GIL held, and may wait for a thread that wants it: torch's own fault
 
 
 if __name__ == "__main__":
