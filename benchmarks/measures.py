@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 __all__ = [
     *("FLOOR", "LOOKS", "NAMES", "TUNED", "Outcome", "beside_peers", "best_of_grid", "freeze", "geometric_mean", "outcomes"),
-    *("profile", "table", "tuned_lrs"),
+    *("profile", "sweep", "table", "tuned_lrs"),
 ]
 
 FLOOR = 1e-4
@@ -157,6 +157,19 @@ def outcomes(rows: Iterable[Row], best: dict[tuple[str, int], Best], tuned: Iter
             lr = row.get("cooldown_lr") or row.get("found_lr")
             steps = _steps_to(own, lengths[key]) if key in lengths else None
             found.append(Outcome(*key, row["method"], own / best[key].loss, lr, best[key], row.get("switch_step"), steps))
+    return found
+
+
+def sweep(grid: Iterable[Row], seeds: Iterable[int]) -> list[Outcome]:
+    """What an honest one comes to on each of `seeds`: with the LR that is best on the others, of those that ran on all of them."""
+    grid, seeds, found = [*grid], {*seeds}, []
+    best = best_of_grid(grid)
+    for case, by_lr in _by_case_and_lr(grid).items():
+        known = {lr: losses for lr, losses in by_lr.items() if seeds <= losses.keys()}
+        for seed in sorted(seeds) if known and len(seeds) > 1 else ():
+            lr = min(known, key=lambda lr: geometric_mean(known[lr][other] for other in seeds - {seed}))
+            if (case, seed) in best:
+                found.append(Outcome(case, seed, "sweep", known[lr][seed] / best[case, seed].loss, lr, best[case, seed], None))
     return found
 
 

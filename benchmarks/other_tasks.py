@@ -9,17 +9,23 @@
   training a digit may be in a batch twice.
 - ``physics``: a function whose second derivative is given, and which is 0 at both ends; held out is the function itself.
 - ``ratings``: 12,000 ratings by 300 people of 200 things, drawn from a model of rank 6, with noise; embeddings of width 12.
+- ``strokes``: sixteen measures of each of 20,000 printed letters, which one it is; a table of R's mlbench (``pip install rdata``
+  and Debian's r-cran-mlbench, in R's site library or where ``R_LIBS_SITE`` says).
 
-The last cases are known tasks with optimizers of timm that AutoWU's families do not have, or have no measurement of.
+The last cases are known tasks with optimizers that AutoWU's families do not have, or have no measurement of: those of timm, SOAP
+(``pip install pytorch_optimizer``) and the AdamW of Schedule-Free (``pip install schedulefree``).
 """
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +41,11 @@ KINDS = (
     *("vae adamw 64 900", "vae sgd 64 900", "contrast adamw 128 600", "contrast lars 128 600", "physics adamw 128 1200"),
     *("ratings adamw 256 1000", "ratings adagrad 256 1000", "mlp madgrad 64 300", "mlp adan 64 300", "cnn adopt 64 300"),
     *("vit mars 32 300", "gru laprop 16 300"),
+    *("strokes adamw 128 1000", "strokes sgd 128 1000", "mlp SOAP 64 300", "lm32 SOAP 16 300"),
+    *("cnn schedulefree 64 300", "gru schedulefree 16 300"),
 )
 """Task, optimizer, batch size, steps."""
-OTHERS = ("membrane", "terrain", "denoise", "vae", "contrast", "physics", "ratings")
+OTHERS = ("membrane", "terrain", "denoise", "vae", "contrast", "physics", "ratings", "strokes")
 
 PAST = 32
 LATENT = 16
@@ -147,6 +155,12 @@ def _sample_data(name: str) -> Path:
     return Path(matplotlib.get_data_path(), "sample_data", name)
 
 
+def _mlbench(name: str) -> Any:
+    """A table of R's mlbench, as pandas has them."""
+    path = Path(os.environ.get("R_LIBS_SITE", "/usr/lib/R/site-library"), "mlbench", "data", f"{name}.rda")
+    return importlib.import_module("rdata").read_rda(path, default_encoding="ascii")[name]
+
+
 def _mixed(x: Tensor, y: Tensor, test: int) -> Data:
     """The rows in a random order, the same every time, so many of them held out."""
     order = torch.from_numpy(np.random.default_rng(7).permutation(len(x)))
@@ -185,6 +199,11 @@ def _data(name: str) -> Data:
         pairs = torch.stack([picked // 200, picked % 200], 1)
         rating = (people[pairs[:, 0]] * things[pairs[:, 1]]).sum(1, keepdim=True) / 2 + 3.5
         return _mixed(pairs, rating + 0.3 * torch.randn(rating.shape, generator=draw), 2000)
+    if name == "strokes":
+        letters = _mlbench("LetterRecognition")
+        measures = torch.from_numpy(letters.iloc[:, 1:].to_numpy(np.float32))
+        which = torch.from_numpy(letters["lettr"].cat.codes.to_numpy(np.int64))
+        return _mixed((measures - measures.mean(0)) / measures.std(0), which, 4000)
     digits = make_task("mlp")
     images, unseen = (part[0].flatten(1) + 0.5 for part in (digits.train, digits.test))
     if name == "vae":
@@ -217,6 +236,7 @@ def make_other_task(name: str, device: str = "cpu") -> Task:
         "contrast": Views,
         "physics": Solution,
         "ratings": Ratings,
+        "strokes": partial(_perceptron, 16, 128, 26),
     }
     measures = {"vae": evidence, "contrast": contrast}
 
@@ -225,4 +245,4 @@ def make_other_task(name: str, device: str = "cpu") -> Task:
 
     if name in measures:
         return Measured(train, test, new_model, measures[name])
-    return Regression(train, test, new_model)
+    return (Task if name == "strokes" else Regression)(train, test, new_model)

@@ -37,6 +37,8 @@ DEFAULT_LRS = {
     "nadam": 2e-3,
     "mars": 3e-3,
     "laprop": 4e-4,
+    "SOAP": 3e-3,
+    "schedulefree": 2.5e-3,
 }
 """That of the class, or of its authors."""
 
@@ -50,7 +52,7 @@ class Recipe:
         self.optimizer, self.after_step, self.facts = optimizer, after_step, facts
 
 
-def cosine(optimizer: Optimizer, total: int, warmup: int) -> LambdaLR:
+def cosine(optimizer: Optimizer, total: float, warmup: int) -> LambdaLR:
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)

