@@ -21,7 +21,7 @@ run; the lines are kept in results/hard/NAME.jsonl. Without `--variant` it runs 
 outward until the two on both sides of the best are known. `--methods adalrs ...` runs peers, `--tuned` the best LR at other lengths
 of the run. The second compares all, or what is named on the runs that these share, and an honest sweep; measures.py says what the
 numbers are. The LR of a run is the one with which its cooldown begins. On the suites ``kinds``, of other_tasks.py, and
-``optimizers``, 96 of the package pytorch_optimizer, nothing is to be chosen. A case whose package or data are not installed is left
+``optimizers``, 94 of the package pytorch_optimizer, nothing is to be chosen. A case whose package or data are not installed is left
 out, with a word.
 
 A run is a line of JSON in the results file, written when it ends; those that are there already are not run again. The report
@@ -168,7 +168,7 @@ def recipe(method: str, lr: float | None, case: Case, task: Task, model: nn.Modu
         schedule = cosine(optimizer, length, warmup)
         return Recipe(optimizer, lambda loss: schedule.step())
     if method in ("autowu", "paper", *ABLATION, *variants):
-        optimizer = make_optimizer(case.optimizer, model, 1.0)
+        optimizer = make_optimizer(case.optimizer, model, default_lr(case.optimizer))
         if method == "paper":
             scheduler = AutoWU.paper(optimizer, total // EPOCHS, EPOCHS, seed=seed)
         else:
@@ -274,12 +274,23 @@ def jobs(cases: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -> 
     return wanted
 
 
+def default_lr(optimizer: str) -> float:
+    """The one with which a class of a package comes; 1 for the others, which look at none before their first step."""
+    return float(inspect.signature(packaged(optimizer)).parameters["lr"].default) if optimizer in PACKAGED else 1.0
+
+
 def start_of(optimizer: str) -> float:
     """Where the grid of an optimizer of that name starts."""
-    if optimizer in STARTS:
-        return STARTS[optimizer]
-    default = inspect.signature(packaged(optimizer)).parameters["lr"].default
-    return float(f"{10 ** (round(2 * math.log10(default)) / 2):.4g}")
+    nearest = 10 ** (round(2 * math.log10(default_lr(optimizer))) / 2)
+    return STARTS.get(optimizer) or float(f"{nearest:.4g}")
+
+
+def usual(grid: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a grid with which it began on each case and seed, by the LR that an optimizer comes with, as of a method."""
+    first: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in grid:
+        first.setdefault((row["case"], row["seed"]), row | {"method": "usual LR", "found_lr": row["lr"]})
+    return [*first.values()]
 
 
 def next_lr(known: dict[float, float], start: float) -> float | None:
@@ -553,6 +564,8 @@ def compare(args: argparse.Namespace, suite: str) -> None:
     files = [folder / f"{name}.jsonl" for name in names or args.report or []] or sorted(folder.glob("*.jsonl"))
     files = [args.out] if args.out else files
     rows = [row for file in files for row in read(file) if row["case"] in cases and row["seed"] in args.seeds]
+    if report and suite == "optimizers":
+        rows += usual(row for row in rows if row["method"] == "grid")
     found = outcomes(rows, best_of_grid(read(grid)), read(folder / "tuned.jsonl"))
     if report:
         ran = {run.case for run in found}

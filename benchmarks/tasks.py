@@ -236,15 +236,15 @@ TORCHS: dict[str, Callable[..., Optimizer]] = {
 PACKAGED = (
     *("AccSGD", "AdaBelief", "AdaBound", "AdaDelta", "AdaFactor", "AdaGC", "Adai", "Adalite", "AdaMax", "AdamC", "AdamG"),
     *("AdaMod", "AdamP", "AdamS", "AdamWSN", "Adan", "AdaNorm", "AdaPNM", "AdaShift", "AdaSmooth", "AdaTAM", "AdEMAMix"),
-    *("ADOPT", "AggMo", "Aida", "Alice", "Amos", "Ano", "APOLLO", "ApolloDQN", "ASGD", "AvaGrad", "BCOS", "CAME", "Conda"),
+    *("ADOPT", "AggMo", "Aida", "Alice", "Amos", "Ano", "APOLLO", "ApolloDQN", "AvaGrad", "BCOS", "CAME", "Conda"),
     *("DASH", "DiffGrad", "DualAdam", "EmoFact", "EmoLynx", "EmoNavi", "EXAdam", "FAdam", "Fira", "FlashAdamW", "FOCUS"),
-    *("Fromage", "FTRL", "GaLore", "Grams", "Gravity", "GrokFastAdamW", "Kate", "Kron", "Lamb", "LaProp", "LARS", "Lion"),
+    *("Fromage", "FTRL", "GaLore", "Grams", "Gravity", "GrokFastAdamW", "Kate", "Lamb", "LaProp", "LARS", "Lion"),
     *("MADGRAD", "MARS", "MSVAG", "Nero", "NovoGrad", "PAdam", "PID", "PNM", "QHAdam", "QHM", "RACS", "RAdam", "Ranger"),
     *("ROSE", "ScalableShampoo", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD", "SCION", "SCIONLight", "SGDP"),
     *("SGDSaI", "SGDW", "Shampoo", "SignSGD", "SimplifiedAdEMAMix", "SM3", "SOAP", "SPAM", "SPlus", "SRMM", "StableAdamW"),
     *("StableSPAM", "SWATS", "TAM", "Tiger", "VSGD", "Yogi"),
 )
-"""The classes of the package pytorch_optimizer, but those that find their own LR, or need more than parameters and gradients."""
+"""Classes of the package pytorch_optimizer: all but those that find their own LR, need more than gradients, or take minutes."""
 
 
 def packaged(name: str) -> Any:

@@ -6,7 +6,9 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+import importlib
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,3 +70,14 @@ def blank_figures():
 
     with blank_figures.blank():
         yield
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A module of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    levels, threads = {name: logging.getLogger(name).level for name in ("autowu", "dadaptation", "root")}, torch.get_num_threads()
+    yield importlib.import_module
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    torch.set_num_threads(threads)
