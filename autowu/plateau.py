@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any, Final
@@ -54,11 +55,8 @@ class Plateau:
         """
         curve, answer = _mean_curve(self._losses, self._ranks), 0.0
         if self._ranks.is_first:
-            try:
+            with contextlib.suppress(Exception):  # nothing to fit is no evidence
                 posterior = ClosedFormGP(_LENGTHSCALE).posterior(curve)
-            except Exception:  # nothing to fit is no evidence
-                posterior = None
-            if posterior is not None:
                 answer = float(has_settled(curve, posterior, (1 - warmup / self._losses.steps) / 2, start, confidence))
         return bool(self._ranks.sum(torch.tensor([answer], dtype=torch.float64)).item())
 
@@ -93,6 +91,8 @@ def has_settled(curve: LossCurve, posterior: CurvePosterior, since: float, start
     # Where noise hides the curve the likeliest one is flat, and sure of it; means of a third each are not known better than this.
     least = float(later.var()) * 6 / len(later) if len(later) > 1 else math.inf
     half = int(np.searchsorted(posterior.grid, since))
+    if half == len(mean):  # no loss has come since
+        return False
     progress = abs((mean[0] if start is None else start) - mean[-1])
     margin = LITTLE * progress - (mean[half] - mean[-1])
     spread = max(float(posterior.difference_variance[0][half]), least, 1e-300)

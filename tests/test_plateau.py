@@ -191,3 +191,15 @@ def test_a_state_that_knows_nothing_of_it_loads_as_before():
     assert again.config == scheduler.config
     assert again._state == scheduler._state
     assert torch.equal(torch.tensor(train(again, 220)), torch.tensor(train(scheduler, 220)))
+
+
+def test_a_run_whose_losses_stop_coming_goes_on():
+    scheduler = scheduler_of(cooldown="auto")
+    train(scheduler, scheduler.config.warmup_limit + 90)
+    assert scheduler.phase == "stable"
+    for _ in range(6 * FEWEST):
+        scheduler.optimizer.step()
+        scheduler.step()
+    assert scheduler.phase == "stable"
+    train(scheduler)  # and they come again
+    assert scheduler.events[-1].kind == "cooldown"
