@@ -79,13 +79,16 @@ class HeldOut:
         loss = float(self._observed.loss_of_step(None))
         finite = -HUGE < loss < HUGE
         total, number = self._ranks.sum(torch.tensor([loss if finite else 0.0, float(finite)], dtype=torch.float64)).tolist()
-        loss = total / number if number else math.nan
+        return total / number if number else math.nan
+
+    def begin_at(self, loss: float) -> None:
+        """Take a loss that was read for that of the start, if none was before."""
         if math.isnan(self.start):
             self.start = loss
-        return loss
 
     def follow(self, loss: float) -> bool:
         """Take a finite loss that was read; whether the run has never been better."""
+        self.begin_at(loss)
         if self._recent:
             self._pairs += 1
             self._noise += (abs(loss - self._recent[-1]) - self._noise) / self._pairs

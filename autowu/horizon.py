@@ -145,12 +145,13 @@ class Horizon:
         own, used = 0, self.budget.told(config)
         while self._asked:
             own = self._asked.pop(0)
-        if self._ranks.alone or not self._opened:
-            return own, used
-        before, said = self._pending, torch.tensor([float(own > 0), float(own), used], dtype=torch.float64)
-        self._pending = LateRead(self._ranks.sum(said))
-        number, asked, used = (0.0, 0.0, 0.0) if before is None else before.get()
-        return (round(asked / number) if number else 0), used
+        before, self._pending = self._pending, None
+        number, asked, spent = (0.0, 0.0, 0.0) if before is None else before.get()
+        wanted = round(asked / number) if number else 0
+        if self._ranks.alone or not self._opened:  # several may have been there before, and have said something last
+            return own or wanted, used + spent
+        self._pending = LateRead(self._ranks.sum(torch.tensor([float(own > 0), float(own), used], dtype=torch.float64)))
+        return wanted, spent
 
     def state_dict(self) -> dict[str, Any]:
         pending = None if self._pending is None else self._pending.get()

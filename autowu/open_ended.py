@@ -144,6 +144,7 @@ class OpenEnded:
         if was != "stable" and "epoch" in (stage := self._stage.state_dict()):  # one that the cooldown cut short
             self._stage.load_state_dict({**stage, "epoch": None, "plateau": None})
         self._state = replace(self._state, settled=False)
+        self._state = self._stage.watch_again(self.last_epoch, self._state)
         self._write_lrs()
         given = ", ".join(f"{name}={value}" for name, value in lengths.items() if value is not None) or "its end is open"
         self._rooms.log.tell("extended", self.last_epoch, f"AutoWU extends the run at step {self.last_epoch}: {given}")

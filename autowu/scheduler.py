@@ -177,7 +177,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         Raises:
             ImportError: if GPyTorch is not installed and no other engine is given.
         """
-        if "model" in overrides:
+        if overrides.get("model") is not None:
             overrides.setdefault("rollback", True)
         if "gp" not in overrides:
             overrides["gp"] = PublishedGP(seed=checks.integer("seed", overrides.get("seed", 0)))
@@ -234,8 +234,8 @@ class AutoWU(Shown, OpenEnded, Drawn):
     def step(self, loss: float | Tensor | None = None, *, samples: int | None = None, tokens: int | None = None) -> None:
         """Record the loss of the optimizer step just taken and set the LR of the next one.
 
-        Does not wait for the device, but in a test for one read of a few kilobytes. A call for which the optimizer was not called,
-        because a ``GradScaler`` skipped it or because a wrapper calls several times, does not count.
+        Waits for the device in a test alone, for one read of a few kilobytes, and up to some 200 times where a copy is due. A call
+        for which the optimizer was not called, as a ``GradScaler`` skipped it or a wrapper calls several times, does not count.
 
         Args:
             loss: the training loss: a float, or a tensor of one element and any floating dtype, on any device, with or without its
@@ -323,8 +323,8 @@ class AutoWU(Shown, OpenEnded, Drawn):
         Of this object's own arguments one matters: more `total_epochs` (or `total_steps`, where neither has epochs) than the
         state's extend the run, unless its cooldown was asked for. The warm-up stays as it is and the cooldown moves to the new end:
         an immediate one is stretched over all steps after the switch, another begins anew when the last `cooldown_fraction` of the
-        longer run does. The LR may therefore rise at the point of extension. Where both have `steps_per_epoch`, and not the same,
-        the run keeps its place in epochs. A run that is over, or not as long as this object's arguments say, is warned of.
+        longer run does. So the LR may rise. Where both have `steps_per_epoch`, and not the same, the run keeps its place in epochs.
+        A run that is over, or not as long as this object's arguments say, is warned of.
 
         Raises:
             TypeError, ValueError: naming the entry by its path, if the state is incomplete or damaged; if it is of another
@@ -340,8 +340,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         for name, room in self._named_rooms().items():
             room.load_state_dict(state[name])
         config, self._state, self.last_epoch = Config(**state["config"]), state_of(state["state"]), state["last_epoch"]
-        self._step_count = state["step_count"]
-        self.base_lrs = self._groups.base_lrs(state["base_lrs"], self.base_lrs)
+        self._step_count, self.base_lrs = state["step_count"], self._groups.base_lrs(state["base_lrs"], self.base_lrs)
         planned = config if self._horizon.moved else self.config
         self.config = extended(config, planned)
         self._rooms.record.steer(self.last_epoch, config, self._state, self.config, self._state)
@@ -350,6 +349,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         # An epoch of the stable phase that the cooldown cut short is none of a longer run's.
         whole = self.config == config or phase_at(config, self._state, self.last_epoch) == "stable"
         self._stage.load_state_dict(state["stage"] if whole else {**state["stage"], "epoch": None, "plateau": None})
+        self._state = self._state if self.config == config else self._stage.watch_again(self.last_epoch, self._state)
         self._write_lrs()
         self._rooms.log.resumed(self.config, self._state, self.last_epoch, planned, saved)
 

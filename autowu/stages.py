@@ -154,7 +154,7 @@ class WarmUp:
         due, self.busy_at = is_test_due(self.config, state, step), 0
         rooms.judge.history.append(loss)
         if rooms.held_out.came:
-            rooms.held_out.read()
+            rooms.held_out.begin_at(rooms.held_out.read())
         if self.config.watch and self._read(step, loss, due) is not None and self._is_apart():
             return self._explode(step, state)
         return self._test(step, state) if due else (state, self)
@@ -280,6 +280,10 @@ class WarmUp:
         after = AfterSwitch(self.config, rooms)
         return state if self.config.watch and state.watched else after.end_watch(state), after
 
+    def watch_again(self, step: int, state: State) -> State:
+        """The warm-up of a run that was made longer goes on as it was."""
+        return state
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -345,12 +349,14 @@ class AfterSwitch:
 
     def after_skip(self, step: int, loss: float | Tensor, state: State, skipped: int) -> tuple[State, Stage]:
         """A step that the optimizer did not take changes nothing here, unless the loss is not finite, again and again."""
-        if skipped % _SKIPPED or not state.watched or not self.rooms.ranks.alone or math.isfinite(float(loss)):
+        if skipped % _SKIPPED or not state.watched or not self.rooms.ranks.alone:
+            return state, self
+        if math.isfinite(value := float(loss)) or value == MISSING:
             return state, self
         before, reader = state, self.rooms.reader
         if state.ramp is not None:
             return self._steered(step, before, self.end_ramp(step, state)), self
-        reader.follow_skipped(float(loss))
+        reader.follow_skipped(value)
         if reader.watch.silent >= IN_A_ROW:
             state = self.end_watch(state) if self._bears_no_more(state) else self._set_back(step, state)
         return self._steered(step, before, state), self
@@ -360,6 +366,13 @@ class AfterSwitch:
         self.rooms.reader.forget()
         self.rooms.rollback.free_newer()
         return replace(state, watched=False)
+
+    def watch_again(self, step: int, state: State) -> State:
+        """The state of a run that was made longer at `step`: it is watched again where its LR had come down too low for that."""
+        if state.watched or self._lost or not self.config.watch or self._bears_no_more(state):
+            return state
+        self.rooms.reader.begin(step, None)
+        return replace(state, watched=True)
 
     def _is_ruled(self, state: State, step: int) -> bool:
         """Whether the plateau rule wants the loss of optimizer step `step`, from 0."""

@@ -13,6 +13,7 @@ from autowu import AutoWU
 from autowu.events import back_at
 from autowu.held_out import MAX_LOWERINGS, HeldOut
 from autowu.ranks import Ranks
+from autowu.report import Report
 
 
 def followed(losses, start=None):
@@ -21,6 +22,7 @@ def followed(losses, start=None):
     for number, loss in enumerate([losses[0] if start is None else start, *losses]):
         held_out.observe(float(loss))
         loss = held_out.read()
+        held_out.begin_at(loss)
         if number and not held_out.follow(loss) and held_out.is_past_best:
             past.append(number - 1)
     return past
@@ -63,7 +65,11 @@ def test_losses_that_are_not_finite_are_read_as_none():
     held_out.observe(torch.tensor(2.0))
     held_out.observe(4.0)  # of two batches
     assert held_out.came
-    assert held_out.read() == held_out.start == 3.0
+    assert held_out.read() == 3.0
+    assert math.isnan(held_out.start)  # as of one whose weights are not to stay
+    held_out.follow(3.0)
+    held_out.begin_at(7.0)
+    assert held_out.start == 3.0
     assert not held_out.came
 
 
@@ -135,6 +141,14 @@ def test_the_run_resumes_bit_for_bit_wherever_it_was_cut(observed):
         assert before.lrs + after.lrs == observed.lrs
         assert all(map(torch.equal, after.model.parameters(), observed.model.parameters()))
         assert after.kinds() == observed.kinds()
+
+
+def test_a_report_knows_each_time_that_the_run_went_back_to_its_best_weights(observed):
+    went_back = [(event.step, back_at(event)) for event in observed.scheduler.events if event.kind == "overfitting"]
+    assert went_back
+    report = Report.of(observed.scheduler.state_dict())
+    assert set(went_back) <= set(report.returns)
+    assert len(report.returns) == len(went_back) + sum(event.kind == "switch" for event in observed.scheduler.events)
 
 
 def test_an_observed_loss_that_was_not_read_yet_is_saved():

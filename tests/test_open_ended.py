@@ -5,6 +5,7 @@ import io
 import os
 import re
 import signal
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from autowu import AutoWU
 from autowu.config import OPEN_WARMUP
+from autowu.phases import MAX_EXPLOSIONS
 from autowu.plotting import draw_run
 
 LOWEST, WARMUP = 60, 120
@@ -569,3 +571,51 @@ def test_a_run_with_a_length_that_was_saved_before_there_were_others_goes_on_as_
         again.step(loss if again.switch is None else 1 + 0.02 * loss / 10)
     assert lrs == pytest.approx(case["lrs"], rel=1e-9)
     assert [event.kind for event in again.events if event.kind != "resume"] == [k for k in case["events"] if k != "resume"]
+
+
+@pytest.mark.parametrize("by_state", [False, True])
+def test_a_run_that_is_made_longer_late_in_its_cooldown_is_watched_again(by_state):
+    scheduler = scheduler_of(total_steps=600)
+    train(scheduler, 590)
+    assert not scheduler._state.watched
+    short = resumed(scheduler)
+    assert not short._state.watched
+    if by_state:
+        longer = scheduler_of(total_steps=6000)
+        longer.load_state_dict(scheduler.state_dict())
+    else:
+        longer = scheduler
+        longer.extend(total_steps=6000)
+    assert longer.phase == "stable"
+    train(longer, 700)
+    for _ in range(4):
+        longer.optimizer.step()
+        longer.step(float("nan"))
+    assert longer._state.setbacks == 1
+    assert longer.events[-1].kind == "divergence"
+
+
+def test_what_ended_the_watch_for_good_is_not_undone_by_a_longer_run():
+    scheduler = scheduler_of(total_steps=600)
+    train(scheduler, 590)
+    scheduler._state = replace(scheduler._state, setbacks=MAX_EXPLOSIONS)
+    scheduler.extend(total_steps=6000)
+    assert not scheduler._state.watched
+    unwatched = scheduler_of(total_steps=600, watch=False)
+    train(unwatched, 590)
+    unwatched.extend(total_steps=6000)
+    assert not unwatched._state.watched
+
+
+def test_what_several_ranks_said_last_is_heard_where_one_goes_on():
+    scheduler = scheduler_of()
+    train(scheduler, 200)
+    state = scheduler.state_dict()
+    state["horizon"]["pending"] = [2.0, 100.0, 0.0]  # both asked for fifty steps
+    alone = scheduler_of()
+    alone.load_state_dict(state)
+    train(alone, 201)
+    assert alone.config.total_steps == 251
+    assert alone.phase == "cooldown"
+    train(alone, 202)
+    assert alone.config.total_steps == 251

@@ -387,6 +387,7 @@ def test_held_out_losses_of_a_ramp_are_left_out():
         run.step()
     run.until(lambda: run.plan is None)
     assert "overfitting" not in run.kinds()
+    assert math.isnan(run.scheduler._rooms.held_out.start)
 
 
 def test_steps_that_overflow_again_and_again_end_a_ramp_and_calls_that_do_nothing_do_not():
@@ -396,6 +397,9 @@ def test_steps_that_overflow_again_and_again_end_a_ramp_and_calls_that_do_nothin
     run.into_ramp()
     for _ in range(40):
         run.scheduler.step(1.0)  # the optimizer is not called
+    assert run.plan is not None
+    for _ in range(40):
+        run.scheduler.step()  # nor is there a loss
     assert run.plan is not None
     for _ in range(40):
         run.scheduler.step(math.nan)
