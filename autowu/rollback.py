@@ -77,7 +77,6 @@ class NoRollback:
 
     def put_back(self, step: int) -> Restored | None:
         """Put the copy back, if all ranks have one."""
-        self._ranks.all_agree(torch.zeros(1, dtype=torch.float64))  # the ranks ask each other
         return None
 
     def lost(self, step: int) -> bool:
@@ -121,7 +120,7 @@ class NoRollback:
 
 
 class Rollback(NoRollback):
-    """Two copies of what a run changes in the warm-up, one after it.
+    """Two copies of what a run changes in the warm-up; after it one, and the best by held-out losses where there are any.
 
     That copying fails is survived, by all ranks together: the run goes on without going back.
 
@@ -173,7 +172,13 @@ class Rollback(NoRollback):
         if self._newer.step is None or lr * share >= self._newer.lr:
             self._newer, self._older = self._older, self._newer
             self._passed_by = False
-            self._survived(step, lambda newer: newer.take(step, lr, level))
+            self._copy(step, lr, level)
+
+    def _copy(self, step: int, lr: float, level: float) -> None:
+        """Copy the run over the newer copy; it may go back from here on."""
+        self._survived(step, lambda newer: newer.take(step, lr, level))
+        if self.held is not None:
+            _CLAIMED.add(self)
 
     def pass_by(self, step: int, lr: float, level: float, share: float) -> None:
         if self._newer.step is None or lr >= _FAR * self._newer.lr:  # it has learnt much since, and the loss may be another
@@ -186,7 +191,7 @@ class Rollback(NoRollback):
             return
         sound = self.sound(step)
         if sound is not None and self._ranks.all_agree(sound):
-            self._survived(step, lambda newer: newer.take(step, level=level))
+            self._copy(step, 0.0, level)
 
     @property
     def has_model(self) -> bool:  # type: ignore[override]
@@ -206,8 +211,6 @@ class Rollback(NoRollback):
         self._swap()
         self.renew(step, level)
         self._swap()
-        if self._older.step is not None:
-            _CLAIMED.add(self)
 
     def put_back_best(self, step: int) -> Restored | None:
         self._swap()
@@ -254,14 +257,18 @@ class Rollback(NoRollback):
     def allow(self, goes_back: bool) -> None:
         self.able = goes_back
         if not goes_back:
-            self.free()
+            self._leave()
 
     def give_up(self) -> None:
         self.able = False
+        self._leave()
+
+    def _leave(self) -> None:
+        """Give all copies back and, until the next, the claim on what they were of."""
+        _CLAIMED.discard(self)
         self.free()
 
     def free(self) -> None:
-        _CLAIMED.discard(self)
         self._passed_by = False
         self._newer.free()
         self._older.free()
@@ -269,7 +276,7 @@ class Rollback(NoRollback):
     def free_newer(self) -> None:
         self._newer.free()
         if self._older.step is None:
-            self.free()
+            self._leave()
 
     def state_dict(self) -> dict[str, Any] | None:
         if not self.able or self._newer.step is self._older.step is None:
@@ -296,7 +303,7 @@ class Rollback(NoRollback):
                 self.give_up()
             else:  # the others, which have a copy, learn it before they could use it
                 self.failed = True
-                self.free()
+                self._leave()
             return None
 
 

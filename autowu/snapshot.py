@@ -54,7 +54,8 @@ class Snapshot:
         self.live.look_for_averages()
         parameters, tensors, rest = self.live.look()
         rest = copy.deepcopy(rest)
-        self._make_room(tensors)
+        room = self._make_room(tensors)
+        self.step, self._copies = None, room  # an interrupt must not leave half a copy that passes for one
         _copy(list(self._copies.values()), list(tensors.values()))
         self._from = {t.device for key, t in tensors.items() if t.is_cuda and self._copies[key].is_cpu}
         self._rest, self._copied = rest, parameters
@@ -181,8 +182,8 @@ class Snapshot:
             self._copies = {_named(key, labels): t.clone() for key, t in state["tensors"].items()}  # the next is made over them
             self._rest = {_named(key, labels): copy.deepcopy(value) for key, value in state["rest"].items()}
 
-    def _make_room(self, tensors: dict[Key, Tensor]) -> None:
-        """Have a buffer for each of `tensors`; those that fit are kept."""
+    def _make_room(self, tensors: dict[Key, Tensor]) -> dict[Key, Tensor]:
+        """A buffer for each of `tensors`; those that fit are kept."""
         kept = {key: kept for key, t in tensors.items() if (kept := self._copies.get(key)) is not None and self._holds(kept, t)}
         need, place = sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in kept), self.live.place
         if need and self.device is None and place.type == "cuda" and need > free_memory(place):
@@ -190,7 +191,7 @@ class Snapshot:
             need = sum(t.numel() * t.element_size() for t in tensors.values())
         if need and (self.device or place).type == "cpu" and need > (free := free_memory(torch.device("cpu"))):
             raise MemoryError(f"a copy of {need / 1e9:.3g} GB has no room in the {free / 1e9:.3g} GB that are free")
-        self._copies = {key: kept[key] if key in kept else self._room(tensor) for key, tensor in tensors.items()}
+        return {key: kept[key] if key in kept else self._room(tensor) for key, tensor in tensors.items()}
 
     def _holds(self, room: Tensor, tensor: Tensor) -> bool:
         return room.shape == tensor.shape and room.dtype == tensor.dtype and room.device.type == (self.device or tensor.device).type

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from autowu import AutoWU
+from autowu import AutoWU, rollback
 from autowu.events import EventLog
 from autowu.live import LiveRun
 from autowu.ranks import Ranks
@@ -230,6 +230,27 @@ def test_a_run_that_is_begun_anew_or_comes_after_another_is_not():
     assert head.phase == "done"
     AutoWU(sgd(model["generator"]), total_steps=100, model=model)
     assert first.phase == "warmup"
+
+
+def test_a_run_that_searches_again_keeps_its_claim():
+    model = gan()
+    first = AutoWU(sgd(model["generator"]), max_warmup_steps=20, model=model)
+    for step in range(60):
+        first.optimizer.step()
+        first.step(1 + abs(min(step, 20) - 10.0))
+    first.rewarm()
+    with pytest.raises(ValueError, match="an AutoWU of another optimizer goes back"):
+        AutoWU(sgd(model["discriminator"]), total_steps=100, model=model)
+
+
+def test_a_run_that_copies_again_has_its_claim_again():
+    run = Run().take(1, 0.1)
+    run.rollback.free_newer()  # its watch is over
+    assert run.rollback not in rollback._CLAIMED
+    run.at(2).rollback.renew(2, 0.0)  # it was made longer
+    assert run.rollback in rollback._CLAIMED
+    run.rollback.give_up()
+    assert run.rollback not in rollback._CLAIMED
 
 
 def test_without_a_model_every_verb_is_there_and_does_nothing():

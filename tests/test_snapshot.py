@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_diabetes, load_digits
 from torch import nn
 
-from autowu import AutoWU
+from autowu import AutoWU, snapshot
 from autowu.live import LiveRun
 from autowu.optim import LAMB, LARS, TVLARS, Muon
 from autowu.snapshot import Snapshot, free_memory
@@ -744,3 +744,42 @@ def test_the_run_goes_back_to_the_newest_copy_at_no_more_than_the_peak(peak_fact
 def test_a_bad_argument_is_named(arguments, named):
     with pytest.raises((TypeError, ValueError), match=named):
         AutoWU(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), total_steps=100, **arguments)
+
+
+def test_a_copy_that_an_interrupt_has_torn_is_none(monkeypatch):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    copied = Snapshot(LiveRun(optimizer, model))
+    copied.take(10)
+
+    def torn(targets, sources):
+        targets[0].copy_(sources[0])
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        model.weight.fill_(20)
+    with monkeypatch.context() as patched:
+        patched.setattr(snapshot, "_copy", torn)
+        with pytest.raises(KeyboardInterrupt):
+            copied.take(20)
+    assert copied.state_dict() is None
+    with pytest.raises(RuntimeError, match="no snapshot was taken"):
+        copied.restore()
+    copied.take(30)
+    assert copied.step == 30
+
+
+def test_a_copy_that_has_no_room_leaves_the_one_before(monkeypatch):
+    model = nn.Linear(2, 2)
+    copied = Snapshot(LiveRun(torch.optim.SGD(model.parameters(), lr=0.1), model))
+    copied.take(10)
+    model.register_buffer("more", torch.ones(3))
+    monkeypatch.setattr(snapshot, "free_memory", lambda _: 0.0)
+    with pytest.raises(MemoryError):
+        copied.take(20)
+    assert copied.step == 10
+    with torch.no_grad():
+        before = model.weight.clone()
+        model.weight.zero_()
+    copied.restore()
+    assert torch.equal(model.weight, before)
