@@ -39,6 +39,7 @@ class Budget:
             self.given = {name: arguments[name] for name in GIVEN}
         self._recent: list[float] = []
         self._since: float | None = None  # when the clock was read last
+        self._pauses = 0  # within so many it stands still
         self._ranks = ranks
 
     def of_step(self, config: Config, samples: Any, tokens: Any) -> float:
@@ -67,7 +68,9 @@ class Budget:
         return float(value)
 
     def _tick(self) -> float:
-        """Seconds since the clock was read last; 0 the first time."""
+        """Seconds since the clock was read last; 0 the first time, and while it stands still."""
+        if self._pauses:
+            return 0.0
         now = monotonic()
         before, self._since = self._since, now
         return 0.0 if before is None else now - before
@@ -77,10 +80,13 @@ class Budget:
         """Have the clock stand still."""
         ran = self._since is not None
         self.own += self._tick()
+        self._pauses += 1
         try:
             yield
         finally:
-            self._since = monotonic() if ran else None
+            self._pauses -= 1
+            if not self._pauses:
+                self._since = monotonic() if ran else None
 
     def told(self, config: Config) -> float:
         """What this rank has to say: what it has used since it said so last. A mean over the ranks is a sum of shares."""
@@ -109,7 +115,7 @@ class Budget:
         return self.used if self._ranks.alone else self.used + self.a_step
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_since": None}  # another process has another clock
+        return vars(self) | {"_since": None, "_pauses": 0}  # another process has another clock
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("used", "own", "over", "given")} | {"recent": list(self._recent)}

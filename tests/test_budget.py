@@ -10,6 +10,8 @@ from test_open_ended import loss_of, resumed, scheduler_of, train
 
 from autowu import budget
 from autowu.budget import MEASURED
+from autowu.config import UNMEASURED
+from autowu.report import Report
 
 WARMUP = 60
 
@@ -322,3 +324,36 @@ def test_a_budget_that_is_no_larger_or_spent_already_is_refused(larger, said):
     with pytest.raises(ValueError, match=said):
         scheduler.extend(**larger)
     assert scheduler.config is before
+
+
+def test_pauses_may_be_nested_and_hold_steps(clock):
+    scheduler = scheduler_of(WARMUP, total_seconds=300.0)
+    clock.train(scheduler, lambda step: 1.0, 100)
+    with scheduler.paused():
+        clock.now += 1_000
+        with scheduler.paused():
+            clock.now += 1_000
+        clock.train(scheduler, lambda step: 1_000, 105)
+    clock.train(scheduler, lambda step: 1.0, 150)
+    assert scheduler.progress == pytest.approx((99 + 45) / 300)
+
+
+def test_what_several_ranks_have_used_last_counts_where_one_goes_on():
+    scheduler = scheduler_of(WARMUP, total_tokens=100_000)
+    train(scheduler, 100, tokens=100)
+    state = scheduler.state_dict()
+    state["horizon"]["pending"] = [0.0, 0.0, 700.0]
+    alone = scheduler_of(WARMUP, total_tokens=100_000)
+    alone.load_state_dict(state)
+    train(alone, 101, tokens=100)
+    assert alone.progress == pytest.approx((100 * 100 + 700 + 100) / 100_000)
+
+
+def test_a_report_of_a_warm_up_that_is_not_planned_yet_says_so():
+    scheduler = scheduler_of(None, total_tokens=100_000)
+    train(scheduler, 5, tokens=100)
+    report = Report.of(scheduler.state_dict())
+    assert report.loss_steps.tolist() == [0, 1, 2, 3, 4]
+    told = dict(report.decided())
+    assert "its limit is known once" in told["switch"]
+    assert not any(str(number) in str(told) for number in (UNMEASURED, UNMEASURED + 1))
