@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from autowu.config import UNMEASURED
 from autowu.curves import Curve, CurveError, read_curve
 from autowu.families import LR_RANGES
 from autowu.history import LossHistory
@@ -137,13 +138,15 @@ class _Ramp:
     """
 
     def __init__(self, curve: Curve, args: argparse.Namespace) -> None:
-        self.curve, self.kind, self.lrs = curve, "exp", curve.lrs
+        self.curve, self.kind, self.lrs, first = curve, "exp", curve.lrs, 0
         count = len(curve.losses)
         if curve.report is not None:
             config, switch = curve.report.config, curve.report.state.switch
             self.min_lr, self.max_lr, self.kind, self.steps = config.min_lr, config.max_lr, config.warmup_type, config.warmup_steps
-            count = min(count, self.steps, config.warmup_limit if switch is None else switch.step)
-            self.note = f"LRs: the run's own warm-up, {self.min_lr:g} to {self.max_lr:g} in {self.steps} steps"
+            first = 0 if config.warmup_origin == UNMEASURED else config.warmup_origin
+            count = min(count - first, self.steps, config.warmup_limit if switch is None else switch.step - first)
+            since = f" from step {first} on" if first else ""
+            self.note = f"LRs: the run's own warm-up{since}, {self.min_lr:g} to {self.max_lr:g} in {self.steps} steps"
             self.lrs = None
         elif curve.lrs is not None:
             count = self._growing(curve.lrs)
@@ -156,7 +159,7 @@ class _Ramp:
             if not self.min_lr < self.max_lr:
                 raise CurveError(f"--min-lr {self.min_lr:g}: must be below --max-lr {self.max_lr:g}")
             self.note = f"LRs: assumed, {self.min_lr:g} to {self.max_lr:g}, growing exponentially for {count} steps"
-        self.losses = curve.losses[:count]
+        self.losses = curve.losses[first : first + count]
         if (finite := sum(loss is not None and math.isfinite(loss) for loss in self.losses)) < MIN_LOSSES:
             raise CurveError(f"{curve.name}: {finite} finite losses while the LR grows; a test needs {MIN_LOSSES}")
 
@@ -208,6 +211,15 @@ class _Ramp:
             return warmup_lr_at(scheduler.config, position)
         logs = np.log(np.maximum(self.lrs[: len(self.losses)], self.min_lr))
         return float(np.exp(np.interp(position, np.arange(len(logs)), logs)))
+
+    def peak(self, lr: float, scheduler: AutoWU) -> float:
+        """The peak that a scheduler has found on LRs of its own, as it follows from the recorded ones at the same step."""
+        if self.lrs is None:
+            return lr
+        config, places = scheduler.config, np.arange(self.steps + 1)
+        own = np.log([warmup_lr_at(config, float(place)) for place in places])
+        place = float(np.interp(math.log(lr / config.peak_factor), own, places))
+        return max(config.peak_factor * self.lr_at(place, scheduler), config.min_lr)
 
 
 def _optimizer(family: str) -> torch.optim.Optimizer:
@@ -268,9 +280,7 @@ def _decision(scheduler: AutoWU, ramp: _Ramp) -> dict[str, Any]:
     if switch is not None:
         told |= {"switch_step": switch.step, "by_test": switch.by_test, "lr": switch.lr, "minimum_step": switch.minimum}
         if switch.minimum is not None:
-            lowest = ramp.lr_at(switch.minimum, scheduler)
-            peak = max(scheduler.config.peak_factor * lowest, scheduler.config.min_lr)
-            told |= {"lr_at_minimum": lowest, "lr": switch.lr if ramp.lrs is None else peak}
+            told |= {"lr_at_minimum": ramp.lr_at(switch.minimum, scheduler), "lr": ramp.peak(switch.lr, scheduler)}
     return told
 
 

@@ -435,9 +435,11 @@ def exploded(config: Config, state: State, before: Sequence[Verdict]) -> State:
     by. Its lowest point is no better where the loss rested on a plateau before. It counts where there was no other test, and where
     it lies so near the start that all tests saw a curve without a fall.
     """
-    switch = state.switch
-    if not config.min_rise or switch is None or switch.minimum is None:
+    if state.switch is None:
         return state
+    switch = replace(state.switch, by_test=False)
+    if not config.min_rise or switch.minimum is None:
+        return replace(state, switch=switch)
     place = switch.minimum - config.warmup_origin
     if before and place >= _AT_START * (switch.step - config.warmup_origin):
         lr, *others = (float(np.median(lrs)) for lrs in zip(*((verdict.lr, *verdict.others) for verdict in before), strict=True))

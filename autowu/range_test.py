@@ -25,7 +25,6 @@ from autowu.multi_optimizer import MultiOptimizer
 from autowu.phases import Switch, switched, warmup_lr_at
 from autowu.plotting import draw_range
 from autowu.scheduler import AutoWU
-from autowu.schedules import decades
 from autowu.switching import SwitchDecision, decide, minimum_interval
 
 __all__ = ["FoundLR", "find_lr", "judged", "unheard"]
@@ -194,7 +193,7 @@ def unheard() -> Iterator[None]:
 
 def judged(posterior: CurvePosterior, config: Config) -> tuple[SwitchDecision, tuple[float, float]]:
     """What a single test makes of a whole curve, and between which positions its minimum lies, within 95 %."""
-    span = decades(config.min_lr, config.max_lr, config.warmup_type)
+    span = config.decades
     rule: dict[str, Any] = {name: getattr(config, name) for name in ("confidence", "min_contrast", "min_rise")}
     decision = decide(posterior, 0, patience=1, reach=1 / span if span else math.inf, **rule)
     low, high = minimum_interval(posterior, decision.minima[0])

@@ -42,6 +42,7 @@ class Course:
         total_steps, cooldown_start: those of the configuration, before the run was extended.
         factor: on the peak LR, by setbacks, the plateau rule, the batch size and ramps, above 0.
         ramp: the ramp that was under way, None for none.
+        immediate: whether the cooldown was; None for as it is now, of states that do not say.
     """
 
     until: int
@@ -49,6 +50,7 @@ class Course:
     cooldown_start: int | None
     factor: float
     ramp: RampPlan | None = None
+    immediate: bool | None = None
 
 
 class Record:
@@ -79,7 +81,8 @@ class Record:
 
 
 def _course(step: int, config: Config, state: State) -> Course:
-    return Course(step, config.total_steps, config.cooldown_start, float(state.factor), state.ramp)
+    plan = config.total_steps, config.cooldown_start
+    return Course(step, *plan, float(state.factor), state.ramp, config.immediate_cooldown)
 
 
 def _thin(kept: list[T]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from autowu.config import Config
+from autowu.config import UNMEASURED, Config
 from autowu.events import back_at, in_words
 from autowu.gp import FloatArray
 from autowu.history import LossHistory
@@ -82,14 +82,15 @@ class Report:
         config, record = Config(**parts["config"]), Record()
         record.load_state_dict(parts["record"])
         step, posterior, after = parts["last_epoch"], parts["judge"]["posterior"], parts["stage"].get("losses")
-        curves = [_points(parts["judge"]["history"], config.warmup_origin)]
+        origin = 0 if config.warmup_origin == UNMEASURED else config.warmup_origin
+        curves = [_points(parts["judge"]["history"], origin)]
         if after is not None:
             curves.append(_points(after, step - after["steps"]))
         band = None
         if posterior is not None:
             grid, means, variances = (np.asarray(posterior[key].cpu()) for key in ("grid", "mean", "variance"))
             variance = np.maximum(variances.mean(0) + means.var(0), 0)
-            band = Band(config.warmup_origin + grid * config.warmup_steps, means.mean(0), np.sqrt(variance))
+            band = Band(origin + grid * config.warmup_steps, means.mean(0), np.sqrt(variance))
         loss_steps, losses = (np.concatenate(arrays) for arrays in zip(*curves, strict=True))
         events = tuple(Event(**event) for event in parts["events"])
         told = (config, state_of(parts["state"]), step, events, tuple(record.tests), tuple(record.courses))
@@ -107,6 +108,10 @@ class Report:
         for course in self.courses:
             if step < course.until:
                 config = replace(self.config, total_steps=course.total_steps, cooldown_start=course.cooldown_start)
+                if course.immediate is not None:
+                    config = replace(config, immediate_cooldown=course.immediate)
+                if config.budget is None:  # what was planned anew was so later
+                    config = replace(config, replanned_at=None, replanned_progress=0.0)
                 state = State(switch=self.state.switch, plateau_factor=course.factor, ramp=course.ramp)
                 return each_lr(all_lrs(config, state, step))
         return each_lr(all_lrs(self.config, self.state, step))
@@ -130,7 +135,7 @@ class Report:
     @property
     def returns(self) -> list[tuple[int, int]]:
         """Each time that the run went back: at which step, to the copy of which step."""
-        found = [(event.step, back_at(event)) for event in self.events if event.kind in ("switch", "divergence", "ramp")]
+        found = [(event.step, back_at(event)) for event in self.events]
         return [(step, to) for step, to in found if to is not None]
 
     @property
@@ -154,7 +159,10 @@ class Report:
         phase = phase_at(config, state, self.step).replace("warmup", "warm-up")
         rows = [("phase", f"{phase}, step {self.step}{end}"), ("LR", in_words(self.lrs(self.step)))]
         if switch is None:
-            rows.append(("switch", f"not yet; by step {config.warmup_origin + config.warmup_limit} at the latest"))
+            limit = f"by step {config.warmup_origin + config.warmup_limit} at the latest"
+            if config.warmup_origin == UNMEASURED:
+                limit = "its limit is known once a few steps have told what a step uses of the budget"
+            rows.append(("switch", f"not yet; {limit}"))
             if self.tests:
                 last = self.tests[-1]
                 votes = f"probability {last.probability:.3f} of the minimum being past, {last.votes} of {config.patience} votes"

@@ -341,7 +341,7 @@ _RECORD: Final = _record(
         "courses": _list_of(
             _record(
                 {"until": _whole(0), "total_steps": optional(_whole(1)), "cooldown_start": optional(_whole(0)), "factor": _lr},
-                may={"ramp": _RAMP_PLAN},
+                may={"ramp": _RAMP_PLAN, "immediate": optional(_flag)},
             ),
             MOST,
         ),

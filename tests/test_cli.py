@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_open_ended import scheduler_of as open_run
+from test_open_ended import train
 from test_plotting import advanced, made, valley
 
 from autowu import AutoWU, cli
@@ -91,9 +93,29 @@ def test_the_lr_is_the_recorded_one_where_there_is_one(tmp_path, capsys):
     assert 55 < default["minimum_step"] < 65
     at_minimum = 1e-4 * 1e4 ** (default["minimum_step"] / STEPS)
     assert default["lr_at_minimum"] == pytest.approx(at_minimum, rel=1e-3)
-    factor = decided(min_lr=LRS[0], max_lr=LRS[-1]).config.peak_factor
-    assert default["lr"] == pytest.approx(factor * at_minimum, rel=1e-3)
+    own = decided(min_lr=LRS[0], max_lr=LRS[-1])
+    assert default["lr"] == pytest.approx(own.switch.lr, rel=0.1)
     assert any(note.startswith("LRs: as recorded") for note in told["notes"])
+
+
+@pytest.mark.parametrize("warmup_type", ["exp", "two-speed"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_run_is_replayed_to_its_own_lr_from_its_table_as_from_its_state(warmup_type, optimizer, tmp_path, capsys):
+    weight = [torch.nn.Parameter(torch.zeros(1))]
+    own = torch.optim.SGD(weight, lr=1.0, momentum=0.9) if optimizer == "sgd" else torch.optim.Adam(weight)
+    given = {} if warmup_type == "two-speed" else {"warmup_type": warmup_type}
+    scheduler, noise = AutoWU(own, total_steps=600, rollback=False, **given), np.random.default_rng(0).normal(size=600)
+    lrs, losses = [], []
+    while scheduler.switch is None:
+        own.step()
+        lrs.append(own.param_groups[0]["lr"])
+        losses.append(1 + max(0.0, 1 - len(losses) / 60) + max(0.0, len(losses) - 120) / 20 + 0.1 * noise[len(losses)])
+        scheduler.step(losses[-1])
+    path = write(tmp_path / "a.csv", {"loss": losses, "lr": lrs})
+    told = rules(answer(capsys, "replay", path, "--optimizer", optimizer))["default"]
+    assert told["lr"] == pytest.approx(scheduler.switch.lr, rel=0.15)
+    if warmup_type == "exp":  # the valley is flat: its far edge counts
+        assert told["lr"] > 1.3 * scheduler.config.peak_factor * told["lr_at_minimum"]
 
 
 def test_the_papers_rule_has_its_own_fit_where_gpytorch_is_installed(tmp_path, capsys, with_gpytorch):
@@ -176,6 +198,19 @@ def test_a_saved_state_is_replayed_on_its_own_warm_up(wrap, tmp_path, capsys):
     assert told["steps"] == scheduler.switch.step
     assert default["switch_step"] == pytest.approx(scheduler.switch.step, abs=4)
     assert default["lr"] == pytest.approx(scheduler.switch.lr, rel=0.1)
+
+
+@pytest.mark.parametrize("command", ["replay", "range"])
+def test_a_state_is_replayed_on_the_warm_up_that_was_begun_anew(command, tmp_path, capsys):
+    scheduler = open_run(max_warmup_steps=60)
+    train(scheduler, 200)
+    scheduler.rewarm()
+    train(scheduler, 400)
+    torch.save(scheduler.state_dict(), tmp_path / "a.pt")
+    told = answer(capsys, command, tmp_path / "a.pt")
+    assert any("from step 200 on" in note for note in told["notes"])
+    lr = told["lr"] if command == "range" else rules(told)["default"]["lr"]
+    assert lr == pytest.approx(scheduler.switch.lr, rel=0.3)
 
 
 # ---------------------------------------------------------------- range

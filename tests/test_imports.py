@@ -67,13 +67,10 @@ ROOMS = {
         *("optimizer_calls", "phases", "plotting", "rescale", "shown", "stages", "states"),
     ),
     "kept": ("kin", "live", "snapshot"),
-    "range_test": (
-        *("checks", "config", "gp", "kept", "kin", "multi_optimizer", "phases", "plotting", "scheduler", "schedules"),
-        *("switching",),
-    ),
+    "range_test": (*("checks", "config", "gp", "kept", "kin", "multi_optimizer", "phases", "plotting", "scheduler", "switching"),),
     "anytime": ("checks", "scheduler"),
     "curves": ("report",),
-    "cli": ("curves", "families", "history", "phases", "plotting", "range_test", "scheduler", "switching", "version"),
+    "cli": ("config", "curves", "families", "history", "phases", "plotting", "range_test", "scheduler", "switching", "version"),
     "__main__": ("cli",),
 }
 

@@ -161,6 +161,28 @@ def test_the_lr_before_an_extension_is_what_it_was():
     assert lrs[150] > lrs[149]
 
 
+@pytest.mark.parametrize("at", [80, 150, 300])
+def test_the_lr_before_an_immediate_cooldown_was_shortened_is_what_it_was(at):
+    scheduler = made(immediate_cooldown=True)
+    losses = valley(STEPS)
+    lrs = advanced(scheduler, losses[:at])
+    scheduler.start_cooldown(steps=100)
+    lrs += advanced(scheduler, losses[at : at + 101])
+    report = Report.of(saved(scheduler))
+    assert [report.lr(step) for step in range(len(lrs))] == lrs
+
+
+def test_a_course_that_does_not_say_whether_its_cooldown_was_immediate_is_as_the_run():
+    scheduler = made(immediate_cooldown=True)
+    lrs = advanced(scheduler, [*valley(100), *[1e3, 1001.0, 1002.0, 1003.0], *valley(200, 104)])
+    state = saved(scheduler)
+    for course in state["record"]["courses"]:
+        del course["immediate"]
+    assert state["record"]["courses"]
+    report = Report.of(state)
+    assert [report.lr(step) for step in range(200)] == lrs
+
+
 @pytest.fixture(scope="module")
 def uncut():
     scheduler = made()
