@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
@@ -13,12 +13,15 @@ from torch.optim import Optimizer
 
 from autowu.kin import everyone
 
-__all__ = ["Key", "Label", "LiveRun", "Seen", "local"]
+__all__ = ["Holder", "Key", "Label", "LiveRun", "Seen", "is_kept", "local", "refers"]
 
 Label: TypeAlias = "str | int"
 """Of a parameter: its name in the model, else its place among those of the optimizer."""
 Key: TypeAlias = "tuple[Any, ...]"
 """Where something stands: ("parameter", label), ("buffer", name), ("extra", module), or the place of a holder and a name in it."""
+
+Holder: TypeAlias = "MutableMapping[Any, Any]"
+"""What the optimizer keeps things in by their names: the state of a parameter, a group, or all that is neither."""
 
 _OF_THE_SCHEDULE: Final = ("params", "lr", "initial_lr", "lr_scale")
 _WRAPPER: Final = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)")
@@ -41,7 +44,7 @@ class LiveRun:
     """What a run changes as it trains, found anew at each call, for groups, parameters and state may be added or replaced.
 
     Of a parameter that does not train (the frozen base of an adapter) nothing is found, unless it has changed since the run began
-    (an average of the weights).
+    (an average of the weights). One of the optimizer's that was ever seen to train does, for layers may take turns.
 
     Args:
         optimizer: whose parameters and state, and those of what it wraps.
@@ -50,6 +53,7 @@ class LiveRun:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module | None = None) -> None:
         self.optimizer, self.model = optimizer, model
+        self._ever: set[Label] = set()  # those of the optimizer's parameters that were seen to train
         self.begin()
 
     @torch.no_grad()
@@ -57,7 +61,7 @@ class LiveRun:
         """The run begins here, or goes on: what does not train and keeps its value from here on is frozen."""
         optimizers = self.optimizers()
         labelled = self._labelled(optimizers)
-        trained = _trained(labelled, optimizers)
+        trained = self._trained(labelled, optimizers)
         frozen = {label: local(p) for label, p in labelled.items() if label not in trained and _can_be_normed(p)}
         self._frozen = dict(zip(frozen, torch._foreach_norm(list(frozen.values()), 1), strict=True)) if frozen else {}
         self._moving: set[Label] = set()
@@ -81,7 +85,14 @@ class LiveRun:
         return self._changing(self._labelled(optimizers), optimizers)
 
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers of the model."""
+        """The buffers of the model, but for those of :meth:`uncopied`."""
+        return {name: buffer for name, buffer in self._buffers().items() if _can_be_copied(buffer)}
+
+    def uncopied(self) -> list[str]:
+        """The buffers that cannot be copied: sparse ones, nested ones, those without values."""
+        return [name for name, buffer in self._buffers().items() if not _can_be_copied(buffer)]
+
+    def _buffers(self) -> dict[str, Tensor]:
         return {} if self.model is None else _bare(dict(self.model.named_buffers()))
 
     def look(self) -> Seen:
@@ -92,9 +103,12 @@ class LiveRun:
         tensors: dict[Key, Tensor] = {("parameter", label): local(p) for label, p in parameters.items()}
         tensors |= {("buffer", name): local(t) for name, t in self.buffers().items()}
         rest: dict[Key, Any] = {("extra", name): module.get_extra_state() for name, module in self.modules_with_more().items()}
+        for name, buffer in self.buffers().items():
+            if buffer.shape != tensors["buffer", name].shape and not hasattr(buffer, "to_local"):
+                rest["shape", name] = tuple(buffer.shape)  # of an expanded one
         for where, _, holder in _holders(labelled, optimizers):
             for name, value in holder.items():
-                if not is_kept(name):
+                if not is_kept(name) or by_reference(value):
                     continue
                 key = (*where, name)  # a name: mypy takes a star within [] for one of Python 3.11
                 if isinstance(value, Tensor):
@@ -110,7 +124,7 @@ class LiveRun:
             return
         optimizers = self.optimizers()
         labelled = self._labelled(optimizers)
-        trained = _trained(labelled, optimizers)
+        trained = self._trained(labelled, optimizers)
         now = {label: p for label, p in labelled.items() if label in self._frozen and label not in trained}
         if now:
             norms = torch._foreach_norm([local(p) for p in now.values()], 1)
@@ -126,7 +140,7 @@ class LiveRun:
         optimizers = self.optimizers()
         labelled = self._labelled(optimizers)
         shape, best, found = labelled[average].shape, 0, []
-        for label, parameter in _trained(labelled, optimizers).items():
+        for label, parameter in self._trained(labelled, optimizers).items():
             alike = _alike(str(label), str(average)) if parameter.shape == shape else 0
             if alike > best:
                 best, found = alike, [parameter]
@@ -134,15 +148,22 @@ class LiveRun:
                 found.append(parameter)
         return found[0] if best and len(found) == 1 else None
 
-    def holders(self) -> Iterator[tuple[Key, Tensor | None, dict[str, Any]]]:
-        """Where each dictionary in which the optimizer keeps what it knows stands, of which parameter it is, and itself."""
+    def holders(self) -> Iterator[tuple[Key, Tensor | None, Holder]]:
+        """Where each holder stands, of which parameter it is, and itself."""
         optimizers = self.optimizers()
         return _holders(self._labelled(optimizers), optimizers)
 
     def modules_with_more(self) -> dict[str, nn.Module]:
         """The modules that have an extra state."""
         modules = {} if self.model is None else _bare(dict(self.model.named_modules()))
-        return {name: m for name, m in modules.items() if type(m).get_extra_state is not nn.Module.get_extra_state}
+        own = {name: (type(m).get_extra_state, type(m).set_extra_state) for name, m in modules.items()}
+        none = nn.Module.get_extra_state, nn.Module.set_extra_state
+        return {name: m for name, m in modules.items() if own[name][0] is not none[0] and own[name][1] is not none[1]}
+
+    def references(self) -> dict[int, Any]:
+        """What is referred to and no part of a copy, by its identity, as ``copy.deepcopy`` takes it: modules, parameters."""
+        modules = () if self.model is None else self.model.modules()
+        return {id(one): one for one in (*modules, *self.everything().values(), *self.optimizers())}
 
     @torch.no_grad()
     def sound(self) -> Tensor:
@@ -180,8 +201,20 @@ class LiveRun:
         seen = {id(p) for p in named.values()}
         return labelled | {index: p for index, p in enumerate(_optimized(optimizers)) if id(p) not in seen}
 
+    def _trained(self, labelled: dict[Label, Tensor], optimizers: list[Optimizer]) -> dict[Label, Tensor]:
+        """Those parameters that are trained: that want gradients, or did, or of which an optimizer keeps a state."""
+        states = [optimizer.state for optimizer in optimizers]
+        trained = {
+            label: p
+            for label, p in labelled.items()
+            if p.requires_grad or label in self._ever or any(p in state for state in states)
+        }
+        optimized = {id(p) for p in _optimized(optimizers)}
+        self._ever |= {label for label, p in trained.items() if id(p) in optimized}
+        return trained
+
     def _changing(self, labelled: dict[Label, Tensor], optimizers: list[Optimizer]) -> dict[Label, Tensor]:
-        trained = _trained(labelled, optimizers)
+        trained = self._trained(labelled, optimizers)
         return trained | {label: labelled[label] for label in self._moving if label in labelled} if self._moving else trained
 
 
@@ -193,13 +226,42 @@ def _optimized(optimizers: list[Optimizer]) -> list[Tensor]:
     return list(found.values())
 
 
-def _trained(labelled: dict[Label, Tensor], optimizers: list[Optimizer]) -> dict[Label, Tensor]:
-    """Those parameters that are trained: that want gradients, or of which an optimizer keeps a state."""
-    states = [optimizer.state for optimizer in optimizers]
-    return {label: p for label, p in labelled.items() if p.requires_grad or any(p in state for state in states)}
+class _Irregular(MutableMapping[Any, Any]):
+    """What an optimizer keeps that is no dictionary of values, by its name, or by the label of the parameter that it is of."""
+
+    def __init__(self, state: Any, labelled: Mapping[Label, Tensor]) -> None:
+        self._state, self._labelled = state, labelled
+        self._labels = {id(p): label for label, p in labelled.items()}
+
+    def _keys(self) -> dict[Any, Any]:
+        """The keys by which the optimizer knows the names."""
+        found: dict[Any, Any] = {}
+        for key, value in self._state.items():
+            if isinstance(key, Tensor):
+                if id(key) in self._labels and not isinstance(value, dict):
+                    found["parameter", self._labels[id(key)]] = key
+            elif isinstance(key, (str, int)) and (not isinstance(value, dict) or refers(value)):
+                found[key] = key
+        return found
+
+    def __getitem__(self, name: Any) -> Any:
+        return self._state[self._keys()[name]]
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        key = self._labelled[name[1]] if isinstance(name, tuple) else name
+        self._state[self._keys().get(name, key)] = value
+
+    def __delitem__(self, name: Any) -> None:
+        del self._state[self._keys()[name]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._keys())
+
+    def __len__(self) -> int:
+        return len(self._keys())
 
 
-def _holders(labelled: dict[Label, Tensor], optimizers: list[Optimizer]) -> Iterator[tuple[Key, Tensor | None, dict[str, Any]]]:
+def _holders(labelled: dict[Label, Tensor], optimizers: list[Optimizer]) -> Iterator[tuple[Key, Tensor | None, Holder]]:
     labels = {id(p): label for label, p in labelled.items()}
     seen: set[int] = set()
     for level, optimizer in enumerate(optimizers):
@@ -209,8 +271,11 @@ def _holders(labelled: dict[Label, Tensor], optimizers: list[Optimizer]) -> Iter
             if isinstance(p, Tensor) and id(p) in labels
         ]
         places += [(("group", level, index), None, group) for index, group in enumerate(optimizer.param_groups)]
+        named = {name: value for name, value in optimizer.state.items() if isinstance(name, str) and not refers(value)}
+        places += [(("named", level, name), None, value) for name, value in named.items()]
+        places.append((("named", level, 0), None, _Irregular(optimizer.state, labelled)))
         for where, parameter, holder in places:
-            if id(holder) not in seen and isinstance(holder, dict):
+            if id(holder) not in seen and isinstance(holder, (dict, _Irregular)):
                 seen.add(id(holder))
                 yield where, parameter, holder
 
@@ -223,6 +288,20 @@ def _alike(name: str, other: str) -> int:
             break
         number += 1
     return number
+
+
+def by_reference(value: Any) -> bool:
+    """Whether what a holder keeps is no value of the optimizer's but something that it refers to."""
+    return isinstance(value, (nn.Module, Optimizer)) or callable(value)
+
+
+def refers(value: Any) -> bool:
+    """Whether there is such a thing, or a parameter, in a value or in what it is made of."""
+    if isinstance(value, Mapping):
+        return any(isinstance(key, Tensor) or refers(key) for key in value) or any(map(refers, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return any(map(refers, value))
+    return isinstance(value, nn.Parameter) or by_reference(value)
 
 
 def is_kept(name: str) -> bool:
@@ -247,6 +326,10 @@ def _bare(named: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _can_be_copied(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_nested
 
 
 def _can_be_normed(tensor: Tensor) -> bool:

@@ -115,6 +115,8 @@ _PLACES: Final[Mapping[str, tuple[type | tuple[type, ...], ...]]] = {
     "extra": (str,),
     "state": (int, (str, int), str),
     "group": (int, int, str),
+    "named": (int, (str, int), (str, int, tuple)),
+    "shape": (str,),
 }
 """What follows in a key of a copy, see :data:`autowu.live.Key`, by its first word."""
 
@@ -397,7 +399,7 @@ _TABLE: Final = _record(
         ),
         "groups": _record(_GROUPS, may={"others": _list_of(_record(_GROUPS), _MOST_OPTIMIZERS)}),
         "micro_batches": _record({"sum": _number, "count": _whole(0)}),
-        "calls": _record({"skipped": _whole(0)}, more=True),
+        "calls": _record({"skipped": _whole(0)}, may={"sees_calls": _flag}, more=True),
         "events": _list_of(_record({field.name: _text for field in fields(Event)} | {"step": _whole(0)})),
         "reader": _record(
             {

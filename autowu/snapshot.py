@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from autowu.live import Key, Label, LiveRun, is_kept, local
+from autowu.live import Holder, Key, Label, LiveRun, is_kept, local, refers
 
 __all__ = ["Snapshot"]
 
@@ -53,7 +53,7 @@ class Snapshot:
         """
         self.live.look_for_averages()
         parameters, tensors, rest = self.live.look()
-        rest = copy.deepcopy(rest)
+        rest = copy.deepcopy(rest, self.live.references())
         room = self._make_room(tensors)
         self.step, self._copies = None, room  # an interrupt must not leave half a copy that passes for one
         _copy(list(self._copies.values()), list(tensors.values()))
@@ -130,35 +130,67 @@ class Snapshot:
             elif _fits(buffer, kept):
                 pairs.append((local(buffer), kept))
             else:
-                module, name = owners[id(buffer)]
-                module._buffers[name] = kept.to(buffer.device, copy=True)
+                (module, name), shape = owners[id(buffer)], self._rest.get(("shape", key[1]), kept.shape)
+                module._buffers[name] = kept.to(buffer.device, copy=True).expand(shape)
         more = self.live.modules_with_more()
         for key, value in self._rest.items():
             if key[0] == "extra" and key[1] in more:
-                more[key[1]].set_extra_state(copy.deepcopy(value))
+                try:
+                    more[key[1]].set_extra_state(copy.deepcopy(value, self.live.references()))
+                except Exception:  # whatever a module of somebody's raises
+                    left.append(key[1])
         return left
 
     def _restore_state(self, fitting: dict[Label, Tensor], pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Bring what the optimizer keeps of the `fitting` parameters, and of its groups, back; its tensors with `pairs`."""
         before: dict[Key, dict[str, Any]] = {}
         for key, value in (self._copies | self._rest).items():
-            if key[0] in ("state", "group"):
+            if key[0] in ("state", "group", "named"):
                 before.setdefault(key[:3], {})[key[3]] = value
         optimizers, ours = self.live.optimizers(), {id(p): label for label, p in fitting.items()}
         on_device = [{id(p) for g in o.param_groups if _counts_on_device(g) for p in g["params"]} for o in optimizers]
+        place = self.live.place
         for (kind, level, where), parameter, holder in list(self.live.holders()):
             if kind == "group" and (held := before.get((kind, level, where))) is not None:
-                pairs += _restored(holder, held, None, self.live.place, _counts_on_device(holder))
+                pairs += self._restored(holder, held, None, place, _counts_on_device(holder))
+            elif kind == "named":
+                pairs += self._restored(holder, before.pop((kind, level, where), {}), None, place, False)
             elif parameter is not None and id(parameter) in ours:
                 held = before.pop((kind, level, ours[id(parameter)]), None)
                 if held is None:
                     del optimizers[level].state[parameter]
                 else:
-                    pairs += _restored(holder, held, parameter, parameter.device, id(parameter) in on_device[level])
+                    pairs += self._restored(holder, held, parameter, parameter.device, id(parameter) in on_device[level])
         for (kind, level, where), held in before.items():  # what the optimizer has dropped since
             if kind == "state" and where in fitting and level < len(optimizers):
                 parameter, holder = fitting[where], optimizers[level].state.setdefault(fitting[where], {})
-                pairs += _restored(holder, held, parameter, parameter.device, id(parameter) in on_device[level])
+                pairs += self._restored(holder, held, parameter, parameter.device, id(parameter) in on_device[level])
+            elif kind == "named" and level < len(optimizers):
+                pairs += self._restored(optimizers[level].state.setdefault(where, {}), held, None, place, False)
+
+    def _restored(
+        self, holder: Holder, before: dict[Any, Any], parameter: Tensor | None, device: torch.device, counts_there: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Bring a holder of the optimizer, of a `parameter` or none, back to what it held `before`; pairs still to be copied.
+
+        Those are the tensors that are still there. What has to be made anew is put on `device`, but for numbers: these only if the
+        optimizer `counts_there`, or the copy was made of one there. What a 0-dim parameter has beside "step" is put there, too, as
+        in torch's ``Optimizer.load_state_dict``.
+        """
+        for name in [name for name, value in holder.items() if name not in before and is_kept(name) and not refers(value)]:
+            del holder[name]
+        pairs, is_scalar = [], parameter is not None and parameter.ndim == 0
+        for name, value in before.items():
+            now = holder.get(name)
+            if not isinstance(value, Tensor):
+                holder[name] = copy.deepcopy(value, self.live.references())
+            elif isinstance(now, Tensor) and _fits(now, value):
+                pairs.append((local(now), value))
+            else:
+                is_moment = value.ndim > 0 or (is_scalar and name != "step")
+                there = is_moment or counts_there or not value.is_cpu or value.is_pinned()
+                holder[name] = value.to(device if there else "cpu", copy=True)
+        return pairs
 
     def free(self) -> None:
         """Give the memory back."""
@@ -171,7 +203,8 @@ class Snapshot:
         for device in self._from:
             torch.cuda.synchronize(device)
         tensors = {key: tensor.to("cpu", copy=True) for key, tensor in self._copies.items()}
-        return {"step": self.step, "lr": self.lr, "level": self.level, "tensors": tensors, "rest": copy.deepcopy(self._rest)}
+        rest = {key: value for key, value in self._rest.items() if key[0] == "extra" or not refers(value)}  # of this process
+        return {"step": self.step, "lr": self.lr, "level": self.level, "tensors": tensors, "rest": copy.deepcopy(rest)}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Hold the copy that a :meth:`state_dict` was taken of, on the host until the next is taken."""
@@ -227,39 +260,17 @@ def _fits(tensor: Tensor | None, kept: Tensor) -> bool:
     return tensor is not None and local(tensor).shape == kept.shape
 
 
-def _counts_on_device(group: dict[str, Any]) -> bool:
+def _counts_on_device(group: Holder) -> bool:
     """Whether torch's optimizers count the steps of a group where its parameters are, see ``Optimizer.load_state_dict``."""
     return bool(group.get("capturable") or group.get("fused"))
-
-
-def _restored(
-    holder: dict[str, Any], before: dict[str, Any], parameter: Tensor | None, device: torch.device, counts_there: bool
-) -> list[tuple[Tensor, Tensor]]:
-    """Bring a dictionary of the optimizer, of a `parameter` or a group, back to what it held `before`; pairs still to be copied.
-
-    Those are the tensors that are still there. What has to be made anew is put on `device`, but for numbers: they go there only if
-    the optimizer `counts_there`, or the copy was made of one there. What a 0-dim parameter has beside "step" goes there, too, as it
-    does in torch's ``Optimizer.load_state_dict``.
-    """
-    for name in [name for name in holder if name not in before and is_kept(name)]:
-        del holder[name]
-    pairs, is_scalar = [], parameter is not None and parameter.ndim == 0
-    for name, value in before.items():
-        now = holder.get(name)
-        if not isinstance(value, Tensor):
-            holder[name] = copy.deepcopy(value)
-        elif isinstance(now, Tensor) and _fits(now, value):
-            pairs.append((local(now), value))
-        else:
-            is_moment = value.ndim > 0 or (is_scalar and name != "step")
-            there = is_moment or counts_there or not value.is_cpu or value.is_pinned()
-            holder[name] = value.to(device if there else "cpu", copy=True)
-    return pairs
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}  # of which many take one kernel
     for target, source in zip(targets, sources, strict=True):
+        if target.is_conj() or target.is_neg():  # a view that is to be read so; many at once cannot be written
+            target.copy_(source, non_blocking=True)
+            continue
         key = target.device, target.dtype, source.device, source.dtype
         for tensors, one in zip(alike.setdefault(key, ([], [])), (target, source), strict=True):
             tensors.append(one)

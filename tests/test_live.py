@@ -127,4 +127,5 @@ def test_what_a_wrapper_and_what_it_wraps_keep_is_found():
     inner = adam(model.parameters())
     train(model, inner)
     holders = {where for where, _, _ in LiveRun(Wrapper(inner), model).holders()}
-    assert holders == {(kind, level, label) for level in range(2) for kind, label in [*(("state", n) for n in NAMES), ("group", 0)]}
+    places = [*(("state", name) for name in NAMES), ("group", 0), ("named", 0)]
+    assert holders == {(kind, level, label) for level in range(2) for kind, label in places}

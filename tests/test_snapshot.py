@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import math
 import threading
 
@@ -783,3 +784,185 @@ def test_a_copy_that_has_no_room_leaves_the_one_before(monkeypatch):
         model.weight.zero_()
     copied.restore()
     assert torch.equal(model.weight, before)
+
+
+class Odd(torch.optim.Optimizer):
+    """Keeps its momentum in places of its own, and refers to what it works on."""
+
+    def __init__(self, model, place):
+        super().__init__([{"params": list(model.parameters()), "mod": model, "act": torch.tanh}], {"lr": 0.1})
+        self.place = place
+
+    @torch.no_grad()
+    def step(self):
+        for index, p in enumerate(self.param_groups[0]["params"]):
+            if self.place == "of a parameter":
+                self.state[p] = moment = self.state.get(p, torch.zeros_like(p)) * 0.9 + p.grad
+            elif self.place == "by name":
+                moments = self.state.setdefault("moments", {})
+                moments[index] = moment = moments.get(index, torch.zeros_like(p)) * 0.9 + p.grad
+            else:
+                whole = self.state.setdefault("of all", {})
+                whole[p] = moment = whole.get(p, torch.zeros_like(p)) * 0.9 + p.grad
+            p -= 0.1 * moment
+        self.state["taken"] = self.state.get("taken", 0) + 1
+        self.state["rate"] = torch.tensor(0.5) ** self.state["taken"]
+        self.state["seen"] = [*self.state.get("seen", []), self.param_groups[0]["params"][0]]
+
+
+def odd_steps(model, optimizer, number):
+    for _ in range(number):
+        optimizer.zero_grad()
+        model(torch.ones(3, 2)).square().sum().backward()
+        optimizer.step()
+
+
+def odd_values(model, optimizer):
+    flat = [p.detach().clone() for p in model.parameters()]
+    for key, value in optimizer.state.items():
+        values = value.values() if isinstance(value, dict) else [value]
+        flat += [torch.as_tensor(one).clone() for one in values if key != "seen"]
+    return flat
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("place", ["of a parameter", "by name", "of all"])
+def test_what_an_optimizer_keeps_in_places_of_its_own_goes_back_and_what_it_refers_to_stays(place, saved):
+    model = nn.Linear(2, 2)
+    optimizer = Odd(model, place)
+    odd_steps(model, optimizer, 3)
+    copied = Snapshot(LiveRun(optimizer, model))
+    copied.take(3)
+    expected = odd_values(model, optimizer)
+    if saved:
+        file = io.BytesIO()
+        torch.save(copied.state_dict(), file)
+        file.seek(0)
+        copied = Snapshot(LiveRun(optimizer, model))
+        copied.load_state_dict(torch.load(file, weights_only=True))
+    odd_steps(model, optimizer, 4)
+    optimizer.state["made since"] = 1
+    copied.restore()
+    group, seen = optimizer.param_groups[0], optimizer.state["seen"]
+    assert group["mod"] is model
+    assert group["act"] is torch.tanh
+    assert all(one is group["params"][0] for one in seen)
+    assert "made since" not in optimizer.state
+    if not saved or place != "of all":  # a key that is a parameter is of this process alone
+        assert len(seen) == 7 if saved else 3
+        for now, before in zip(odd_values(model, optimizer), expected, strict=True):
+            assert torch.equal(now, before)
+    odd_steps(model, optimizer, 1)
+
+
+def test_layers_that_take_turns_in_training_all_go_back():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    live = LiveRun(optimizer, model)
+    model[1].requires_grad_(False)
+    copied = Snapshot(live)
+    copied.take(1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model[1].requires_grad_(True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    assert not live.sound()
+    assert copied.restore() == []
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_frozen_base_is_still_no_part_of_a_copy():
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    live = LiveRun(torch.optim.SGD(model[1].parameters(), lr=0.1), model)
+    assert {*live.parameters()} == {"1.weight", "1.bias"}
+
+
+def with_buffers(**buffers):
+    model = nn.Linear(2, 2)
+    for name, buffer in buffers.items():
+        model.register_buffer(name, buffer)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: torch.ones(2, device="meta"),
+        lambda: torch.nested.nested_tensor([torch.ones(2)]),
+    ],
+    ids=["coo", "csr", "meta", "nested"],
+)
+def test_a_buffer_that_cannot_be_copied_stays_and_the_rest_goes_back(make, caplog):
+    buffer = make()
+    model, optimizer = with_buffers(odd=buffer)
+    with caplog.at_level("INFO", logger="autowu"):
+        scheduler = AutoWU(optimizer, total_steps=100, model=model)
+    assert "stay as they are: odd" in caplog.text
+    rollback = scheduler._rooms.rollback
+    rollback.take(1, 0.1, 0.0, 0.5)
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.fill_(7)
+    assert rollback.put_back(2).step == 1
+    assert torch.equal(model.weight, before)
+    assert model.odd is buffer
+
+
+@pytest.mark.parametrize("view", [lambda z: z.conj(), lambda z: z.conj().imag], ids=["conjugate", "negative"])
+def test_a_buffer_that_is_such_a_view_goes_back(view):
+    model, optimizer = with_buffers(rope=view(torch.tensor([1 + 2j, 3 - 1j])))
+    assert model.rope.is_conj() or model.rope.is_neg()
+    before = model.rope.clone()
+    copied = Snapshot(LiveRun(optimizer, model))
+    copied.take(1)
+    with torch.no_grad():
+        model.rope.mul_(3)
+    assert copied.restore() == []
+    assert torch.equal(model.rope.resolve_conj().resolve_neg(), before.resolve_conj().resolve_neg())
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_expanded_buffer_that_was_replaced_has_its_shape_again(saved):
+    model, optimizer = with_buffers(prior=torch.ones(1).expand(16))
+    live = LiveRun(optimizer, model)
+    copied = Snapshot(live)
+    copied.take(1)
+    state = copied.state_dict()
+    model.prior = torch.full((16,), 5.0)
+    if saved:
+        copied = Snapshot(live)
+        copied.load_state_dict(state)
+    copied.restore()
+    assert torch.equal(model.prior, torch.ones(16))
+
+
+class Half(nn.Linear):
+    def get_extra_state(self):
+        return {"one": 1}
+
+
+class Raising(Half):
+    def set_extra_state(self, state):
+        raise RuntimeError("not now")
+
+
+@pytest.mark.parametrize(("module", "left"), [(Half, []), (Raising, ["0"])])
+def test_an_extra_state_that_cannot_be_set_is_no_reason_not_to_go_back(module, left):
+    model = nn.Sequential(module(2, 2))
+    copied = Snapshot(LiveRun(torch.optim.SGD(model.parameters(), lr=0.1), model))
+    copied.take(1)
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.fill_(9)
+    assert copied.restore() == left
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_model_without_values_is_refused_in_words():
+    model = nn.LazyLinear(2)
+    with pytest.raises(ValueError, match="its parameter 'weight' has no values yet; pass a batch through the model first"):
+        AutoWU(torch.optim.SGD(model.parameters(), lr=0.1), total_steps=100, model=model)
