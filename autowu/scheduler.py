@@ -295,10 +295,9 @@ class AutoWU(Shown, OpenEnded, Drawn):
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on, as plain types and tensors, loadable with ``torch.load(weights_only=True)``.
 
-        In a process group the losses since the last test are this rank's own. Where only the first rank's state is saved, the
-        others resume with its losses of that interval: they still agree, but equal the uncut run bit for bit only where each
-        rank saves and loads its own state, or where the run was cut just after a test. The copies that are held with
-        ``rollback=True`` are part of it ("snapshot"; set to None, a resumed run has none until the next is taken).
+        In a process group the losses since the last test are this rank's own. Ranks that resume from the first one's state have its
+        losses of that interval: they agree, but equal the uncut run bit for bit only where each saves and loads its own state, or
+        where the cut was just after a test. Copies are part of it ("snapshot"; with None a resumed run has none until the next).
         """
         return {
             "version": VERSION,
@@ -310,6 +309,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
             "base_lrs": [float(lr) for lr in self.base_lrs],
             "stage": self._stage.state_dict(),
             **{name: room.state_dict() for name, room in self._named_rooms().items()},
+            "groups": self._groups.as_edited(self.optimizer),
         }
 
     def _named_rooms(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The LRs of parameter groups: their ratios, groups that join late, tensor LRs."""
 
+import copy
 import math
 
 import pytest
@@ -198,11 +199,70 @@ def test_after_a_load_the_optimizers_own_state_may_follow():
     optimizer, lrs = written({"lr": 0.1}, {"lr": 0.01})
     lrs.load_state_dict(lrs.state_dict())
     lrs.write(optimizer, 0.5)
-    optimizer.param_groups[0]["lr"] = 0.2
+    for group, lr in zip(optimizer.param_groups, (0.2, 0.02), strict=True):  # of another plan
+        group["lr"] = lr
     assert lrs.adopt(optimizer) is None
     lrs.write(optimizer, 0.4)
-    optimizer.param_groups[0]["lr"] = 0.2
-    assert "kept" in lrs.adopt(optimizer)
+    for group, lr in zip(optimizer.param_groups, (0.2, 0.02), strict=True):
+        group["lr"] = lr
+    assert "which is not kept" in lrs.adopt(optimizer)
+    assert lrs.state_dict()["ratios"] == pytest.approx([1.0, 0.1])
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("when", ["before it is saved", "after it is loaded"])
+def test_an_edit_outlives_a_resume_whenever_it_was_made(when, tensor):
+    def made():
+        return groups(*({"lr": torch.tensor(0.1) if tensor else 0.1} for _ in range(2)))
+
+    def go_on(scheduler, steps):
+        lrs = []
+        for _ in range(steps):
+            scheduler.optimizer.step()
+            scheduler.step(1 / (1 + scheduler.last_epoch))
+            lrs.append([float(group["lr"]) for group in scheduler.optimizer.param_groups])
+        return lrs
+
+    def freeze(optimizer):
+        group = optimizer.param_groups[1]
+        group["lr"] = torch.tensor(0.0) if tensor else 0.0
+
+    whole = AutoWU(made(), total_steps=100)
+    go_on(whole, 20)
+    state = copy.deepcopy((whole.optimizer.state_dict(), whole.state_dict())) if when == "after it is loaded" else None
+    freeze(whole.optimizer)
+    optimizer_state, own = state or copy.deepcopy((whole.optimizer.state_dict(), whole.state_dict()))
+    expected = go_on(whole, 20)
+    assert all(lrs[1] == 0 < lrs[0] for lrs in expected)
+    again = AutoWU(made(), total_steps=100)
+    for part, of_part in [(again, own), (again.optimizer, optimizer_state)][:: 1 if tensor else -1]:
+        part.load_state_dict(of_part)
+    if when == "after it is loaded":
+        freeze(again.optimizer)
+    assert go_on(again, 20) == expected
+    assert whole.state_dict()["groups"] == again.state_dict()["groups"]
+
+
+def test_saving_takes_no_edit_over():
+    optimizer, lrs = written({"lr": 0.1}, {"lr": 0.1})
+    optimizer.param_groups[1]["lr"] = 0.5
+    assert lrs.as_edited(optimizer)["ratios"] == [1.0, 0.5]
+    assert lrs.state_dict()["ratios"] == [1.0, 1.0]
+    assert "kept as a share" in lrs.adopt(optimizer)
+
+
+def test_a_tensor_lr_that_an_optimizers_state_brings_for_all_groups_is_parted():
+    optimizer = groups({"lr_scale": 0.1}, {"lr_scale": 1.0}, lr=torch.tensor(0.1))
+    scheduler = AutoWU(optimizer, total_steps=100)
+    expected, given = [float(lr) for lr in scheduler.get_last_lr()], scheduler.state_dict()["groups"]
+    assert expected[0] == pytest.approx(expected[1] / 10)
+    shared = torch.tensor(0.1)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["lr"] = shared
+    optimizer.load_state_dict(state)
+    scheduler.load_state_dict(scheduler.state_dict() | {"groups": given})
+    assert [float(group["lr"]) for group in optimizer.param_groups] == expected
 
 
 def test_a_run_takes_an_edit_over_says_so_once_and_saves_it(caplog):
