@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autowu.config import Config
+from autowu.config import MAX_WARMUP_FRACTION, Config
 from autowu.phases import (
     MAX_EXPLOSIONS,
     MAX_SETBACKS,
@@ -54,7 +54,10 @@ class EventLog:
             if config.total_steps is None:
                 _logger.warning("AutoWU: %s; pass max_warmup_steps=%d or more", few, 2 * needed)
                 return
-            least = math.ceil(2 * needed * config.total_steps / config.warmup_limit)
+            share = config.warmup_limit / config.total_steps
+            if config.warmup_limit == max(1, int(MAX_WARMUP_FRACTION * config.total_steps)):  # which is rounded
+                share = MAX_WARMUP_FRACTION
+            least = math.ceil(2 * needed / share)
             cure = f"train for {least} steps or more, in place of {config.total_steps}, or use another schedule"
             _logger.warning("AutoWU: %s; %s", few, cure)
 

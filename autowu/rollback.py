@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from autowu.events import EventLog
 from autowu.live import LiveRun
@@ -147,6 +148,8 @@ class Rollback(NoRollback):
         self._on_rollback = on_rollback
         self._passed_by = False  # whether a copy was due since the newer was made, of a run that had been better then
         self.able = True
+        if lazy := [label for label, parameter in live.everything().items() if is_lazy(parameter)]:
+            raise ValueError(f"model: its parameter {lazy[0]!r} has no values yet; pass a batch through the model first")
         _claim(self)
         log.say(self._describe())
 
@@ -158,7 +161,7 @@ class Rollback(NoRollback):
         return (
             f"AutoWU goes back to a copy where training overshoots: at most two of {size:.4g} MB of {what}, and of the optimizer's "
             f"state, on {place}; rollback=False turns it off"
-        )
+        ) + (f"; buffers that cannot be copied stay as they are: {_some(left)}" if (left := self._live.uncopied()) else "")
 
     @property
     def held(self) -> int | None:  # type: ignore[override]
@@ -246,8 +249,7 @@ class Rollback(NoRollback):
     def _tell(self, step: int, back_at: int, left: list[str]) -> None:
         """What a copy that was put back could not mend, and who wants to know that it was."""
         if left:
-            kept = f"{', '.join(left[:5])}{' and others' if left[5:] else ''}"
-            self._log.once("snapshot", step, f"the copy of step {back_at} does not know {kept}: they stay as they are")
+            self._log.once("snapshot", step, f"the copy of step {back_at} does not know {_some(left)}: they stay as they are")
         if self._on_rollback is not None:
             try:
                 self._on_rollback(back_at)
@@ -298,13 +300,18 @@ class Rollback(NoRollback):
         try:
             return act(self._newer)
         except Exception as error:
-            self._log.once("snapshot", step, f"the run could not be copied ({error}); it will not go back")
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            self._log.once("snapshot", step, f"the run could not be copied ({reason}); it will not go back")
             if self._ranks.alone:
                 self.give_up()
             else:  # the others, which have a copy, learn it before they could use it
                 self.failed = True
                 self._leave()
             return None
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:5])}{' and others' if names[5:] else ''}"
 
 
 _CLAIMED: Final[weakref.WeakSet[Rollback]] = weakref.WeakSet()

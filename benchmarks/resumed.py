@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -58,7 +59,8 @@ class Training:
         torch.save([*(part.state_dict() for part in self.parts), torch.get_rng_state()], file)
 
     def load(self, file: Any) -> None:
-        *states, random = torch.load(file, weights_only=False)
+        with torch.serialization.safe_globals([deque]):  # of which some optimizers have one
+            *states, random = torch.load(file, weights_only=True)
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
         torch.set_rng_state(random)
