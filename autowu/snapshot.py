@@ -149,48 +149,26 @@ class Snapshot:
                 before.setdefault(key[:3], {})[key[3]] = value
         optimizers, ours = self.live.optimizers(), {id(p): label for label, p in fitting.items()}
         on_device = [{id(p) for g in o.param_groups if _counts_on_device(g) for p in g["params"]} for o in optimizers]
-        place = self.live.place
+        place, memo = self.live.place, self.live.references()
         for (kind, level, where), parameter, holder in list(self.live.holders()):
             if kind == "group" and (held := before.get((kind, level, where))) is not None:
-                pairs += self._restored(holder, held, None, place, _counts_on_device(holder))
+                pairs += _restored(holder, held, None, place, _counts_on_device(holder), memo)
             elif kind == "named":
-                pairs += self._restored(holder, before.pop((kind, level, where), {}), None, place, False)
+                held = before.pop((kind, level, where), None)
+                if held is not None or self._copied is not None:  # else a copy that was saved before such were known
+                    pairs += _restored(holder, held or {}, None, place, False, memo)
             elif parameter is not None and id(parameter) in ours:
                 held = before.pop((kind, level, ours[id(parameter)]), None)
                 if held is None:
                     del optimizers[level].state[parameter]
                 else:
-                    pairs += self._restored(holder, held, parameter, parameter.device, id(parameter) in on_device[level])
+                    pairs += _restored(holder, held, parameter, parameter.device, id(parameter) in on_device[level], memo)
         for (kind, level, where), held in before.items():  # what the optimizer has dropped since
             if kind == "state" and where in fitting and level < len(optimizers):
                 parameter, holder = fitting[where], optimizers[level].state.setdefault(fitting[where], {})
-                pairs += self._restored(holder, held, parameter, parameter.device, id(parameter) in on_device[level])
+                pairs += _restored(holder, held, parameter, parameter.device, id(parameter) in on_device[level], memo)
             elif kind == "named" and level < len(optimizers):
-                pairs += self._restored(optimizers[level].state.setdefault(where, {}), held, None, place, False)
-
-    def _restored(
-        self, holder: Holder, before: dict[Any, Any], parameter: Tensor | None, device: torch.device, counts_there: bool
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Bring a holder of the optimizer, of a `parameter` or none, back to what it held `before`; pairs still to be copied.
-
-        Those are the tensors that are still there. What has to be made anew is put on `device`, but for numbers: these only if the
-        optimizer `counts_there`, or the copy was made of one there. What a 0-dim parameter has beside "step" is put there, too, as
-        in torch's ``Optimizer.load_state_dict``.
-        """
-        for name in [name for name, value in holder.items() if name not in before and is_kept(name) and not refers(value)]:
-            del holder[name]
-        pairs, is_scalar = [], parameter is not None and parameter.ndim == 0
-        for name, value in before.items():
-            now = holder.get(name)
-            if not isinstance(value, Tensor):
-                holder[name] = copy.deepcopy(value, self.live.references())
-            elif isinstance(now, Tensor) and _fits(now, value):
-                pairs.append((local(now), value))
-            else:
-                is_moment = value.ndim > 0 or (is_scalar and name != "step")
-                there = is_moment or counts_there or not value.is_cpu or value.is_pinned()
-                holder[name] = value.to(device if there else "cpu", copy=True)
-        return pairs
+                pairs += _restored(optimizers[level].state.setdefault(where, {}), held, None, place, False, memo)
 
     def free(self) -> None:
         """Give the memory back."""
@@ -263,6 +241,31 @@ def _fits(tensor: Tensor | None, kept: Tensor) -> bool:
 def _counts_on_device(group: Holder) -> bool:
     """Whether torch's optimizers count the steps of a group where its parameters are, see ``Optimizer.load_state_dict``."""
     return bool(group.get("capturable") or group.get("fused"))
+
+
+def _restored(
+    holder: Holder, before: dict[Any, Any], parameter: Tensor | None, device: torch.device, counts_there: bool, memo: dict[int, Any]
+) -> list[tuple[Tensor, Tensor]]:
+    """Bring a holder of the optimizer, of a `parameter` or none, back to what it held `before`; pairs still to be copied.
+
+    Those are the tensors that are still there. What has to be made anew is put on `device`, but for numbers: these only if the
+    optimizer `counts_there`, or the copy was made of one there. What a 0-dim parameter has beside "step" is put there, too, as
+    in torch's ``Optimizer.load_state_dict``.
+    """
+    for name in [name for name, value in holder.items() if name not in before and is_kept(name) and not refers(value)]:
+        del holder[name]
+    pairs, is_scalar = [], parameter is not None and parameter.ndim == 0
+    for name, value in before.items():
+        now = holder.get(name)
+        if not isinstance(value, Tensor):
+            holder[name] = copy.deepcopy(value, memo)
+        elif isinstance(now, Tensor) and _fits(now, value):
+            pairs.append((local(now), value))
+        else:
+            is_moment = value.ndim > 0 or (is_scalar and name != "step")
+            there = is_moment or counts_there or not value.is_cpu or value.is_pinned()
+            holder[name] = value.to(device if there else "cpu", copy=True)
+    return pairs
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

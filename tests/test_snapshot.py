@@ -855,6 +855,23 @@ def test_what_an_optimizer_keeps_in_places_of_its_own_goes_back_and_what_it_refe
     odd_steps(model, optimizer, 1)
 
 
+def test_a_copy_that_was_saved_before_such_places_were_known_leaves_them():
+    model = nn.Linear(2, 2)
+    optimizer = Odd(model, "by name")
+    odd_steps(model, optimizer, 3)
+    copied = Snapshot(LiveRun(optimizer, model))
+    copied.take(3)
+    state = copied.state_dict()
+    for part in ("tensors", "rest"):
+        state[part] = {key: value for key, value in state[part].items() if key[0] != "named"}
+    odd_steps(model, optimizer, 2)
+    again = Snapshot(LiveRun(optimizer, model))
+    again.load_state_dict(state)
+    again.restore()
+    assert optimizer.state["taken"] == 5
+    odd_steps(model, optimizer, 1)
+
+
 def test_layers_that_take_turns_in_training_all_go_back():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
