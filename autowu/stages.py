@@ -71,8 +71,6 @@ _FOLDED_EVERY: Final = 512
 """Steps: what is staged must outlast a block, should it be read in blocks from now on."""
 _SPACING: Final = 2.0
 """On `peak_factor`, the share of the LR between two copies of a warm-up: so far past the minimum the edge lies in the mean."""
-_PAST: Final = 2.5
-"""Times the LR of the fitted minimum, from which on a warm-up is not copied: a loss that waves past it may seem to fall again."""
 _PROBATION: Final = 40
 """Steps after a divergence before the run is copied again: what comes apart once more is no better than the copy it began at."""
 _AT_ONCE: Final = 20
@@ -233,16 +231,7 @@ class WarmUp:
         if self.config.min_rise:  # else the peak follows from the minimum
             spacing = min(1.0, _SPACING * spacing)
         rollback = self.rooms.rollback
-        if rollback.held is not None and lr > self._farthest:
-            return
         (rollback.take if worth else rollback.pass_by)(step, lr, level, spacing)
-
-    @property
-    def _farthest(self) -> float:
-        """The highest LR at which the run is copied, by the last test: beyond it the loss has its minimum in the past."""
-        if (last := self.rooms.judge.last) is None:
-            return math.inf
-        return _PAST * warmup_lr_at(self.config, last.minimum - self.config.warmup_origin)
 
     def _explode(self, step: int, state: State) -> tuple[State, Stage]:
         """A loss that explodes ends the warm-up at once."""

@@ -14,7 +14,7 @@ from autowu.gp import ClosedFormGP
 from autowu.held_out import HeldOut
 from autowu.judge import Judge
 from autowu.live import LiveRun
-from autowu.phases import State, Switch, Verdict, warmup_lr_at
+from autowu.phases import State, Switch
 from autowu.ranks import Ranks
 from autowu.reader import Reader
 from autowu.rollback import NoRollback, Rollback
@@ -217,19 +217,3 @@ def test_a_stage_goes_on_from_its_state_in_the_middle_of_an_epoch():
     _, _, other, _ = after_switch(**more)
     other.load_state_dict(stage.state_dict())
     assert [run(which, [1.0] * 5, state, first=66)[-1][0].best_epoch_loss for which in (stage, other)] == [1.5, 1.5]
-
-
-@pytest.mark.parametrize(("times", "copied"), [(1.5, True), (2.3, True), (2.6, False), (100.0, False)])
-def test_a_warm_up_is_copied_at_no_more_than_two_and_a_half_times_the_lr_of_its_minimum(times, copied):
-    config = config_of(warmup_steps=300, warmup_limit=300)
-    rooms = rooms_of(config, nn.Linear(2, 1))
-    stage = WarmUp(config, rooms, 0.1)
-    minimum = warmup_lr_at(config, 100)
-    rooms.rollback.take(90, warmup_lr_at(config, 90), 1.0, 0.5)
-    rooms.judge.last = Verdict(False, 0, 0.1, 0.4 * minimum, 100.0)  # the loss seems to fall
-    step = next(step for step in range(100, 300) if warmup_lr_at(config, step) >= times * minimum)
-    stage._copy(step)
-    assert rooms.rollback.held == (step if copied else 90)
-    rooms.rollback.free()
-    stage._copy(step)  # rather such a copy than none
-    assert rooms.rollback.held == step
