@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import reprlib
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
@@ -159,4 +160,5 @@ def loss(value: Any) -> float | Tensor:
         return value
     if isinstance(value, (float, np.floating)):
         return float(value)
-    raise TypeError(f"loss={value!r}: pass the training loss of the step, a float or a tensor of one element")
+    wanted = "pass the training loss of the step, a float or a tensor of one element"
+    raise TypeError(f"loss={reprlib.repr(value)}: {wanted}, and no {type(value).__name__}")

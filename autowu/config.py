@@ -7,6 +7,7 @@ documentation to it.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -191,7 +192,7 @@ def per_optimizer(check: Check) -> Check:
 
 def _model(name: str, value: Any) -> nn.Module:
     if not isinstance(value, nn.Module):
-        raise TypeError(f"{name}={value!r}: must be a torch.nn.Module or None")
+        raise TypeError(f"{name}={reprlib.repr(value)}: must be a torch.nn.Module or None")
     return value
 
 

@@ -54,7 +54,9 @@ def readable(state: Any, name: str, *groups: int) -> Mapping[str, Any]:
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict={shown(state)}: must be a dictionary, as state_dict() gives it")
     if not isinstance(found := state.get("class"), str) or found != name:
-        raise ValueError(f"class={shown(found)}: the state is not of {name}")
+        within = [key for key, value in state.items() if isinstance(value, Mapping) and value.get("class") == name]
+        hint = f"; pass its {shown(within[0])} alone" if within else ""
+        raise ValueError(f"class={shown(found)}: the state is not of {name}{hint}")
     version, path = state.get("version"), "state_dict"
     if type(version) is not int or not OLDEST <= version <= VERSION:
         raise ValueError(f"version={shown(version)}: this autowu reads versions {OLDEST} to {VERSION}")

@@ -476,6 +476,13 @@ def test_an_empty_state_and_that_of_an_optimizer_are_refused():
             AutoWU(sgd(), total_steps=100).load_state_dict(state)
 
 
+def test_a_checkpoint_that_holds_the_state_among_others_is_refused_with_its_name():
+    scheduler = AutoWU(sgd(), total_steps=100)
+    checkpoint = {"model": {}, "scheduler": scheduler.state_dict(), "epoch": 3}
+    with pytest.raises(ValueError, match="the state is not of AutoWU; pass its 'scheduler' alone"):
+        scheduler.load_state_dict(checkpoint)
+
+
 def test_a_state_with_a_users_kernel_needs_the_kernel():
     import gpytorch
 
