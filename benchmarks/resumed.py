@@ -5,16 +5,15 @@
 
 The perceptron of tasks.py is trained on the digits by each of the optimizers of the suite `optimizers` of regret.py. The run is cut
 in the warm-up, one step before the switch, one after it, and in the cooldown. Model, optimizer, scheduler and random state are
-saved, and loaded into new ones. What follows has to have the same LRs and the same losses.
+copied, and loaded into new ones. What follows has to have the same LRs and the same losses.
 
 A case is a line of JSON in results/resumed.jsonl; those that are there are not run again.
 """
 
 from __future__ import annotations
 
-import io
+import copy
 import os
-from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -32,6 +31,7 @@ from autowu import AutoWU
 __all__ = ["RESULTS", "read", "report", "run"]
 
 RESULTS = Path(__file__).parent / "results" / "resumed.jsonl"
+TRIED = tuple(case for case in CASES["optimizers"] if case.startswith("mlp "))
 
 
 class Training:
@@ -55,14 +55,13 @@ class Training:
             self.scheduler.step(loss)
             yield lr, float(loss.detach())
 
-    def save(self, file: Any) -> None:
-        torch.save([*(part.state_dict() for part in self.parts), torch.get_rng_state()], file)
+    def state(self) -> list[Any]:
+        return copy.deepcopy([*(part.state_dict() for part in self.parts), torch.get_rng_state()])
 
-    def load(self, file: Any) -> None:
-        with torch.serialization.safe_globals([deque]):  # of which some optimizers have one
-            *states, random = torch.load(file, weights_only=True)
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
+    def load(self, state: list[Any]) -> None:
+        *states, random = state
+        for part, of_part in zip(self.parts, states, strict=True):
+            part.load_state_dict(of_part)
         torch.set_rng_state(random)
 
 
@@ -74,12 +73,9 @@ def run(name: str, seed: int) -> dict[str, Any]:
     assert whole.scheduler.switch is not None
     switch, same = whole.scheduler.switch.step, {}
     for cut in (40, switch - 1, switch + 1, 200):
-        file, before = io.BytesIO(), Training(case, seed)
+        before, after = Training(case, seed), Training(case, seed)
         list(islice(before.steps(), cut))
-        before.save(file)
-        file.seek(0)
-        after = Training(case, seed)
-        after.load(file)
+        after.load(before.state())
         same[str(cut)] = repr(list(after.steps(cut))) == repr(expected[cut:])
     return {"case": name, "seed": seed, "switch": switch, "same": same}
 
@@ -91,4 +87,4 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    command(__doc__, RESULTS, [case for case in CASES["optimizers"] if case.startswith("mlp")], (0,), run, report)
+    command(__doc__, RESULTS, TRIED, (0,), run, report)
