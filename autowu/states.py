@@ -53,10 +53,7 @@ def readable(state: Any, name: str, *groups: int) -> Mapping[str, Any]:
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict={shown(state)}: must be a dictionary, as state_dict() gives it")
-    if not isinstance(found := state.get("class"), str) or found != name:
-        within = [key for key, value in state.items() if isinstance(value, Mapping) and value.get("class") == name]
-        hint = f"; pass its {shown(within[0])} alone" if within else ""
-        raise ValueError(f"class={shown(found)}: the state is not of {name}{hint}")
+    _check_class(state, name)
     version, path = state.get("version"), "state_dict"
     if type(version) is not int or not OLDEST <= version <= VERSION:
         raise ValueError(f"version={shown(version)}: this autowu reads versions {OLDEST} to {VERSION}")
@@ -83,6 +80,13 @@ def readable(state: Any, name: str, *groups: int) -> Mapping[str, Any]:
             raise ValueError(f"state_dict of {saved} parameter groups: {which} has {own}; {cure}")
     read: Mapping[str, Any] = state
     return read
+
+
+def _check_class(state: Mapping[str, Any], name: str) -> None:
+    if not isinstance(found := state.get("class"), str) or found != name:
+        within = [key for key, value in state.items() if isinstance(value, Mapping) and value.get("class") == name]
+        hint = f"; pass its {shown(within[0])} alone" if within else ""
+        raise ValueError(f"class={shown(found)}: the state is not of {name}{hint}")
 
 
 def _damaged(error: Exception) -> ValueError:
