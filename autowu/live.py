@@ -101,9 +101,10 @@ class LiveRun:
         labelled = self._labelled(optimizers)
         parameters = self._changing(labelled, optimizers)
         tensors: dict[Key, Tensor] = {("parameter", label): local(p) for label, p in parameters.items()}
-        tensors |= {("buffer", name): local(t) for name, t in self.buffers().items()}
+        buffers = self.buffers()
+        tensors |= {("buffer", name): local(t) for name, t in buffers.items()}
         rest: dict[Key, Any] = {("extra", name): module.get_extra_state() for name, module in self.modules_with_more().items()}
-        for name, buffer in self.buffers().items():
+        for name, buffer in buffers.items():
             if buffer.shape != tensors["buffer", name].shape and not hasattr(buffer, "to_local"):
                 rest["shape", name] = tuple(buffer.shape)  # of an expanded one
         for where, _, holder in _holders(labelled, optimizers):
@@ -162,8 +163,9 @@ class LiveRun:
 
     def references(self) -> dict[int, Any]:
         """What is referred to and no part of a copy, by its identity, as ``copy.deepcopy`` takes it: modules, parameters."""
-        modules = () if self.model is None else self.model.modules()
-        return {id(one): one for one in (*modules, *self.everything().values(), *self.optimizers())}
+        model, optimizers = self.model, self.optimizers()
+        of_model = () if model is None else (*model.modules(), *model.parameters())
+        return {id(one): one for one in (*of_model, *_optimized(optimizers), *optimizers)}
 
     @torch.no_grad()
     def sound(self) -> Tensor:
@@ -209,8 +211,9 @@ class LiveRun:
             for label, p in labelled.items()
             if p.requires_grad or label in self._ever or any(p in state for state in states)
         }
-        optimized = {id(p) for p in _optimized(optimizers)}
-        self._ever |= {label for label, p in trained.items() if id(p) in optimized}
+        if new := trained.keys() - self._ever:
+            optimized = {id(p) for p in _optimized(optimizers)}
+            self._ever |= {label for label in new if id(trained[label]) in optimized}
         return trained
 
     def _changing(self, labelled: dict[Label, Tensor], optimizers: list[Optimizer]) -> dict[Label, Tensor]:
