@@ -31,7 +31,7 @@ class GroupLRs:
         self._ratios = [lr / top if top > 0 else 1.0 for lr in scaled]
         self._lr: float | None = None  # that the groups' LRs were set by; None where they may be anything
         self._set: list[float | Tensor] = []  # the very objects that were set
-        self._loaded = False  # a state, which that of the optimizer may follow
+        self._loaded = False
         self.counts = 0, 0  # of groups: those that were known when a state was loaded, and those of the state
         self._tensors: dict[int, tuple[int, int]] = {}  # identity and version of the tensor LRs as they were set
 
@@ -72,9 +72,7 @@ class GroupLRs:
 
         An edit is clear where it brings a group to no more than the schedule's own LR, or sets the groups apart anew. A factor on
         all groups alike is not: the LR itself is the schedule's. A tensor LR on a device is not read, which would wait for it.
-        After a load the optimizer's own state may bring LRs of another plan, of which nothing is said.
         """
-        loaded, self._loaded = self._loaded, False
         if (lr := self._lr) is None:
             return None
         edited: list[int] = []
@@ -82,15 +80,13 @@ class GroupLRs:
             now = group["lr"]
             if self._is_edited(index, now, lr * ratio) if isinstance(now, Tensor) else now != lr * ratio:
                 edited.append(index)
-        told, kept = self._adopt(optimizer, edited, lr) if edited else ("", False)
-        return told if kept or (told and not loaded) else None
+        return self._adopt(optimizer, edited, lr) if edited else None
 
     def as_edited(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state, with what was edited since the LRs were set last; nothing is taken over yet."""
-        before, loaded = self._ratios.copy(), self._loaded
+        before = self._ratios.copy()
         self.adopt(optimizer)
-        state = self.state_dict()
-        self._ratios, self._loaded = before, loaded
+        state, self._ratios = self.state_dict(), before
         return state
 
     def _is_edited(self, index: int, now: Tensor, expected: float) -> bool:
@@ -102,12 +98,11 @@ class GroupLRs:
             return False
         return not math.isclose(float(now), expected, rel_tol=2 * torch.finfo(now.dtype).eps)
 
-    def _adopt(self, optimizer: Optimizer, edited: list[int], lr: float) -> tuple[str, bool]:
-        """What is to be said of the edited LRs, and whether they are kept."""
+    def _adopt(self, optimizer: Optimizer, edited: list[int], lr: float) -> str:
         groups, top = optimizer.param_groups, max(self._ratios)
         which = f"the LR of parameter group {', '.join(map(str, edited))} was set from outside"
         if any(isinstance(groups[index]["lr"], Tensor) and not groups[index]["lr"].is_cpu for index in edited):
-            return f"{which}; a tensor on a device is not read, and the schedule's LR is set again", False
+            return f"{which}; a tensor on a device is not read, and the schedule's LR is set again"
         values = {index: float(groups[index]["lr"]) for index in edited}
         scale = lr
         if len(edited) == len(self._ratios):  # only what sets them apart is new
@@ -116,11 +111,11 @@ class GroupLRs:
         clear = all(0 <= ratio <= max(top, 1.0) * (1 + 1e-6) for ratio in ratios.values())
         new = any(not math.isclose(ratio, self._ratios[index], rel_tol=1e-6) for index, ratio in ratios.items())
         if not (clear and new):
-            return f"{which}, which is not kept: the LR is the schedule's, here {lr:.4g}; what can be set is a share of it", False
+            return f"{which}, which is not kept: the LR is the schedule's, here {lr:.4g}; what can be set is a share of it"
         for index, ratio in ratios.items():
             self._ratios[index] = ratio
         kept = ", ".join(f"{ratio:.4g}" for ratio in ratios.values())
-        return f"{which}; it is kept as a share of the schedule's LR: {kept}", True
+        return f"{which}; it is kept as a share of the schedule's LR: {kept}"
 
     @property
     def number(self) -> int:
@@ -157,7 +152,9 @@ class GroupLRs:
             else:
                 group["lr"] = own
             written.append(own)
-        self._set, self._lr = [*written], lr
+        self._set = [*written]
+        # After a load the optimizer's own state may still follow, with the LRs that it was saved with.
+        self._lr, self._loaded = None if self._loaded else lr, False
         return written
 
     def state_dict(self) -> dict[str, Any]:

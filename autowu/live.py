@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from autowu.kin import everyone
 
-__all__ = ["Holder", "Key", "Label", "LiveRun", "Seen", "is_kept", "local", "refers"]
+__all__ = ["Holder", "Key", "Label", "LiveRun", "Seen", "is_kept", "is_value", "local", "refers"]
 
 Label: TypeAlias = "str | int"
 """Of a parameter: its name in the model, else its place among those of the optimizer."""
@@ -66,6 +66,10 @@ class LiveRun:
         self._frozen = dict(zip(frozen, torch._foreach_norm(list(frozen.values()), 1), strict=True)) if frozen else {}
         self._moving: set[Label] = set()
 
+    def remember(self, trained: Iterable[Label]) -> None:
+        """Count these of the optimizer's parameters as seen to train: a copy that was saved has them."""
+        self._ever |= {*trained}
+
     def optimizers(self) -> list[Optimizer]:
         """The optimizer, and what it wraps, one in the other; of one that steps several these before it."""
         return [optimizer for optimizer in everyone(self.optimizer) if hasattr(optimizer, "state")]
@@ -109,7 +113,7 @@ class LiveRun:
                 rest["shape", name] = tuple(buffer.shape)  # of an expanded one
         for where, _, holder in _holders(labelled, optimizers):
             for name, value in holder.items():
-                if not is_kept(name) or by_reference(value):
+                if not is_kept(name) or by_reference(value) or (where[0] == "named" and not is_value(value)):
                     continue
                 key = (*where, name)  # a name: mypy takes a star within [] for one of Python 3.11
                 if isinstance(value, Tensor):
@@ -176,14 +180,15 @@ class LiveRun:
         alike: dict[tuple[Any, ...], list[Tensor]] = {}  # of which many take one kernel
         for key, tensor in self.look().tensors.items():
             if _is_inexact(tensor) and tensor.numel() > 0:
-                alike.setdefault((tensor.device, tensor.dtype, key[0] == "buffer"), []).append(_normed(tensor))
+                may_be_infinite = key[0] in ("buffer", "named")  # as masks are, or a lowest loss that was never seen
+                alike.setdefault((tensor.device, tensor.dtype, may_be_infinite), []).append(_normed(tensor))
         if not alike:  # a shard may be empty
             return torch.ones(1, dtype=torch.float64, device=self.place)
         device, *_ = next(iter(alike))
         sound = []
-        for (_, _, is_buffer), tensors in alike.items():
+        for (_, _, may_be_infinite), tensors in alike.items():
             largest = torch.stack(torch._foreach_norm(tensors, math.inf))
-            sound.append((~largest.isnan() if is_buffer else largest.isfinite()).all().to(device))
+            sound.append((~largest.isnan() if may_be_infinite else largest.isfinite()).all().to(device))
         return torch.stack(sound).all().to(torch.float32 if device.type == "mps" else torch.float64)[None]
 
     @property
@@ -232,41 +237,53 @@ def _optimized(optimizers: list[Optimizer]) -> list[Tensor]:
 class _Irregular(MutableMapping[Any, Any]):
     """What an optimizer keeps that is no dictionary of values, by its name, or by the label of the parameter that it is of."""
 
-    def __init__(self, state: Any, labelled: Mapping[Label, Tensor]) -> None:
+    def __init__(self, state: Any, labelled: Mapping[Label, Tensor], labels: Mapping[int, Label]) -> None:
         self._state, self._labelled = state, labelled
-        self._labels = {id(p): label for label, p in labelled.items()}
-
-    def _keys(self) -> dict[Any, Any]:
-        """The keys by which the optimizer knows the names."""
-        found: dict[Any, Any] = {}
-        for key, value in self._state.items():
+        self._keys: dict[Any, Any] = {}  # by which the optimizer knows the names
+        for key, value in state.items():
             if isinstance(key, Tensor):
-                if id(key) in self._labels and not isinstance(value, dict):
-                    found["parameter", self._labels[id(key)]] = key
-            elif isinstance(key, (str, int)) and (not isinstance(value, dict) or refers(value)):
-                found[key] = key
-        return found
+                if id(key) in labels and not isinstance(value, dict):
+                    self._keys["parameter", labels[id(key)]] = key
+            elif isinstance(key, (str, int)) and not _is_named(value):
+                self._keys[key] = key
 
     def __getitem__(self, name: Any) -> Any:
-        return self._state[self._keys()[name]]
+        return self._state[self._keys[name]]
 
     def __setitem__(self, name: Any, value: Any) -> None:
         key = self._labelled[name[1]] if isinstance(name, tuple) else name
-        self._state[self._keys().get(name, key)] = value
+        self._state[self._keys.setdefault(name, key)] = value
 
     def __delitem__(self, name: Any) -> None:
-        del self._state[self._keys()[name]]
+        del self._state[self._keys.pop(name)]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._keys())
+        return iter([*self._keys])
 
     def __len__(self) -> int:
-        return len(self._keys())
+        return len(self._keys)
+
+
+def _is_named(value: Any) -> bool:
+    """Whether what an optimizer keeps under a name is a dictionary that is followed entry by entry."""
+    return isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value)
+
+
+def is_value(value: Any) -> bool:
+    """Whether a value is one that can be copied: a number, a word, a dense tensor that is no parameter, or made of such."""
+    if isinstance(value, Tensor):
+        return _can_be_copied(value) and not isinstance(value, nn.Parameter)
+    if isinstance(value, Mapping):
+        return all(isinstance(key, Tensor) or is_value(key) for key in value) and all(map(is_value, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(is_value, value))
+    return isinstance(value, (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device))
 
 
 def _holders(labelled: dict[Label, Tensor], optimizers: list[Optimizer]) -> Iterator[tuple[Key, Tensor | None, Holder]]:
     labels = {id(p): label for label, p in labelled.items()}
     seen: set[int] = set()
+    states: list[Any] = []  # several may share one
     for level, optimizer in enumerate(optimizers):
         places: list[tuple[Key, Tensor | None, Any]] = [
             (("state", level, labels[id(p)]), p, state)
@@ -274,11 +291,15 @@ def _holders(labelled: dict[Label, Tensor], optimizers: list[Optimizer]) -> Iter
             if isinstance(p, Tensor) and id(p) in labels
         ]
         places += [(("group", level, index), None, group) for index, group in enumerate(optimizer.param_groups)]
-        named = {name: value for name, value in optimizer.state.items() if isinstance(name, str) and not refers(value)}
-        places += [(("named", level, name), None, value) for name, value in named.items()]
-        places.append((("named", level, 0), None, _Irregular(optimizer.state, labelled)))
+        if all(optimizer.state is not state for state in states):
+            states.append(optimizer.state)
+            named = {name: value for name, value in optimizer.state.items() if isinstance(name, str) and _is_named(value)}
+            places += [(("named", level, name), None, value) for name, value in named.items()]
+            places.append((("named", level, 0), None, _Irregular(optimizer.state, labelled, labels)))
         for where, parameter, holder in places:
-            if id(holder) not in seen and isinstance(holder, (dict, _Irregular)):
+            if isinstance(holder, _Irregular):  # made for this look, so that its identity says nothing
+                yield where, parameter, holder
+            elif id(holder) not in seen and isinstance(holder, dict):
                 seen.add(id(holder))
                 yield where, parameter, holder
 

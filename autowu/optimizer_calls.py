@@ -143,10 +143,10 @@ class OptimizerCalls:
         self._sees_past_wrapper = self._hook()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "sees_calls": self._sees_calls}
+        return {"skipped": self.skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.skipped, self._sees_calls = state["skipped"], bool(state.get("sees_calls", False))
+        self.skipped = state["skipped"]
 
 
 def _inside(optimizer: Optimizer) -> list[Optimizer]:

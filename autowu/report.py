@@ -110,7 +110,7 @@ class Report:
                 config = replace(self.config, total_steps=course.total_steps, cooldown_start=course.cooldown_start)
                 if course.immediate is not None:
                     config = replace(config, immediate_cooldown=course.immediate)
-                if config.budget is None:  # what was planned anew was so later
+                if config.budget is None:  # what was planned anew was so later, as a rule
                     config = replace(config, replanned_at=None, replanned_progress=0.0)
                 state = State(switch=self.state.switch, plateau_factor=course.factor, ramp=course.ramp)
                 return each_lr(all_lrs(config, state, step))

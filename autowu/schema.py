@@ -399,7 +399,7 @@ _TABLE: Final = _record(
         ),
         "groups": _record(_GROUPS, may={"others": _list_of(_record(_GROUPS), _MOST_OPTIMIZERS)}),
         "micro_batches": _record({"sum": _number, "count": _whole(0)}),
-        "calls": _record({"skipped": _whole(0)}, may={"sees_calls": _flag}, more=True),
+        "calls": _record({"skipped": _whole(0)}, more=True),
         "events": _list_of(_record({field.name: _text for field in fields(Event)} | {"step": _whole(0)})),
         "reader": _record(
             {

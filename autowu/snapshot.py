@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from autowu.live import Holder, Key, Label, LiveRun, is_kept, local, refers
+from autowu.live import Holder, Key, Label, LiveRun, is_kept, is_value, local, refers
 
 __all__ = ["Snapshot"]
 
@@ -155,8 +155,10 @@ class Snapshot:
                 pairs += _restored(holder, held, None, place, _counts_on_device(holder), memo)
             elif kind == "named":
                 held = before.pop((kind, level, where), None)
-                if held is not None or self._copied is not None:  # else a copy that was saved before such were known
+                if held is not None or (where == 0 and self._copied is not None):
                     pairs += _restored(holder, held or {}, None, place, False, memo)
+                elif self._copied is not None:  # else a copy that may have been saved before such were known
+                    optimizers[level].state.pop(where, None)
             elif parameter is not None and id(parameter) in ours:
                 held = before.pop((kind, level, ours[id(parameter)]), None)
                 if held is None:
@@ -181,7 +183,7 @@ class Snapshot:
         for device in self._from:
             torch.cuda.synchronize(device)
         tensors = {key: tensor.to("cpu", copy=True) for key, tensor in self._copies.items()}
-        rest = {key: value for key, value in self._rest.items() if key[0] == "extra" or not refers(value)}  # of this process
+        rest = {key: value for key, value in self._rest.items() if key[0] != "named" or not refers(value)}  # of this process
         return {"step": self.step, "lr": self.lr, "level": self.level, "tensors": tensors, "rest": copy.deepcopy(rest)}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -192,6 +194,7 @@ class Snapshot:
             labels = self.live.labels()
             self._copies = {_named(key, labels): t.clone() for key, t in state["tensors"].items()}  # the next is made over them
             self._rest = {_named(key, labels): copy.deepcopy(value) for key, value in state["rest"].items()}
+            self.live.remember(key[1] for key in self._copies if key[0] == "parameter")
 
     def _make_room(self, tensors: dict[Key, Tensor]) -> dict[Key, Tensor]:
         """A buffer for each of `tensors`; those that fit are kept."""
@@ -252,8 +255,9 @@ def _restored(
     optimizer `counts_there`, or the copy was made of one there. What a 0-dim parameter has beside "step" is put there, too, as
     in torch's ``Optimizer.load_state_dict``.
     """
-    for name in [name for name, value in holder.items() if name not in before and is_kept(name) and not refers(value)]:
-        del holder[name]
+    for name, value in [*holder.items()]:
+        if name not in before and is_kept(name) and is_value(value) and not refers(value):  # else no copy has it
+            del holder[name]
     pairs, is_scalar = [], parameter is not None and parameter.ndim == 0
     for name, value in before.items():
         now = holder.get(name)

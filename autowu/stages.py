@@ -369,7 +369,7 @@ class AfterSwitch:
 
     def watch_again(self, step: int, state: State) -> State:
         """The state of a run that was made longer at `step`: it is watched again where its LR had come down too low for that."""
-        if state.watched or self._lost or not self.config.watch or self._bears_no_more(state):
+        if state.watched or not self.config.watch or self._bears_no_more(state):
             return state
         self.rooms.reader.begin(step, None)
         return replace(state, watched=True)

@@ -199,48 +199,54 @@ def test_after_a_load_the_optimizers_own_state_may_follow():
     optimizer, lrs = written({"lr": 0.1}, {"lr": 0.01})
     lrs.load_state_dict(lrs.state_dict())
     lrs.write(optimizer, 0.5)
-    for group, lr in zip(optimizer.param_groups, (0.2, 0.02), strict=True):  # of another plan
-        group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = 0.2
     assert lrs.adopt(optimizer) is None
     lrs.write(optimizer, 0.4)
-    for group, lr in zip(optimizer.param_groups, (0.2, 0.02), strict=True):
-        group["lr"] = lr
-    assert "which is not kept" in lrs.adopt(optimizer)
-    assert lrs.state_dict()["ratios"] == pytest.approx([1.0, 0.1])
+    optimizer.param_groups[0]["lr"] = 0.2
+    assert "kept" in lrs.adopt(optimizer)
+
+
+def go_on(scheduler, steps):
+    """The LRs of the groups after each step."""
+    lrs = []
+    for _ in range(steps):
+        scheduler.optimizer.step()
+        scheduler.step(1 / (1 + scheduler.last_epoch))
+        lrs.append([float(group["lr"]) for group in scheduler.optimizer.param_groups])
+    return lrs
 
 
 @pytest.mark.parametrize("tensor", [False, True])
-@pytest.mark.parametrize("when", ["before it is saved", "after it is loaded"])
-def test_an_edit_outlives_a_resume_whenever_it_was_made(when, tensor):
+def test_an_edit_just_before_a_save_outlives_the_resume(tensor):
     def made():
         return groups(*({"lr": torch.tensor(0.1) if tensor else 0.1} for _ in range(2)))
 
-    def go_on(scheduler, steps):
-        lrs = []
-        for _ in range(steps):
-            scheduler.optimizer.step()
-            scheduler.step(1 / (1 + scheduler.last_epoch))
-            lrs.append([float(group["lr"]) for group in scheduler.optimizer.param_groups])
-        return lrs
-
-    def freeze(optimizer):
-        group = optimizer.param_groups[1]
-        group["lr"] = torch.tensor(0.0) if tensor else 0.0
-
     whole = AutoWU(made(), total_steps=100)
     go_on(whole, 20)
-    state = copy.deepcopy((whole.optimizer.state_dict(), whole.state_dict())) if when == "after it is loaded" else None
-    freeze(whole.optimizer)
-    optimizer_state, own = state or copy.deepcopy((whole.optimizer.state_dict(), whole.state_dict()))
+    whole.optimizer.param_groups[1]["lr"] = torch.tensor(0.0) if tensor else 0.0
+    optimizer_state, own = copy.deepcopy((whole.optimizer.state_dict(), whole.state_dict()))
     expected = go_on(whole, 20)
     assert all(lrs[1] == 0 < lrs[0] for lrs in expected)
-    again = AutoWU(made(), total_steps=100)
-    for part, of_part in [(again, own), (again.optimizer, optimizer_state)][:: 1 if tensor else -1]:
-        part.load_state_dict(of_part)
-    if when == "after it is loaded":
-        freeze(again.optimizer)
-    assert go_on(again, 20) == expected
-    assert whole.state_dict()["groups"] == again.state_dict()["groups"]
+    for first in (0, 1):
+        again = AutoWU(made(), total_steps=100)
+        parts = [(again, own), (again.optimizer, optimizer_state)]
+        for part, of_part in (parts[first], parts[1 - first]):
+            part.load_state_dict(copy.deepcopy(of_part))
+        assert go_on(again, 20) == expected
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_longer_run_takes_no_lr_of_the_shorter_ones_plan_for_an_edit(first):
+    short = AutoWU(groups({"lr": 0.1}, {"lr": 0.0}), total_steps=100)
+    go_on(short, 90)
+    states = copy.deepcopy([short.state_dict(), short.optimizer.state_dict()])
+    longer = AutoWU(groups({"lr": 0.1}, {"lr": 0.0}), total_steps=200)
+    parts = [longer, longer.optimizer]
+    for index in (first, 1 - first):
+        parts[index].load_state_dict(states[index])
+    assert go_on(longer, 3)[-1] == [pytest.approx(longer.lr_at(93)), 0.0]
+    assert longer.lr_at(93) > 4 * short.lr_at(93)
+    assert "lr" not in [event.kind for event in longer.events]
 
 
 def test_saving_takes_no_edit_over():

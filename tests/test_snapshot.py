@@ -14,6 +14,7 @@ from torch import nn
 
 from autowu import AutoWU, snapshot
 from autowu.live import LiveRun
+from autowu.multi_optimizer import MultiOptimizer
 from autowu.optim import LAMB, LARS, TVLARS, Muon
 from autowu.snapshot import Snapshot, free_memory
 
@@ -849,10 +850,66 @@ def test_what_an_optimizer_keeps_in_places_of_its_own_goes_back_and_what_it_refe
     assert all(one is group["params"][0] for one in seen)
     assert "made since" not in optimizer.state
     if not saved or place != "of all":  # a key that is a parameter is of this process alone
-        assert len(seen) == 7 if saved else 3
+        assert len(seen) == 7  # it refers to a parameter, and is left
         for now, before in zip(odd_values(model, optimizer), expected, strict=True):
             assert torch.equal(now, before)
     odd_steps(model, optimizer, 1)
+
+
+class Wrapped(torch.optim.Optimizer):
+    """Has the groups and the state of what it wraps."""
+
+    def __init__(self, inner):
+        self.optimizer = inner
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_several_optimizers_keep_in_places_of_their_own_goes_back(several):
+    models = [nn.Linear(2, 2) for _ in range(4)]
+    inner = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    optimizer = MultiOptimizer(inner) if several else Wrapped(Wrapped(inner[0]))
+    known = inner if several else inner[:1]
+    for index, one in enumerate(known):
+        one.state["k"], one.state["table"] = index, {"a": index}
+    copied = Snapshot(LiveRun(optimizer, nn.ModuleList(models)))
+    for _ in range(3):
+        copied.take(1)
+        for one in known:
+            one.state["k"], one.state["table"]["a"], one.state["since"] = 99, 99, {"step": 0}
+        copied.restore()
+        for index, one in enumerate(known):
+            assert {key: value for key, value in one.state.items() if isinstance(key, str)} == {"k": index, "table": {"a": index}}
+
+
+def test_what_cannot_be_copied_of_such_places_stays_and_is_no_reason_not_to_go_back():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    odd = {"lock": threading.Lock(), "sparse": torch.eye(2).to_sparse(), "table": {1.5: 2}, "best": torch.tensor(math.inf)}
+    optimizer.state.update(odd)
+    live = LiveRun(optimizer, model)
+    assert live.sound()
+    scheduler = AutoWU(optimizer, total_steps=100, model=model)
+    rollback = scheduler._rooms.rollback
+    rollback.take(0, 0.1, 0.0, 0.5)
+    assert rollback.put_back(2).step == 0
+    assert all(optimizer.state[key] is value for key, value in odd.items() if key != "table")
+    assert optimizer.state["table"] == {1.5: 2}
+    AutoWU(optimizer, total_steps=100, model=model).load_state_dict(scheduler.state_dict())
+
+
+def test_a_copy_that_was_saved_knows_what_had_trained():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    copied = Snapshot(LiveRun(optimizer, model))
+    copied.take(1)
+    model[0].requires_grad_(False)  # its turn is over, and the run is cut
+    again = Snapshot(LiveRun(optimizer, model))
+    assert {*again.live.parameters()} == {"1.weight", "1.bias"}
+    again.load_state_dict(copied.state_dict())
+    assert {*again.live.parameters()} == {*dict(model.named_parameters())}
 
 
 def test_a_copy_that_was_saved_before_such_places_were_known_leaves_them():

@@ -738,31 +738,3 @@ def test_a_copy_of_a_run_reports_nothing_and_sees_skips(caplog):
     other.step(1.0)  # no optimizer step before it
     assert other.last_epoch == 10
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
-
-
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-@pytest.mark.parametrize("cut", range(80, 85))
-def test_a_scheduler_that_is_called_for_each_micro_batch_counts_alike_after_a_resume(cut):
-    def trained(cut):
-        parameter = torch.nn.Parameter(torch.ones(2))
-
-        def made():
-            optimizer = torch.optim.AdamW([parameter])
-            return optimizer, AutoWU(optimizer, total_steps=100)
-
-        optimizer, scheduler = made()
-        lrs = []
-        for call in range(160):
-            if call == cut:
-                states = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
-                optimizer, scheduler = made()
-                optimizer.load_state_dict(states[0])
-                scheduler.load_state_dict(states[1])
-            parameter.grad = torch.full((2,), 1e-3)
-            if call % 4 == 3:
-                optimizer.step()
-            scheduler.step(2 - call / 1000)
-            lrs.append(optimizer.param_groups[0]["lr"])
-        return lrs, scheduler.last_epoch
-
-    assert trained(cut) == trained(None)
