@@ -91,8 +91,6 @@ def has_settled(curve: LossCurve, posterior: CurvePosterior, since: float, start
     # Where noise hides the curve the likeliest one is flat, and sure of it; means of a third each are not known better than this.
     least = float(later.var()) * 6 / len(later) if len(later) > 1 else math.inf
     half = int(np.searchsorted(posterior.grid, since))
-    if half == len(mean):  # no loss has come since
-        return False
     progress = abs((mean[0] if start is None else start) - mean[-1])
     margin = LITTLE * progress - (mean[half] - mean[-1])
     spread = max(float(posterior.difference_variance[0][half]), least, 1e-300)

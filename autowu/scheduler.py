@@ -234,8 +234,8 @@ class AutoWU(Shown, OpenEnded, Drawn):
     def step(self, loss: float | Tensor | None = None, *, samples: int | None = None, tokens: int | None = None) -> None:
         """Record the loss of the optimizer step just taken and set the LR of the next one.
 
-        Waits for the device in a test alone, for one read of a few kilobytes, and up to some 200 times where a copy is due. A call
-        for which the optimizer was not called, as a ``GradScaler`` skipped it or a wrapper calls several times, does not count.
+        Waits for the device only in a test, for one read of a few kilobytes, and where a copy is due, some 200 times at most. A
+        call for which the optimizer was not called, as a ``GradScaler`` skipped it or a wrapper calls several times, is no step.
 
         Args:
             loss: the training loss: a float, or a tensor of one element and any floating dtype, on any device, with or without its

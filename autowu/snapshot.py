@@ -132,11 +132,11 @@ class Snapshot:
             else:
                 (module, name), shape = owners[id(buffer)], self._rest.get(("shape", key[1]), kept.shape)
                 module._buffers[name] = kept.to(buffer.device, copy=True).expand(shape)
-        more = self.live.modules_with_more()
+        more, memo = self.live.modules_with_more(), self.live.references()
         for key, value in self._rest.items():
             if key[0] == "extra" and key[1] in more:
                 try:
-                    more[key[1]].set_extra_state(copy.deepcopy(value, self.live.references()))
+                    more[key[1]].set_extra_state(copy.deepcopy(value, memo))
                 except Exception:  # whatever a module of somebody's raises
                     left.append(key[1])
         return left

@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import pickle
+import re
 import weakref
 from itertools import pairwise, product
 
@@ -1030,3 +1031,33 @@ def test_a_warm_up_of_a_dozen_steps_goes_back_too(read):
     # Copies are held of steps 5 and 6, the last with a loss no higher than the mean so far; the LR of step 6 is above the peak.
     assert weight.item() == 5
     assert f"model and optimizer are back at step {weight.item():.0f}" in scheduler.events[-1].message
+
+
+def test_the_papers_preset_goes_back_only_with_a_model():
+    model = torch.nn.Linear(2, 1)
+    for options, goes_back in (({}, False), ({"model": None}, False), ({"model": model}, True)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        assert AutoWU.paper(optimizer, 10, 10, gp="closed-form", **options).config.rollback is goes_back
+
+
+def test_a_short_run_is_told_the_least_number_of_steps_of_which_nothing_more_is_said(caplog):
+    def said(steps):
+        caplog.clear()
+        AutoWU(torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]), total_steps=steps)
+        return re.findall(r"train for (\d+) steps or more", caplog.text)
+
+    least = {said(steps)[0] for steps in (3, 10, 30, 60, 78)}
+    assert len(least) == 1
+    assert said(int(*least)) == []
+    assert said(int(*least) - 1) == [*least]
+
+
+def test_a_warm_up_that_an_explosion_ends_with_a_vote_was_not_ended_by_test():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = AutoWU(optimizer, total_steps=300, patience=1, test_interval=3)
+    losses = [2 - step / 60 for step in range(60)]
+    for loss in [*losses, math.nan, math.nan, math.nan]:
+        optimizer.step()
+        scheduler.step(loss)
+    assert scheduler.events[0].kind == "explosion"
+    assert not scheduler.switch.by_test
