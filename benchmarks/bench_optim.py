@@ -164,7 +164,7 @@ def table(result: dict[str, Any]) -> str:
         for key in dict.fromkeys(row["optimizer"] for row in rows):
             own = {row["model"]: row for row in rows if row["optimizer"] == key}
             cells = [f"{own[model]['ratio']:.2f}" if model in own else "" for model in models]
-            count = [str(own[models[0]]["launches"])] if "kernels" in head else []
+            count = [str(next(iter(own.values()))["launches"])] if "kernels" in head else []
             lines.append("| " + " | ".join([key, base, *cells, *count]) + " |")
         what = "LARS and TVLARS" if family == "sgd" else "LAMB"
         lines.append(

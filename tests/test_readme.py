@@ -259,6 +259,22 @@ def test_table_of_the_loop_of_train_is_the_measured_one():
     assert [row["sched"] for row in rows] == 2 * ["autowu", "cosine"]
 
 
+def test_tables_of_optimizers_and_of_the_loop_on_a_gpu_are_the_measured_ones():
+    shown = section("docs/speed.md", "On a GPU")
+    of_optimizers, of_loop = (results(f"bench_{name}_cuda") for name in ("optim", "train"))
+    assert of_optimizers["machine"] == of_loop["machine"] == results("bench_step_cuda")["machine"]
+    for family, base in (("sgd", "fused SGD"), ("adam", "fused AdamW")):
+        rows = [row for row in of_optimizers["rows"] if row["family"] == family]
+        for key in {row["optimizer"] for row in rows}:
+            one, other = (next(r for r in rows if r["optimizer"] == key and r["model"].startswith(m)) for m in ("resnet", "vit"))
+            assert f"| {key} | {base} | {one['ratio']:.2f} | {other['ratio']:.2f} | {one['launches']:,} |" in shown
+    ratios = [f"{row['ratio']:.2f}" for row in of_loop["rows"]]
+    assert f"precision, 256 | {' | '.join(ratios[:2])} |" in shown
+    assert f"precision, 256 | {' | '.join(ratios[2:])} |" in shown
+    pairs = [ratio for row in of_loop["rows"] for ratio in row["ratios"]]
+    assert f"between {min(pairs):.1f} and {max(pairs):.1f}" in shown
+
+
 @pytest.fixture
 def regret(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
