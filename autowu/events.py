@@ -27,7 +27,7 @@ from autowu.ranks import Ranks
 
 __all__ = [
     *("EventLog", "back_at", "divergence_message", "doubt_message", "in_words", "loss_changed_message"),
-    *("overfitting_message", "ramp_message", "resume_message"),
+    *("not_finite_message", "overfitting_message", "ramp_message", "resume_message"),
     "switch_message",
 ]
 
@@ -126,6 +126,12 @@ def _inform(message: str) -> None:
 def in_words(lrs: Sequence[float]) -> str:
     """The LR of the one optimizer, or those of all."""
     return " and ".join(f"{lr:.4g}" for lr in lrs)
+
+
+def not_finite_message(restored: int) -> str:
+    """What is said of a warm-up that goes on after losses that were not finite."""
+    cause = "the loss fell and is not finite any more, which one batch may have done"
+    return f"{cause}: back at the copy of step {restored}, and the warm-up goes on"
 
 
 def switch_message(config: Config, switch: Switch, ended_by: str, restored: int | None) -> str:

@@ -19,6 +19,7 @@ from autowu.events import (
     divergence_message,
     doubt_message,
     loss_changed_message,
+    not_finite_message,
     overfitting_message,
     ramp_message,
     switch_message,
@@ -156,7 +157,9 @@ class WarmUp:
         if rooms.held_out.came:
             rooms.held_out.begin_at(rooms.held_out.read())
         if self.config.watch and self._read(step, loss, due) is not None and self._is_apart():
-            return self._explode(step, state)
+            state, stage = self._explode(step, state)
+            if stage is not self:
+                return state, stage
         return self._test(step, state) if due else (state, self)
 
     def _is_apart(self) -> bool:
@@ -234,7 +237,11 @@ class WarmUp:
         (rollback.take if worth else rollback.pass_by)(step, lr, level, spacing)
 
     def _explode(self, step: int, state: State) -> tuple[State, Stage]:
-        """A loss that explodes ends the warm-up at once."""
+        """A loss that explodes ends the warm-up at once, unless that may have been one batch."""
+        if self._came_out_of_the_blue(step) and (restored := self.rooms.rollback.put_back(step)) is not None:
+            self.rooms.reader.begin(step, restored.level)
+            self.rooms.log.warn("not_finite", step, not_finite_message(restored.step))
+            return replace(state, votes=0), self
         self.rooms.log.warn("explosion", step, "the loss has exploded, which ends the warm-up")
         found, _ = self._verdict(step, state)
         after = exploded(self.config, self._ended(step, state, found), self.rooms.judge.before)
@@ -242,6 +249,14 @@ class WarmUp:
         if restored is None and self.rooms.rollback.lost(step):
             after = replace(after, watched=False)
         return self._leave(after, "", restored)
+
+    def _came_out_of_the_blue(self, step: int) -> bool:
+        """Whether losses that are not finite follow on a loss that fell, and no others did so a moment ago: an LR comes back."""
+        watch, last = self.rooms.reader.watch, self.rooms.judge.last
+        if any(event.kind == "not_finite" and step - event.step <= _PROBATION for event in self.rooms.log.events):
+            return False
+        fell = watch.high == watch.above == 0 and watch.at_best and (last is None or falls(last))
+        return fell and watch.silent >= IN_A_ROW
 
     def _ended(self, step: int, state: State, found: Verdict | None) -> State:
         """The state after a warm-up that ends whatever the last test found."""

@@ -325,8 +325,8 @@ def fsdp2(rank, size):
     return train(model, rank, size, sharded=True)
 
 
-def go_wrong(rank, size, nan_at=None, breaks=None, slope=-0.3):
-    """A perceptron without normalisation: NaN gradients at a step, `slope` times them from 25 steps after the switch to a set-back.
+def go_wrong(rank, size, nan_at=(), breaks=None, slope=-0.3):
+    """A perceptron without normalisation: NaN gradients at some steps, `slope` times them from the 25th after the switch to a set-back.
 
     From the moment that `breaks` finds, told the scheduler, rank 1 cannot copy its model.
     """
@@ -348,7 +348,7 @@ def go_wrong(rank, size, nan_at=None, breaks=None, slope=-0.3):
         loss = nn.functional.cross_entropy(model(inputs[batch]), targets[batch])
         wrong = scheduler.switch is not None and step >= scheduler.switch.step + 25 and scheduler._state.setbacks == 0
         optimizer.zero_grad()
-        (loss * (float("nan") if step == nan_at else slope if wrong else 1.0)).backward()
+        (loss * (float("nan") if step in nan_at else slope if wrong else 1.0)).backward()
         lrs.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step(loss)
@@ -386,7 +386,7 @@ def a_rank_that_stops_copying_after_three_setbacks(rank, size):
 CASES = {
     "a_rank_that_stops_copying_after_three_setbacks": a_rank_that_stops_copying_after_three_setbacks,
     "watched": watched,
-    "explodes_and_diverges": lambda rank, size: go_wrong(rank, size, nan_at=90, slope=float("nan")),
+    "explodes_and_diverges": lambda rank, size: go_wrong(rank, size, nan_at=(70, 90), slope=float("nan")),
     "goes_uphill": go_wrong,
     "a_rank_that_never_copies": lambda rank, size: go_wrong(rank, size, breaks=lambda scheduler: scheduler.last_epoch == 0),
     "a_rank_that_stops_copying": lambda rank, size: go_wrong(

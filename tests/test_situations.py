@@ -78,8 +78,8 @@ def test_a_loss_that_falls_to_the_end_and_comes_seldom_ends_the_warm_up_at_its_l
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 def test_losses_that_come_seldom_and_are_not_finite_end_the_warm_up(n, odd):
     scheduler = fed(lambda step, lr, noise: None if (step + 1) % n else odd if step > 300 else 2 - step / 640 + noise)
-    assert scheduler.switch.step < 310 + 3 * n
-    assert "explosion" in kinds(scheduler)
+    assert scheduler.switch.step < 310 + 6 * n  # the first three may have been a batch
+    assert [kind for kind in kinds(scheduler) if kind in ("not_finite", "explosion")] == ["not_finite", "explosion"]
 
 
 # ---------------------------------------------------------------- losses that rise first

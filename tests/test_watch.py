@@ -602,8 +602,8 @@ class TooHigh(ClosedFormGP):
         return replace(posterior, grid=posterior.grid + 0.1)
 
 
-def nan_at(step):
-    return lambda scheduler: math.nan if scheduler.last_epoch == step else 1.0
+def nan_at(*steps):
+    return lambda scheduler: math.nan if scheduler.last_epoch in steps else 1.0
 
 
 def up_the_hill(times, slope, wait=25):
@@ -785,15 +785,32 @@ def test_a_divergence_does_not_use_up_all_that_are_borne():
     assert min(np.diff(steps)) > 2
 
 
-def test_a_loss_that_turns_nan_ends_the_warmup_at_the_third():
-    run = Run(2000, spoil=nan_at(600)).advance(603)
+@pytest.mark.parametrize("spoilt", [(30,), (600,), (200, 400, 600)])
+def test_a_batch_that_makes_nan_of_the_weights_does_not_end_the_search(spoilt):
+    clean, run = Run(2000).advance(900), Run(2000, spoil=nan_at(*spoilt))
+    for step in spoilt:
+        held = run.advance(step + 3).scheduler._rooms.rollback.held
+        run.advance(step + 4)
+        assert run.kinds()[-1] == "not_finite" or run.kinds()[-2:] == ["not_finite", "loss"]
+        assert torch.equal(run.weights[-1], run.weights[held - 1])
+        assert run.scheduler.phase == "warmup"
+        assert run.lrs[: step + 4] == clean.lrs[: step + 4]  # which is found on as if nothing had been
+    run.advance(900)
+    assert [kind for kind in run.kinds() if kind != "loss"] == ["not_finite"] * len(spoilt) + ["switch"]
+    assert run.scheduler.switch.lr == pytest.approx(clean.scheduler.switch.lr, rel=0.5)
+    assert run.accuracy() > 0.9
+
+
+def test_a_loss_that_turns_nan_again_at_once_ends_the_warmup_at_the_third():
+    run = Run(2000, spoil=nan_at(570, 600)).advance(603)
+    assert [(event.kind, event.step) for event in run.scheduler.events if event.kind != "loss"] == [("not_finite", 574)]
     assert [math.isnan(loss) for loss in run.losses[600:]] == [False, True, True]
     assert run.scheduler.phase == "warmup"
     held = run.scheduler._rooms.rollback.held
     run.advance(604)
     switch = run.scheduler.switch
-    assert [kind for kind in run.kinds() if kind != "loss"] == ["explosion", "switch"]
-    assert {event.step for event in run.scheduler.events} == {604}
+    assert [kind for kind in run.kinds() if kind != "loss"] == ["not_finite", "explosion", "switch"]
+    assert {event.step for event in run.scheduler.events[-2:]} == {604}
     assert (switch.step, switch.by_test) == (604, False)
     assert 500 < held <= 600
     assert f"back at step {held}" in run.scheduler.events[-1].message
@@ -886,19 +903,22 @@ def test_the_step_after_the_skipped_ones_runs_at_the_peak():
 
 
 def eventful(scheduler):
-    """NaN gradients in the warm-up, gradients uphill after the switch."""
-    return nan_at(90)(scheduler) * up_the_hill(1, slope=0.3)(scheduler)
+    """NaN gradients twice in the warm-up, gradients uphill after the switch."""
+    return nan_at(70, 90)(scheduler) * up_the_hill(1, slope=0.3)(scheduler)
 
 
 def run_of_events():
     return Run(300, spoil=eventful, **STABLE)
 
 
-# Steps before the cut. The loss is NaN from step 91 on, which ends the warm-up at 94; what follows is counted from the divergence.
+# Steps before the cut. The loss is NaN from step 71 on, which is borne once, and from 91 on, which ends the warm-up at 94. What
+# follows is counted from the divergence.
 CUTS = {
     "before the first copy": lambda run: 7,
     "at a copy": lambda run: 40,
     "a step after a copy": lambda run: 41,
+    "after two NaN that are borne": lambda run: 73,
+    "where the warm-up goes on": lambda run: 74,
     "where the gradients are NaN": lambda run: 90,
     "where the loss turns NaN": lambda run: 91,
     "after two NaN": lambda run: 93,
@@ -928,12 +948,15 @@ def uncut():
 def test_the_run_that_is_cut_has_a_history():
     run, _ = uncut()
     told = [(event.kind, event.step) for event in run.scheduler.events if event.kind != "loss"]
-    assert told[:2] == [("explosion", 94), ("switch", 94)]
-    assert [kind for kind, _ in told[2:]] == ["divergence"]
-    assert 119 < told[2][1] < 150
+    assert told[:3] == [("not_finite", 74), ("explosion", 94), ("switch", 94)]
+    assert [kind for kind, _ in told[3:]] == ["divergence"]
+    assert 119 < told[3][1] < 150
 
 
-QUICK_CUTS = ("at a copy", "after two NaN", "at the switch", "a step before the divergence", "at the divergence", "after the watch")
+QUICK_CUTS = (
+    *("at a copy", "after two NaN that are borne", "where the warm-up goes on", "after two NaN", "at the switch"),
+    *("a step before the divergence", "at the divergence", "after the watch"),
+)
 
 
 @pytest.mark.parametrize("cut", [pytest.param(cut, marks=[] if cut in QUICK_CUTS else [pytest.mark.slow]) for cut in CUTS])
