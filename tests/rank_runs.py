@@ -326,7 +326,9 @@ def fsdp2(rank, size):
 
 
 def go_wrong(rank, size, nan_at=(), breaks=None, slope=-0.3):
-    """A perceptron without normalisation: NaN gradients at some steps, `slope` times them from the 25th after the switch to a set-back.
+    """A perceptron without normalisation: NaN gradients at some steps, `slope` times them later.
+
+    The latter from 25 steps after the switch to a set-back.
 
     From the moment that `breaks` finds, told the scheduler, rank 1 cannot copy its model.
     """
