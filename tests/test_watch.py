@@ -794,7 +794,7 @@ def test_a_batch_that_makes_nan_of_the_weights_does_not_end_the_search(spoilt):
         assert run.kinds()[-1] == "not_finite" or run.kinds()[-2:] == ["not_finite", "loss"]
         assert torch.equal(run.weights[-1], run.weights[held - 1])
         assert run.scheduler.phase == "warmup"
-        assert run.lrs[: step + 4] == clean.lrs[: step + 4]  # which is found on as if nothing had been
+        assert run.lrs[: step + 4] == clean.lrs[: step + 4]  # the LR grows on
     run.advance(900)
     assert [kind for kind in run.kinds() if kind != "loss"] == ["not_finite"] * len(spoilt) + ["switch"]
     assert run.scheduler.switch.lr == pytest.approx(clean.scheduler.switch.lr, rel=0.5)
