@@ -81,6 +81,25 @@ def test_an_explosion_ends_a_warm_up_at_its_third_loss():
     assert [kind for kind in kinds(rooms) if kind != "loss"] == ["explosion", "switch"]
 
 
+FALL = np.linspace(2, 1, 50)
+
+
+@pytest.mark.parametrize(
+    ("losses", "interval", "borne"),
+    [
+        pytest.param(FALL, 5, True, id="it fell"),
+        pytest.param([*FALL, *np.linspace(1.1, 1.8, 8)], 40, False, id="it has risen since the last test"),
+        pytest.param([*FALL, *[1.0, 1.01] * 30], 5, False, id="a test has seen no fall"),
+    ],
+)
+def test_losses_that_are_not_finite_are_borne_only_where_the_loss_fell(losses, interval, borne):
+    config = config_of(test_interval=interval, patience=1000)
+    rooms = rooms_of(config, nn.Linear(2, 1))
+    _, stage = run(WarmUp(config, rooms, 0.1), [*losses, *[math.nan] * 3])[-1]
+    assert type(stage) is (WarmUp if borne else AfterSwitch)
+    assert ("not_finite" in kinds(rooms)) == borne
+
+
 @pytest.mark.parametrize(("loss", "ends"), [(math.nan, True), (1.0, False)])
 def test_steps_skipped_for_good_end_a_warm_up_only_where_the_loss_is_gone(loss, ends):
     config = config_of()
