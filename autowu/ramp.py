@@ -17,17 +17,17 @@ from autowu.watch import HUGE, IN_A_ROW, STANDARD_ERROR
 
 __all__ = ["MOST_RAMPS", "SPAN", "Ramp", "next_ramp"]
 
-SHORTEST: Final = 3_000
-"""Steps of a run that makes a ramp, at least: in a shorter one it is too quick to tell an edge from noise."""
+SHORTEST: Final = 900
+"""Steps of a run that makes a ramp, at least: in a shorter one it costs more than it finds."""
 MOST_RAMPS: Final = 4
 """Of a run; the first that finds the peak LR right is the last."""
 SPAN: Final = 64.0
-"""Times the peak LR at which a ramp ends, at most."""
+"""On the LR, in the whole of a ramp; none has to go so far."""
 _SHARE: Final = 0.02
 """Of a run's steps, those in which the LR would grow so far."""
 _ROOT: Final = 1.8
 """On the root of the run's steps, the most that it takes in a longer one, as a warm-up does."""
-_LEAST: Final = 96
+_LEAST: Final = 64
 """Such steps at least: at momentum 0.9 the loss is nine steps behind."""
 _PARTS: Final = 16
 """Of these steps, whose mean losses are looked at."""
@@ -39,12 +39,14 @@ _WITHIN: Final = 5.0
 """The edge over the peak LR that it leads to: as much as is usual, so that a peak that is raised is none too high."""
 _MOST: Final = 4.0
 """Times that a ramp raises the peak LR, at most; the next one says whether it may be more."""
+_END: Final = _MOST * _WITHIN
+"""Times the peak LR at which a ramp ends, at most: what lies beyond changes nothing."""
 
 
 def next_ramp(config: Config, state: State, step: int) -> RampPlan | None:
     """The ramp that may begin at `step`, which is in the stable phase; None for none.
 
-    There is one after every half of a full warm-up. Where the cooldown begins does not matter, as runs that differ in that alone
+    There is one after every quarter of a full warm-up. Where the cooldown begins does not matter, as runs that differ in that alone
     are one run until then; it ends a ramp. None has the LR grow above `max_lr`, and there is none in a run whose peak was lowered:
     what is too high is known there.
     """
@@ -53,11 +55,11 @@ def next_ramp(config: Config, state: State, step: int) -> RampPlan | None:
         return None
     total = config.total_steps or 0
     whole = max(_LEAST, round(min(_SHARE * total, _ROOT * math.sqrt(total))))
-    every = max(config.warmup_steps // 2, 2 * whole)
+    every = max(config.warmup_steps // 4, whole)
     if step < switch.step + (state.ramps + 1) * every or phase_at(config, state, step) != "stable":
         return None
     highest, peaks = [config.max_lr, *(high for _, high, _ in config.others)], peak_lrs(state)
-    span = min(SPAN, *(high / lr for high, lr in zip(highest, peaks, strict=True)))
+    span = min(_END, *(high / lr for high, lr in zip(highest, peaks, strict=True)))
     if span < _FAR or base_lr(config, state, step) < peaks[0]:  # an LR that has fallen is far below its edge
         return None
     return RampPlan(step, math.ceil(whole * math.log(span) / math.log(SPAN)), span)
@@ -75,14 +77,15 @@ class Ramp:
     Args:
         steps, span: of the :class:`~autowu.phases.RampPlan`.
         level, noise: exponential mean of the losses before it, as of a :class:`~autowu.watch.LossWatch`, and the variance of one.
+        careful: whether one part that lies above the level is a rise, and not two in a row.
 
     Attributes:
         edge: times the peak LR at which the loss has risen; that of the end where it did not, None as long as it is not known.
         risen: whether it has.
     """
 
-    def __init__(self, steps: int, span: float, level: float, noise: float) -> None:
-        self.steps, self.span, self.level, self.noise = steps, span, level, noise
+    def __init__(self, steps: int, span: float, level: float, noise: float, *, careful: bool = False) -> None:
+        self.steps, self.span, self.level, self.noise, self.careful = steps, span, level, noise, careful
         self.edge: float | None = None
         self.risen = False
         self._seen = self._told = self._low = self._high = self._silent = self._count = 0
@@ -114,7 +117,7 @@ class Ramp:
             else:
                 self._low, self._high = self._seen, 0
             self._count, self._sum = 0, 0.0
-            if self._high == 2:
+            if self._high == (1 if self.careful else 2):
                 self._end(self._low + self._part / 2, risen=True)
         if self.edge is None and self._seen >= self.steps:
             self._end(self.steps, risen=False)
@@ -137,5 +140,5 @@ class Ramp:
         """The ramp that :meth:`state_dict` was taken of."""
         ramp = cls(*(state[name] for name in ("steps", "span", "level", "noise")))
         for name in vars(ramp):
-            setattr(ramp, name, state[name.lstrip("_")])
+            setattr(ramp, name, state.get(name.lstrip("_"), False))  # earlier versions knew no care
         return ramp

@@ -42,8 +42,6 @@ class NoRollback:
     """Whether the run can still go back, by all that this rank knows."""
     held: int | None = None
     """Step of the newer copy, None where there is none."""
-    has_model = False
-    """Whether it copies all that training changes, buffers too."""
     _why_lost = "nothing was copied: start again from a checkpoint, without rollback=False"
 
     def __init__(self, live: LiveRun, ranks: Ranks, log: EventLog) -> None:
@@ -62,8 +60,12 @@ class NoRollback:
     def renew(self, step: int, level: float) -> None:
         """After the switch: copy the run over the newer copy, if it is sound on all ranks."""
 
-    def is_whole(self, step: int) -> bool:
-        """Whether all ranks hold a copy of `step` with all that training changes: with `model=`, its buffers, too."""
+    def is_held(self, step: int) -> bool:
+        """Whether all ranks hold a copy of `step`."""
+        return False
+
+    def is_whole(self) -> bool:
+        """Whether the copies of all ranks have all that training changes: with `model=`, its buffers, too."""
         return False
 
     def keep_one(self, lr: float = math.inf) -> None:
@@ -196,17 +198,21 @@ class Rollback(NoRollback):
         if sound is not None and self._ranks.all_agree(sound):
             self._copy(step, 0.0, level)
 
-    @property
-    def has_model(self) -> bool:  # type: ignore[override]
-        return self._live.model is not None
+    def is_held(self, step: int) -> bool:
+        return self._all(self.held == step and not self.failed)
 
-    def is_whole(self, step: int) -> bool:
-        own = self.held == step and not self.failed and self.has_model
+    def is_whole(self) -> bool:
+        return self._all(self._live.model is not None)
+
+    def _all(self, own: bool) -> bool:
         return self._ranks.all_agree(torch.tensor([float(own)], dtype=torch.float64))
 
     def keep_one(self, lr: float = math.inf) -> None:
-        if self._newer.step is not None and self._newer.lr > lr and self._older.step is not None and not self._passed_by:
-            self._newer, self._older = self._older, self._newer
+        newer, older = self._newer, self._older
+        if newer.step is not None and newer.lr > lr and older.step is not None:
+            spoilt = newer.lr >= _FAR * older.lr and lr**2 < newer.lr * older.lr  # it was copied for its LR, far from which it is
+            if spoilt or not self._passed_by:
+                self._newer, self._older = older, newer
         self._passed_by = False
         self._older.free()
 

@@ -318,19 +318,20 @@ def _like(fresh: float) -> Check:
 
 
 _OF_WATCH: Final = {name: _like(fresh) for name, fresh in LossWatch().state_dict().items() if isinstance(fresh, (int, float))} | {
-    "noise": _plain(between(f"from 0 to {HUGE**2:g}", lambda value: 0 <= value <= HUGE**2))
+    name: _plain(between(f"from 0 to {HUGE**2:g}", lambda value: 0 <= value <= HUGE**2)) for name in ("noise", "calm")
 }
 
 
 def _watch(path: str, value: Any) -> None:
-    missing = [name for name in (*Leaps.__slots__, "apart") if name not in _mapping(path, value)]
+    missing = [name for name in (*Leaps.__slots__, "apart", "calm") if name not in _mapping(path, value)]
     _record({name: check for name, check in _OF_WATCH.items() if name not in missing}, more=True)(path, value)
 
 
 _RAMP: Final = _record(
     dict.fromkeys(("seen", "told", "low", "high", "silent", "count"), _whole(0))
     | {"steps": _whole(1), "span": _plain(between(f"above 1 and at most {SPAN:g}", lambda value: 1 < value <= SPAN))}
-    | {"level": _loss, "noise": _at_least_0, "sum": _number, "last": _number, "risen": _flag, "edge": optional(_at_least_0)}
+    | {"level": _loss, "noise": _at_least_0, "sum": _number, "last": _number, "risen": _flag, "edge": optional(_at_least_0)},
+    may={"careful": _flag},
 )
 
 _COPY: Final = _record(

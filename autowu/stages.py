@@ -273,9 +273,10 @@ class WarmUp:
         return self.rooms.rollback.put_back(step)
 
     def _go_back_if_past(self, step: int, switch: Switch) -> Restored | None:
-        """The same, unless the loss still falls."""
-        last = self.rooms.judge.last
-        if last is not None and not falls(last):
+        """The same, unless the loss still falls, and not for a second time."""
+        last, reader = self.rooms.judge.last, self.rooms.reader
+        reader.catch_up()
+        if last is not None and not (falls(last) and reader.watch.at_best):
             return self._go_back(step, switch)
         self.rooms.rollback.keep_one()
         return None
@@ -422,16 +423,15 @@ class AfterSwitch:
         watch = rooms.reader.watch
         if plan is None or not rooms.rollback.able or rooms.held_out.came or not watch.near_best:
             return state
-        if rooms.ranks.alone and not rooms.rollback.has_model:
-            return replace(state, ramps=MOST_RAMPS)
         rooms.reader.catch_up()
         self._heed_flag()
         if not watch.near_best or watch.on_trial or watch.noise == 0:
             return state
         rooms.rollback.renew(step, watch.level)
-        if not rooms.rollback.is_whole(step):
+        if not rooms.rollback.is_held(step):
             return replace(state, ramps=MOST_RAMPS)
-        rooms.reader.begin_ramp(Ramp(plan.steps, plan.span, watch.mean, watch.noise))
+        careful = not rooms.rollback.is_whole()  # what no copy holds is to see little of LRs too high
+        rooms.reader.begin_ramp(Ramp(plan.steps, plan.span, watch.mean, watch.noise, careful=careful))
         return replace(state, ramp=plan, ramps=state.ramps + 1)
 
     def _go_on_with_ramp(self, step: int, loss: float | Tensor, state: State) -> State:

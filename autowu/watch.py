@@ -139,9 +139,9 @@ class LossWatch:
     """
 
     __slots__ = (
-        *("above", "again", "apart", "before", "best", "changed", "count", "doubt", "fell", "halved", "high", "kept", "last"),
-        *("leaps", "level", "longest", "lowest", "mean", "noise", "pace", "previous", "returned", "rise", "settling", "silent"),
-        *("slack", "start", "trial"),
+        *("above", "again", "apart", "before", "best", "calm", "changed", "count", "doubt", "fell", "halved", "high", "kept"),
+        *("last", "leaps", "level", "longest", "lowest", "mean", "noise", "pace", "previous", "returned", "rise", "settling"),
+        *("silent", "slack", "start", "trial"),
     )
 
     def __init__(self) -> None:
@@ -149,6 +149,7 @@ class LossWatch:
         self.start = self.mean = self.level = self.last = 0.0
         self.best = math.inf
         self.noise = 0.0  # variance of one loss about the curve, from the differences of neighbours
+        self.calm = 0.0  # what it was at the best
         self.silent = 0  # losses in a row that were not finite
         self.above = 0  # losses in a row far above the start
         self.apart = 0  # of these, by orders of magnitude: a warm-up explodes by three, though its loss never fell
@@ -272,7 +273,7 @@ class LossWatch:
         if self.settling:
             self.settling -= 1
         if self.count == _START:
-            self.best = self.mean
+            self.best, self.calm = self.mean, self.noise
             self.start += self.kept
 
     def _comes_again(self, loss: float) -> bool:
@@ -292,7 +293,7 @@ class LossWatch:
         """Take later losses; every step of a run comes through here, so all is at hand in local variables."""
         start, best, mean, level, noise = self.start, self.best, self.mean, self.level, self.noise
         above, high, silent, settling, last, count = self.above, self.high, self.silent, self.settling, self.last, self.count
-        slack, doubt, previous, again = self.slack, self.doubt, self.previous, self.again
+        slack, doubt, previous, again, calm = self.slack, self.doubt, self.previous, self.again, self.calm
         progress = self.progress
         lost, near = LOST * progress, NEAR * progress
         for loss in losses:
@@ -332,10 +333,10 @@ class LossWatch:
                 settling -= 1
             elif off >= 0:
                 continue
-            best = mean
+            best, calm = mean, noise
             progress = start - best if start > best else 0.0
             lost, near = LOST * progress, NEAR * progress
-        self.best, self.mean, self.level, self.noise, self.previous = best, mean, level, noise, previous
+        self.best, self.mean, self.level, self.noise, self.calm, self.previous = best, mean, level, noise, calm, previous
         self.above, self.high, self.silent, self.settling, self.last, self.count = above, high, silent, settling, last, count
 
     def quiet(self) -> Quiet | None:
@@ -368,8 +369,12 @@ class LossWatch:
 
     @property
     def at_best(self) -> bool:
-        """Whether the loss is as low as ever, but for 4 standard errors; else the run had come down, and has gone up since."""
-        return self._lost <= self._error(NEAR_SURE) or self.progress <= self._error(SURE)
+        """Whether the loss is as low as ever, but for 4 standard errors; else the run had come down, and has gone up since.
+
+        What leaps up and falls again is noise by its differences; it counts up to twice the standard error at the best.
+        """
+        error = min(self._error(1), 2 * STANDARD_ERROR * math.sqrt(self.calm))
+        return self._lost <= NEAR_SURE * error or self.progress <= SURE * error
 
     @property
     def _lost(self) -> float:
@@ -428,3 +433,4 @@ class LossWatch:
         for name in self.state_dict():
             if name in state:  # else nothing was known of it
                 setattr(self.leaps if name in Leaps.__slots__ else self, name, state[name])
+        self.calm = state.get("calm", self.noise)

@@ -24,12 +24,12 @@ from autowu.report import Report
 from autowu.watch import BLOCK
 
 STEPS = 3000
-LOW = 0.02
-"""As peak_factor: a twentieth of what it is."""
+LOW = 0.01
+"""As peak_factor: a fortieth of what it is."""
 
 
-def ramp_of(losses, steps=96, level=1.0, noise=0.01, span=SPAN):
-    ramp = Ramp(steps, span, level, noise)
+def ramp_of(losses, steps=96, level=1.0, noise=0.01, span=SPAN, careful=False):
+    ramp = Ramp(steps, span, level, noise, careful=careful)
     ramp.follow(losses)
     return ramp
 
@@ -49,8 +49,24 @@ def test_the_edge_is_found_within_a_factor_of_two(edge, seed):
     assert edge / 2 < found < 2 * edge
 
 
-def test_of_a_thousand_ramps_whose_loss_rises_at_three_times_the_peak_none_raises_it():
-    assert all(ramp_of(valley(3, seed=seed)).factor == 1 for seed in range(1000))
+@given(st.floats(1.5, 30), st.integers(0, 100))
+def test_a_careful_ramp_goes_no_further_and_finds_no_higher_edge(edge, seed):
+    losses, ends = valley(edge, seed=seed), []
+    for careful in (False, True):
+        ramp = ramp_of([], careful=careful)
+        ends.append(next((k for k, loss in enumerate(losses) if ramp.follow([loss]) or ramp.edge is not None), 96))
+    assert ends[1] < ends[0] or ends[0] == ends[1] == 95
+    assert ramp_of(losses, careful=True).edge <= ramp_of(losses).edge
+
+
+def test_of_a_thousand_careful_ramps_noise_ends_few():
+    found = [ramp_of(valley(math.inf, seed=seed), careful=True).factor for seed in range(1000)]
+    assert found.count(4.0) > 950
+
+
+@pytest.mark.parametrize("careful", [False, True])
+def test_of_a_thousand_ramps_whose_loss_rises_at_three_times_the_peak_none_raises_it(careful):
+    assert all(ramp_of(valley(3, seed=seed), careful=careful).factor == 1 for seed in range(1000))
 
 
 def test_a_loss_that_does_not_rise_raises_the_peak_by_four():
@@ -112,10 +128,10 @@ def config_and_state(**arguments):
     return run.scheduler.config, run.scheduler._state
 
 
-def test_ramps_come_after_halves_of_a_warm_up_and_begin_before_the_cooldown():
+def test_ramps_come_after_quarters_of_a_warm_up_and_begin_before_the_cooldown():
     config, state = config_and_state()
     first = next(step for step in range(STEPS) if next_ramp(config, state, step))
-    assert first == state.switch.step + config.warmup_steps // 2
+    assert first == state.switch.step + config.warmup_steps // 4
     assert next_ramp(config, replace(state, ramps=1), first) is None
     for ramps in range(MOST_RAMPS):
         for step in range(STEPS):
@@ -137,14 +153,13 @@ def test_a_peak_that_was_too_high_is_not_looked_at_again(changed):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"total_steps": 2900},
+        {"total_steps": 890},
         {"immediate_cooldown": True},
         {"steps_per_epoch": 60, "total_epochs": 50, "total_steps": None, "decay_phase_stat": "loss", "decay_phase_factor": 0.5},
         {"steps_per_epoch": 60, "total_epochs": 50, "total_steps": None, "decay_phase_factor": 0.9},
         pytest.param({"min_rise": 0.0}, marks=pytest.mark.slow),
         pytest.param({"rollback": False}, marks=pytest.mark.slow),
         pytest.param({"watch": False}, marks=pytest.mark.slow),
-        {"model": None},
         {"max_lr": 0.02},
     ],
     ids=lambda arguments: list(arguments)[-1],
@@ -187,6 +202,15 @@ class Run:
         while not reached():
             self.step(change)
 
+    @torch.no_grad()
+    def loss_in_evaluation(self, *, renewed=False):
+        """Loss of all digits by the statistics that training left, or by `renewed` ones."""
+        model = copy.deepcopy(self.model)
+        if renewed:
+            for _ in range(100):
+                model(self.inputs)
+        return F.cross_entropy(model.eval()(self.inputs), self.labels).item()
+
     def into_ramp(self, steps=20):
         self.until(lambda: self.plan is not None)
         for _ in range(steps):
@@ -225,7 +249,7 @@ def in_blocks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def low():
-    """A run whose peak LR is a twentieth of what it would be, up to its cooldown."""
+    """A run whose peak LR is a fortieth of what it would be, up to its cooldown."""
     run = Run(peak_factor=LOW)
     run.until(lambda: run.scheduler.phase == "cooldown")
     return run
@@ -238,6 +262,15 @@ def test_a_peak_that_is_far_too_low_is_found_out_and_raised(low):
     assert low.scheduler.lr_at(low.scheduler.last_epoch) > 7 * low.scheduler.switch.lr
     assert "it is now" in ramps[0].message
     assert low.scheduler._state.setbacks == 0
+
+
+@pytest.mark.parametrize("steps", [900, 1000, 2000])
+def test_in_a_short_run_too(steps):
+    run = Run(total_steps=steps, peak_factor=LOW)
+    run.until(lambda: run.scheduler.phase == "cooldown")
+    assert run.scheduler._state.raised >= 2
+    spent = sum(run.lrs[k] > run.lrs[k - 1] for k in range(run.scheduler.switch.step + 1, len(run.lrs)))
+    assert spent < steps / 8
 
 
 def test_a_peak_that_is_right_stays_and_costs_a_hundredth_of_the_steps():
@@ -255,6 +288,18 @@ def test_a_ramp_leaves_weights_statistics_and_optimizer_as_they_were():
     before = run.held()
     run.until(lambda: run.plan is None)
     assert_same(run.held(), before)
+
+
+def test_without_its_model_a_run_looks_at_its_peak_too_and_statistics_recover():
+    run = Run(peak_factor=LOW, model=None)
+    run.until(lambda: run.plan is not None)
+    before, statistics = (copy.deepcopy([*kept]) for kept in (run.model.parameters(), run.model.buffers()))
+    run.until(lambda: run.plan is None)
+    assert_same([*run.model.parameters()], before)
+    assert any((was != now).any() for was, now in zip(statistics, run.model.buffers(), strict=True))  # which no copy holds
+    run.until(lambda: run.scheduler.phase == "done")
+    assert run.scheduler._state.raised > 4
+    assert run.loss_in_evaluation() < 1.2 * run.loss_in_evaluation(renewed=True)
 
 
 def test_losses_on_a_device_lead_to_the_same_ramps(low, in_blocks):
@@ -492,11 +537,11 @@ def test_a_copy_that_fails_makes_no_ramp(monkeypatch):
     assert held
 
 
-def test_an_open_run_looks_again_after_half_of_a_warm_up():
+def test_an_open_run_looks_again_after_a_quarter_of_a_warm_up():
     run = Run(total_steps=None, max_warmup_steps=700, peak_factor=LOW)
     run.until(lambda: "ramp" in run.kinds())
     begun = back_at(run.scheduler.events[-1])
-    assert 0 <= begun - run.scheduler.switch.step - 350 < 10
+    assert 0 <= begun - run.scheduler.switch.step - 175 < 10
     assert run.scheduler._state.raised > 1
 
 

@@ -89,6 +89,15 @@ def test_a_run_is_copied_after_all_where_the_lr_has_grown_thirtyfold(lr, held):
     assert run.rollback.held == 2, "it has been better then"
 
 
+@pytest.mark.parametrize(("peak", "expected"), [(0.1, 2), (10.0, 2), (12.0, 3), (59.0, 3), (60.0, 3)])
+def test_of_two_copies_far_apart_the_nearer_to_the_peak_is_put_back(peak, expected):
+    run = Run().take(1, 1.0).take(2, 2.0)
+    run.at(3).rollback.pass_by(3, 60.0, 0.3, 0.5)
+    run.at(4).rollback.pass_by(4, 120.0, 0.3, 0.5)  # it has not come back since
+    run.at(9).rollback.keep_one(peak)
+    assert run.rollback.put_back(9).step == run.weight == expected
+
+
 def test_the_only_copy_is_put_back_whatever_its_lr():
     run = Run().take(1, 1.0).at(9)
     run.rollback.keep_one(0.01)

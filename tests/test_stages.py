@@ -1,6 +1,7 @@
 """The stages alone, fed with losses: no scheduler, no torch LRs."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -65,6 +66,17 @@ def test_a_warm_up_without_a_valley_ends_at_its_limit():
     assert [state.switch is None for state, _ in passed] == [True] * 199 + [False]
     assert passed[-1][0].switch.step == 200
     assert not passed[-1][0].switch.by_test
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_warm_up_that_ends_while_a_spoilt_loss_falls_again_goes_back_to_where_it_was_best(seed):
+    config = config_of()
+    rooms, noise = rooms_of(config, nn.Linear(1, 1)), np.random.default_rng(seed).normal(size=200)
+    falls, spoilt = np.geomspace(200, 7, 90) + noise[:90], 20 + 2 * noise[90:160]
+    run(WarmUp(config, rooms, 0.1), [*falls, *spoilt, *np.linspace(20, 10, 40)])
+    (switch,) = rooms.log.events
+    assert rooms.judge.last.probability < 0.8
+    assert re.search("limit.*back at step (8[4-9]|9.)$", switch.message)
 
 
 def test_a_warm_up_without_any_fit_goes_on_at_the_fallback():

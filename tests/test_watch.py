@@ -995,3 +995,28 @@ def test_a_run_is_at_its_best_until_it_has_come_down_and_gone_up():
     assert all(said[:120])  # what it has at first is no progress to lose
     assert not any(said[125:150])
     assert all(said[160:])
+
+
+def test_what_leaps_up_is_no_noise_that_a_run_is_as_good_as_ever_by():
+    noise = np.random.default_rng(0).normal(size=400)
+    falls = np.concatenate([np.full(20, 200.0), np.geomspace(200, 7, 80), np.full(20, 7.0)])
+    leaps = np.concatenate([np.tile([7, 45], 10), [200, 30, 90, 800, 100, 400, 2800, 200, 100], np.full(60, 30.0)])
+    watch, said, noisiest = LossWatch(), [], 0.0
+    for loss in np.concatenate([falls, leaps, np.full(60, 7.0)]) + noise[: len(falls) + len(leaps) + 60]:
+        watch.push(float(loss))
+        said.append(watch.at_best)
+        noisiest = max(noisiest, watch.noise)
+    assert all(said[: len(falls)])
+    assert noisiest > 100 * watch.calm  # what leapt is in it
+    assert not any(said[len(falls) + 20 : len(falls) + len(leaps)])
+    assert said[-1]
+
+
+def test_a_state_that_does_not_know_the_noise_at_the_best_takes_that_of_now():
+    watch = LossWatch()
+    watch.follow([2.0, 2.1] * 10)
+    state = watch.state_dict()
+    del state["calm"]
+    again = LossWatch()
+    again.load_state_dict(state)
+    assert again.calm == watch.noise > 0
