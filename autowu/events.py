@@ -27,7 +27,7 @@ from autowu.ranks import Ranks
 
 __all__ = [
     *("EventLog", "back_at", "divergence_message", "doubt_message", "in_words", "loss_changed_message"),
-    *("not_finite_message", "overfitting_message", "ramp_message", "resume_message"),
+    *("end_message", "not_finite_message", "overfitting_message", "ramp_message", "resume_message"),
     "switch_message",
 ]
 
@@ -190,6 +190,14 @@ def ramp_message(state: State, edge: float | None, risen: bool, factor: float, r
         found = f"saw the loss rise at {edge:.3g} times it" if risen else f"saw no rise up to {edge:.3g} times it"
     peak = f"it is now {in_words(peak_lrs(state))}" if factor > 1 else f"it stays {in_words(peak_lrs(state))}"
     return f"AutoWU, a second look at the peak LR {found}; {peak}{_back_at(restored)}"
+
+
+def end_message(config: Config, state: State) -> str:
+    """What is said of steps past the end of a run."""
+    total = config.total_steps
+    assert total is not None
+    lr = in_words(each_lr(all_lrs(config, state, total)))
+    return f"the run is over since step {total}: the LR stays at {lr}; scheduler.extend(total_steps=...) makes it longer"
 
 
 def resume_message(config: Config, state: State, step: int, planned: Config) -> str | None:

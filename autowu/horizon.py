@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from autowu.budget import Budget
 from autowu.checks import count, fraction, share
 from autowu.config import ARGUMENTS, BUDGETS, Config, forked
-from autowu.events import EventLog
+from autowu.events import EventLog, end_message
 from autowu.phases import State, phase_at
 from autowu.plans import cooled, curtailed, larger, longer, measured, spent
 from autowu.ranks import Ranks
 from autowu.reader import LateRead
 
 __all__ = ["Horizon"]
+
+_LEFT_OVER: Final = 0.01
+"""Of a run's steps, those past its end that nobody needs to be told of: where an epoch was counted roughly."""
 
 
 class Horizon:
@@ -94,6 +97,8 @@ class Horizon:
         """The plan after `step` steps, the same on all ranks."""
         settled = state.settled and not self.moved
         if not self._asked and not self._opened and not settled:  # as a rule
+            if config.total_steps is not None and step > config.total_steps:
+                self._tell_of_the_end(config, state, step)
             return config
         phase = phase_at(config, state, step)
         if phase == "done" and (config.budget is None or self.budget.over):  # for all ranks alike
@@ -114,6 +119,12 @@ class Horizon:
         self.moved = True
         self._log.tell("cooldown", step, f"AutoWU cools down from step {step} on, over {steps} steps")
         return cooled(config, state, step, steps)
+
+    def _tell_of_the_end(self, config: Config, state: State, step: int) -> None:
+        """Warn of steps past the end, once they are many."""
+        assert config.total_steps is not None
+        if step == config.total_steps + 1 + int(_LEFT_OVER * config.total_steps):
+            self._log.warn("end", step, end_message(config, state))
 
     def _curtailed(self, config: Config, state: State, step: int) -> Config:
         """The plan of a run whose loss has stopped improving."""

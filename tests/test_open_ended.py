@@ -619,3 +619,16 @@ def test_what_several_ranks_said_last_is_heard_where_one_goes_on():
     assert alone.phase == "cooldown"
     train(alone, 202)
     assert alone.config.total_steps == 251
+
+
+@pytest.mark.parametrize("total", [60, 700])
+def test_steps_past_the_end_are_told_of_once_they_are_many(total):
+    scheduler = scheduler_of(max_warmup_steps=None, total_steps=total)
+    lrs = train(scheduler, total + total // 100)
+    assert "end" not in [event.kind for event in scheduler.events]
+    train(scheduler, total + 100)
+    (event,) = (event for event in scheduler.events if event.kind == "end")
+    assert event.step == total + 1 + total // 100
+    assert f"over since step {total}: the LR stays at {lrs[-1]:.4g}; scheduler.extend" in event.message
+    scheduler.extend(total_steps=2 * total + 200)
+    assert scheduler.phase != "done"
