@@ -74,17 +74,23 @@ def run(name: str, seed: int) -> dict[str, Any]:
 
 
 def report_of_ramps(rows: list[dict[str, Any]]) -> str:
-    """What ramps brought, by case: test losses over those without, geometric means."""
+    """What ramps brought, by case: test losses over those without, geometric means, and their error over the cases."""
     lines = ["| case | runs | with ramps | worst | raised | these alone | worst | the others |", "|---" * 8 + "|"]
     looked = [row for row in rows if row.get("flat") is not None]
     by_case = {case: [row for row in looked if row["case"] == case] for case in dict.fromkeys(row["case"] for row in looked)}
-    for case, of in [*by_case.items(), ("all", looked)]:
+    logs = []
+    for case, of in [*by_case.items(), ("all", looked)] if looked else []:
         ratios: dict[bool, list[float]] = {True: [], False: []}
         for row in of:
             with_ramps, without = (max(FLOOR, row[which]["test"]) for which in ("watched", "flat"))
             ratios["raised" in row["watched"]].append(min(CLIP, max(1 / CLIP, with_ramps / without)))
         every, raised = ratios[True] + ratios[False], ratios[True]
-        told = [f"{geometric_mean(every):.2f}", f"{max(every):.2f}", str(len(raised))]
+        mean, error = geometric_mean(every), ""
+        if case == "all" and len(logs) > 1:
+            mean = math.exp(statistics.fmean(logs))
+            error = f" ± {mean * statistics.stdev(logs) / math.sqrt(len(logs)):.2f}"
+        logs.append(math.log(mean))
+        told = [f"{mean:.2f}{error}", f"{max(every):.2f}", str(len(raised))]
         told += [f"{geometric_mean(raised):.2f}", f"{max(raised):.2f}"] if raised else ["", ""]
         told.append(f"{geometric_mean(ratios[False]):.2f}" if ratios[False] else "")
         lines.append(f"| {case} | {len(of)} | {' | '.join(told)} |")

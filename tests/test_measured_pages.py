@@ -52,7 +52,14 @@ def test_a_thousand_runs_and_their_false_set_backs_are_the_measured_ones(benchma
     assert sorted((row["case"], row["seed"]) for row in rows) == sorted(product(false_setbacks.FAST, false_setbacks.SEEDS))
     assert len(rows) >= 1000
     assert all((row["twin"] is not None) == ("divergence" in row["watched"]["events"]) for row in rows)
-    assert false_setbacks.report(rows) in (ROOT / "docs" / "decision.md").read_text()
+    page = (ROOT / "docs" / "decision.md").read_text()
+    *of_set_backs, ramps = false_setbacks.report(rows).split("\n\n")
+    assert "\n\n".join(of_set_backs) in page
+    assert ramps in page
+    assert all((row.get("flat") is not None) == ("ramp" in row["watched"]["events"]) for row in rows)
+    raised = [row["watched"]["test"] / row["flat"]["test"] for row in rows if "raised" in row["watched"]]
+    lower, higher = sum(ratio < 0.98 for ratio in raised), sum(ratio > 1.02 for ratio in raised)
+    assert f"Of the {len(raised)} runs that are raised {lower} end lower by more than 2 %, and {higher} higher" in page
 
 
 def test_the_table_of_the_language_model_is_the_measured_one(benchmark):
@@ -170,6 +177,13 @@ def test_the_page_of_results_has_what_the_rule_and_that_before_reach(benchmark, 
         assert f"{what} | {' | '.join(cells)} |" in of_suite
 
 
+def test_how_many_peaks_a_second_look_raises_is_measured(benchmark):
+    rows = benchmark("regret").read(ROOT / "benchmarks" / "results" / "plateaus" / "default.jsonl")
+    raised = sum(row["cooldown_lr"] > 1.01 * row["found_lr"] for row in rows)
+    told = f"raises the peak in {raised} of the {len(rows)} runs of all five seeds"
+    assert told in " ".join((ROOT / "docs" / "results.md").read_text().split())
+
+
 def test_what_is_said_of_the_suite_of_other_kinds_is_measured(benchmark):
     regret, measures = benchmark("regret"), benchmark("measures")
     names = ("default", "0.1.0", "onecycle", "plateau", "greedy", "schedule-free", "prodigy", "d-adaptation")
@@ -184,8 +198,8 @@ def test_what_is_said_of_the_suite_of_other_kinds_is_measured(benchmark):
 
     own = measures.table(default, "").splitlines()[2].split(" | ")
     assert f"**The default is at {float(own[3].split()[0]):.2f} on kinds" in page
-    assert float(own[5]) < 1.9
-    assert max(run.ratio for run in default) < 2.5
+    assert float(own[5]) < 2.0
+    assert max(run.ratio for run in default) < 2.8
     assert mean("default") > mean("0.1.0")
     swept = measures.sweep(regret.read(ROOT / "benchmarks" / "results" / "kinds" / "grid.jsonl"), (0, 1, 2))
     runs["sweep"] = swept
