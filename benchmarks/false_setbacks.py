@@ -78,7 +78,7 @@ def report_of_ramps(rows: list[dict[str, Any]]) -> str:
     lines = ["| case | runs | with ramps | worst | raised | these alone | worst | the others |", "|---" * 8 + "|"]
     looked = [row for row in rows if row.get("flat") is not None]
     by_case = {case: [row for row in looked if row["case"] == case] for case in dict.fromkeys(row["case"] for row in looked)}
-    logs = []
+    logs: list[float] = []
     for case, of in [*by_case.items(), ("all", looked)] if looked else []:
         ratios: dict[bool, list[float]] = {True: [], False: []}
         for row in of:
