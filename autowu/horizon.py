@@ -18,8 +18,8 @@ from autowu.reader import LateRead
 
 __all__ = ["Horizon"]
 
-_LEFT_OVER: Final = 0.01
-"""Of a run's steps, those past its end that nobody needs to be told of: where an epoch was counted roughly."""
+_LEFT_OVER: Final = 100, 0.1
+"""Steps past the end of a run that nobody is told of, and their share of it: as many as either, where it was counted roughly."""
 
 
 class Horizon:
@@ -97,12 +97,12 @@ class Horizon:
         """The plan after `step` steps, the same on all ranks."""
         settled = state.settled and not self.moved
         if not self._asked and not self._opened and not settled:  # as a rule
-            if config.total_steps is not None and step > config.total_steps:
-                self._tell_of_the_end(config, state, step)
+            self._tell_of_the_end(config, state, step)
             return config
         phase = phase_at(config, state, step)
         if phase == "done" and (config.budget is None or self.budget.over):  # for all ranks alike
             self._asked.clear()
+            self._tell_of_the_end(config, state, step)
             return config
         asked, used = self._heard(config)
         if config.budget is not None:
@@ -121,9 +121,11 @@ class Horizon:
         return cooled(config, state, step, steps)
 
     def _tell_of_the_end(self, config: Config, state: State, step: int) -> None:
-        """Warn of steps past the end, once they are many."""
-        assert config.total_steps is not None
-        if step == config.total_steps + 1 + int(_LEFT_OVER * config.total_steps):
+        """Warn of steps past the end of a run that has a number of steps, once they are many."""
+        total, (least, part) = config.total_steps, _LEFT_OVER
+        if total is None or step <= total or config.budget is not None:
+            return
+        if step == total + 1 + max(least, int(part * total)):
             self._log.warn("end", step, end_message(config, state))
 
     def _curtailed(self, config: Config, state: State, step: int) -> Config:

@@ -69,7 +69,10 @@ class NoRollback:
         return False
 
     def keep_one(self, lr: float = math.inf) -> None:
-        """Keep the newer copy, if it was made at no more than `lr` or has been passed by, else the older; free the other."""
+        """Keep the newer copy, if it was made at no more than `lr` or has been passed by, else the older; free the other.
+
+        Of two whose LRs lie thirtyfold apart the older is kept, too, where it is nearer to `lr` than one that has been passed by.
+        """
 
     def keep_best(self, step: int, level: float) -> None:
         """After the switch: copy the run over the older copy, as the best by held-out losses, if it is sound on all ranks."""

@@ -76,7 +76,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         device: where the GP does its sums; None for the device of the losses.
         seed: of the draws that the GPyTorch engine makes.
         rollback: whether to copy what trains and the optimizer's state, and to put it back where training overshoots or diverges.
-        model: what is trained, to have its buffers copied as well; a long run then looks at its peak LR again, and may raise it.
+        model: what is trained, to have its buffers copied as well.
         snapshot_device: where the copies are held: None for beside the original, or on the host where there is no room; "cpu".
         on_rollback: is called with the step of a copy that was put back, for what else must go back.
         watch: whether to watch the loss for explosions and divergence.

@@ -54,7 +54,7 @@ from autowu.phases import (
     warmup_lr_at,
 )
 from autowu.plateau import Plateau, start_of
-from autowu.ramp import MOST_RAMPS, Ramp, next_ramp
+from autowu.ramp import MOST_RAMPS, START, Ramp, next_ramp
 from autowu.ranks import Ranks
 from autowu.reader import Reader
 from autowu.record import Record
@@ -430,8 +430,9 @@ class AfterSwitch:
         rooms.rollback.renew(step, watch.level)
         if not rooms.rollback.is_held(step):
             return replace(state, ramps=MOST_RAMPS)
-        careful = not rooms.rollback.is_whole()  # what no copy holds is to see little of LRs too high
-        rooms.reader.begin_ramp(Ramp(plan.steps, plan.span, watch.mean, watch.noise, careful=careful))
+        is_whole = rooms.rollback.is_whole()  # else what no copy holds is to see little of LRs too high
+        plan = (next_ramp(self.config, state, step, START) if is_whole else None) or plan
+        rooms.reader.begin_ramp(Ramp(plan.steps, plan.span, watch.mean, watch.noise, start=plan.start, careful=not is_whole))
         return replace(state, ramp=plan, ramps=state.ramps + 1)
 
     def _go_on_with_ramp(self, step: int, loss: float | Tensor, state: State) -> State:
@@ -445,8 +446,13 @@ class AfterSwitch:
             rooms.reader.follow(step, loss, look=True)
             if step % _FOLDED_EVERY == 0:
                 self._losses.fold()
-        elif (since := rooms.reader.read_block(step, self._losses, flag=rooms.rollback.failed, due=is_last)) is not None:
-            self._fold_read(step, since)
+        else:
+            ends_part = rooms.reader.ramp is not None and (step - plan.begin) % rooms.reader.ramp.part == 0
+            since = rooms.reader.read_block(step, self._losses, flag=rooms.rollback.failed, due=is_last or ends_part)
+            if since is not None:
+                self._fold_read(step, since)
+            if ends_part:  # a block is read when the next is full, which at such LRs is late: a dozen times a ramp it is waited for
+                rooms.reader.catch_up()
         if rooms.held_out.came:
             rooms.held_out.read()  # which tells of weights that are not to stay
         ramp = rooms.reader.ramp

@@ -28,6 +28,12 @@ def scheduler_of(max_warmup_steps=WARMUP, **arguments):
     return AutoWU(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9), **arguments)
 
 
+@pytest.fixture(autouse=True)
+def no_ramps(monkeypatch):
+    """A loss that is made up does not rise with the LR."""
+    monkeypatch.setattr("autowu.stages.next_ramp", lambda *_: None)
+
+
 def loss_of(scheduler):
     """A valley in a warm-up, a level after it."""
     step = scheduler.last_epoch
@@ -621,14 +627,23 @@ def test_what_several_ranks_said_last_is_heard_where_one_goes_on():
     assert alone.config.total_steps == 251
 
 
-@pytest.mark.parametrize("total", [60, 700])
-def test_steps_past_the_end_are_told_of_once_they_are_many(total):
+@pytest.mark.parametrize(("total", "told_at"), [(60, 161), (1200, 1321)])
+def test_steps_past_the_end_are_told_of_once_they_are_many(total, told_at):
     scheduler = scheduler_of(max_warmup_steps=None, total_steps=total)
-    lrs = train(scheduler, total + total // 100)
+    lrs = train(scheduler, told_at - 1)
     assert "end" not in [event.kind for event in scheduler.events]
-    train(scheduler, total + 100)
+    train(scheduler, told_at + 200)
     (event,) = (event for event in scheduler.events if event.kind == "end")
-    assert event.step == total + 1 + total // 100
+    assert event.step == told_at
     assert f"over since step {total}: the LR stays at {lrs[-1]:.4g}; scheduler.extend" in event.message
-    scheduler.extend(total_steps=2 * total + 200)
+    scheduler.extend(total_steps=2 * total + 1000)
     assert scheduler.phase != "done"
+
+
+def test_so_are_those_past_the_end_of_a_run_whose_end_was_open():
+    scheduler = scheduler_of()
+    train(scheduler, 200)
+    scheduler.start_cooldown(40)
+    train(scheduler, 400)
+    (event,) = (event for event in scheduler.events if event.kind == "end")
+    assert event.step == scheduler.config.total_steps + 101
