@@ -167,17 +167,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class RampPlan:
-    """A ramp that is under way: from step `begin` on the LR grows from `start` to `span` times the peak, over so many `steps`."""
+    """A ramp that is under way: from step `begin` on the LR grows to `span` times the peak, over so many `steps`."""
 
     begin: int
     steps: int
     span: float
-    start: float = 1.0
 
     def factor(self, step: int) -> float:
         """On the LR of optimizer step `step`."""
-        done = (step - self.begin) / self.steps
-        return float(self.start * (self.span / self.start) ** done) if 0 <= done < 1 else 1.0
+        return float(self.span ** ((step - self.begin) / self.steps)) if 0 <= step - self.begin < self.steps else 1.0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from autowu.config import Config
 from autowu.phases import RampPlan, State, base_lr, peak_lrs, phase_at
 from autowu.watch import HUGE, IN_A_ROW, STANDARD_ERROR
 
-__all__ = ["MOST_RAMPS", "SPAN", "START", "Ramp", "next_ramp"]
+__all__ = ["MOST_RAMPS", "SPAN", "Ramp", "next_ramp"]
 
 SHORTEST: Final = 900
 """Steps of a run that makes a ramp, at least: in a shorter one it costs more than it finds."""
@@ -41,12 +41,10 @@ _MOST: Final = 4.0
 """Times that a ramp raises the peak LR, at most; the next one says whether it may be more."""
 _END: Final = _MOST * _WITHIN
 """Times the peak LR at which a ramp ends, at most: what lies beyond changes nothing."""
-START: Final = 3.0
-"""Times the peak LR at which one begins that leaves no trace: there is no edge so near where the peak is to be raised."""
 
 
-def next_ramp(config: Config, state: State, step: int, start: float = 1.0) -> RampPlan | None:
-    """The ramp that may begin at `step`, which is in the stable phase, at `start` times the peak LR; None for none.
+def next_ramp(config: Config, state: State, step: int) -> RampPlan | None:
+    """The ramp that may begin at `step`, which is in the stable phase; None for none.
 
     There is one after every quarter of a full warm-up. Where the cooldown begins does not matter, as runs that differ in that alone
     are one run until then; it ends a ramp. None has the LR grow above `max_lr`, and there is none in a run whose peak was lowered:
@@ -64,7 +62,7 @@ def next_ramp(config: Config, state: State, step: int, start: float = 1.0) -> Ra
     span = min(_END, *(high / lr for high, lr in zip(highest, peaks, strict=True)))
     if span < _FAR or base_lr(config, state, step) < peaks[0]:  # an LR that has fallen is far below its edge
         return None
-    return RampPlan(step, math.ceil(whole * math.log(span / start) / math.log(SPAN)), span, start)
+    return RampPlan(step, math.ceil(whole * math.log(span) / math.log(SPAN)), span)
 
 
 def _asks(config: Config) -> bool:
@@ -77,7 +75,7 @@ class Ramp:
     """The losses of a ramp, as they come.
 
     Args:
-        steps, span, start: of the :class:`~autowu.phases.RampPlan`.
+        steps, span: of the :class:`~autowu.phases.RampPlan`.
         level, noise: exponential mean of the losses before it, as of a :class:`~autowu.watch.LossWatch`, and the variance of one.
         careful: whether one part that lies above the level is a rise, and not two in a row.
 
@@ -86,9 +84,8 @@ class Ramp:
         risen: whether it has.
     """
 
-    def __init__(self, steps: int, span: float, level: float, noise: float, *, start: float = 1.0, careful: bool = False) -> None:
-        self.steps, self.span, self.start = steps, span, start
-        self.level, self.noise, self.careful = level, noise, careful
+    def __init__(self, steps: int, span: float, level: float, noise: float, *, careful: bool = False) -> None:
+        self.steps, self.span, self.level, self.noise, self.careful = steps, span, level, noise, careful
         self.edge: float | None = None
         self.risen = False
         self._seen = self._told = self._low = self._high = self._silent = self._count = 0
@@ -97,7 +94,7 @@ class Ramp:
     @property
     def part(self) -> int:
         """Steps whose mean loss is one that is looked at."""
-        return max(1, round(self.steps * math.log(SPAN) / math.log(self.span / self.start)) // _PARTS)
+        return max(1, round(self.steps * math.log(SPAN) / math.log(self.span)) // _PARTS)
 
     def follow(self, losses: Iterable[float]) -> None:
         """Take the losses of some steps, one after the other; -inf stands for one that is missing."""
@@ -127,7 +124,7 @@ class Ramp:
             self._end(self.steps, risen=False)
 
     def _end(self, at: float, *, risen: bool) -> None:
-        self.edge, self.risen = float(self.start * (self.span / self.start) ** (at / self.steps)), risen
+        self.edge, self.risen = float(self.span ** (at / self.steps)), risen
 
     @property
     def factor(self) -> float:
@@ -144,5 +141,5 @@ class Ramp:
         """The ramp that :meth:`state_dict` was taken of."""
         ramp = cls(*(state[name] for name in ("steps", "span", "level", "noise")))
         for name in vars(ramp):
-            setattr(ramp, name, state.get(name.lstrip("_"), getattr(ramp, name)))  # earlier versions knew no start and no care
+            setattr(ramp, name, state.get(name.lstrip("_"), getattr(ramp, name)))  # earlier versions knew no care
         return ramp

@@ -22,7 +22,7 @@ from autowu.config import ARGUMENTS, BUDGETS, Config, check_together
 from autowu.gp import MIN_LENGTHSCALE
 from autowu.held_out import AVERAGED, MAX_LOWERINGS
 from autowu.phases import BEFORE, Event, State
-from autowu.ramp import MOST_RAMPS, SPAN, START
+from autowu.ramp import MOST_RAMPS, SPAN
 from autowu.record import MOST
 from autowu.watch import BLOCK, HUGE, Leaps, LossWatch
 
@@ -219,8 +219,7 @@ _SWITCH: Final = _record(
 )
 
 _SPAN: Final = _plain(between(f"above 1 and at most {SPAN:g}", lambda value: 1 < value <= SPAN))
-_START: Final = _plain(between(f"from 1 to {START:g}", lambda value: 1 <= value <= START))
-_RAMP_PLAN: Final = optional(_record({"begin": _whole(0), "steps": _whole(1), "span": _SPAN}, may={"start": _START}))
+_RAMP_PLAN: Final = optional(_record({"begin": _whole(0), "steps": _whole(1), "span": _SPAN}))
 
 _STATE: Final = _record(
     dict.fromkeys((field.name for field in fields(State)), _anything)
@@ -325,7 +324,7 @@ _RAMP: Final = _record(
     dict.fromkeys(("seen", "told", "low", "high", "silent", "count"), _whole(0))
     | {"steps": _whole(1), "span": _SPAN}
     | {"level": _loss, "noise": _at_least_0, "sum": _number, "last": _number, "risen": _flag, "edge": optional(_at_least_0)},
-    may={"careful": _flag, "start": _START},
+    may={"careful": _flag},
 )
 
 _COPY: Final = _record(

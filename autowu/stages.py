@@ -54,7 +54,7 @@ from autowu.phases import (
     warmup_lr_at,
 )
 from autowu.plateau import Plateau, start_of
-from autowu.ramp import MOST_RAMPS, START, Ramp, next_ramp
+from autowu.ramp import MOST_RAMPS, Ramp, next_ramp
 from autowu.ranks import Ranks
 from autowu.reader import Reader
 from autowu.record import Record
@@ -430,9 +430,8 @@ class AfterSwitch:
         rooms.rollback.renew(step, watch.level)
         if not rooms.rollback.is_held(step):
             return replace(state, ramps=MOST_RAMPS)
-        is_whole = rooms.rollback.is_whole()  # else what no copy holds is to see little of LRs too high
-        plan = (next_ramp(self.config, state, step, START) if is_whole else None) or plan
-        rooms.reader.begin_ramp(Ramp(plan.steps, plan.span, watch.mean, watch.noise, start=plan.start, careful=not is_whole))
+        careful = not rooms.rollback.is_whole()  # what no copy holds is to see little of LRs too high
+        rooms.reader.begin_ramp(Ramp(plan.steps, plan.span, watch.mean, watch.noise, careful=careful))
         return replace(state, ramp=plan, ramps=state.ramps + 1)
 
     def _go_on_with_ramp(self, step: int, loss: float | Tensor, state: State) -> State:

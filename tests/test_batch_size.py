@@ -12,6 +12,8 @@ from autowu import AutoWU
 from autowu.optim import LAMB, LARS, Muon
 from autowu.report import Report
 
+pytestmark = pytest.mark.usefixtures("no_ramps")
+
 
 def lr_of(scheduler):
     return scheduler.optimizer.param_groups[0]["lr"]

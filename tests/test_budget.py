@@ -13,6 +13,8 @@ from autowu.budget import MEASURED
 from autowu.config import UNMEASURED
 from autowu.report import Report
 
+pytestmark = pytest.mark.usefixtures("no_ramps")
+
 WARMUP = 60
 
 

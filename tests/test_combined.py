@@ -13,6 +13,8 @@ from autowu import AutoWU, MultiOptimizer, find_lr
 from autowu.anytime import AnytimeAverage
 from autowu.phases import peak_lrs
 
+pytestmark = pytest.mark.usefixtures("no_ramps")
+
 NOISE = 0.05 * np.random.default_rng(0).normal(size=5000)
 
 

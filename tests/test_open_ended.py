@@ -18,6 +18,8 @@ from autowu.config import OPEN_WARMUP
 from autowu.phases import MAX_EXPLOSIONS
 from autowu.plotting import draw_run
 
+pytestmark = pytest.mark.usefixtures("no_ramps")
+
 LOWEST, WARMUP = 60, 120
 NOISE = 0.02 * np.random.default_rng(0).normal(size=3000)
 
@@ -26,12 +28,6 @@ def scheduler_of(max_warmup_steps=WARMUP, **arguments):
     """Of one parameter, whose losses are made up."""
     arguments["max_warmup_steps"] = max_warmup_steps
     return AutoWU(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9), **arguments)
-
-
-@pytest.fixture(autouse=True)
-def no_ramps(monkeypatch):
-    """A loss that is made up does not rise with the LR."""
-    monkeypatch.setattr("autowu.stages.next_ramp", lambda *_: None)
 
 
 def loss_of(scheduler):

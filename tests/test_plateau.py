@@ -11,6 +11,8 @@ from test_open_ended import assert_decays, resumed, scheduler_of
 from autowu.plateau import FEWEST, Plateau
 from autowu.ranks import Ranks
 
+pytestmark = pytest.mark.usefixtures("no_ramps")
+
 NOISE = np.random.default_rng(1).normal(size=6000)
 
 

@@ -12,6 +12,8 @@ from autowu import AutoWU
 from autowu.config import OPEN_WARMUP
 from autowu.report import Report
 
+pytestmark = pytest.mark.usefixtures("no_ramps")
+
 TAU = WARMUP / 0.32
 
 
