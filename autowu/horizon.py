@@ -97,7 +97,8 @@ class Horizon:
         """The plan after `step` steps, the same on all ranks."""
         settled = state.settled and not self.moved
         if not self._asked and not self._opened and not settled:  # as a rule
-            self._tell_of_the_end(config, state, step)
+            if step > (config.total_steps or step):
+                self._tell_of_the_end(config, state, step)
             return config
         phase = phase_at(config, state, step)
         if phase == "done" and (config.budget is None or self.budget.over):  # for all ranks alike
@@ -123,9 +124,7 @@ class Horizon:
     def _tell_of_the_end(self, config: Config, state: State, step: int) -> None:
         """Warn of steps past the end of a run that has a number of steps, once they are many."""
         total, (least, part) = config.total_steps, _LEFT_OVER
-        if total is None or step <= total or config.budget is not None:
-            return
-        if step == total + 1 + max(least, int(part * total)):
+        if total is not None and config.budget is None and step == total + 1 + max(least, int(part * total)):
             self._log.warn("end", step, end_message(config, state))
 
     def _curtailed(self, config: Config, state: State, step: int) -> Config:
