@@ -21,7 +21,7 @@ __all__ = ["NoRollback", "Restored", "Rollback"]
 _T = TypeVar("_T")
 
 _FAR: Final = 30.0
-"""Times the LR of the newer copy, at which a run is copied though it has been better; two so far apart are told apart by their LRs."""
+"""Times the LR of the newer copy, at which a run is copied though it has been better; then the LRs say which copy is put back."""
 
 
 class Restored(NamedTuple):
