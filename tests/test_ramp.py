@@ -154,6 +154,12 @@ def test_ramps_come_after_quarters_of_a_warm_up_and_begin_before_the_cooldown():
     assert not any(next_ramp(config, replace(state, ramps=MOST_RAMPS), step) for step in range(STEPS))
 
 
+def test_after_a_short_warm_up_it_comes_no_sooner_than_a_whole_ramp_is_long():
+    config, state = config_and_state(total_steps=None, max_warmup_steps=160)
+    first = next(step for step in range(STEPS) if next_ramp(config, state, step))
+    assert first - state.switch.step == 64 > config.warmup_steps // 4
+
+
 @pytest.mark.parametrize(
     "changed", [{"setbacks": 1}, {"plateau_factor": 0.5}, {"switch": None}], ids=["set back", "overfitted", "warm-up"]
 )
@@ -322,7 +328,7 @@ def test_losses_on_a_device_are_waited_for_after_each_part_of_a_ramp(in_blocks):
     assert ramp.risen
     assert spent < plan.steps
     assert spent % ramp.part == 0
-    assert plan.factor(run.scheduler.last_epoch - 1) < ramp.edge * SPAN ** (1.5 * ramp.part / 64)
+    assert plan.factor(run.scheduler.last_epoch - 1) < ramp.edge * SPAN ** (ramp.part / 64)
 
 
 def test_without_its_model_a_run_looks_at_its_peak_too_and_statistics_recover():
