@@ -11,11 +11,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from torch import Tensor
+
 from autowu.config import Config
 from autowu.phases import RampPlan, State, base_lr, peak_lrs, phase_at
 from autowu.watch import HUGE, IN_A_ROW, STANDARD_ERROR
 
-__all__ = ["MOST_RAMPS", "SPAN", "Ramp", "next_ramp"]
+__all__ = ["MOST_RAMPS", "SPAN", "Ramp", "is_smooth", "next_ramp"]
 
 SHORTEST: Final = 900
 """Steps of a run that makes a ramp, at least: in a shorter one it costs more than it finds."""
@@ -33,6 +35,12 @@ _PARTS: Final = 16
 """Of these steps, whose mean losses are looked at."""
 _SURE: Final = 3.0
 """Standard errors by which the losses of a part must lie above the level before, to be high."""
+_BLIND: Final = 0.5
+"""Of a run's progress: noise in which a part may lose so much, and not be high, hides an edge."""
+_SMOOTH: Final = 1.6
+"""Mean square of what losses two steps apart differ by, over that of neighbours: 1 of noise, 2 of a running mean."""
+_NEIGHBOURS: Final = 128
+"""Losses before a ramp that are compared so."""
 _FAR: Final = 10.0
 """Times the peak LR, below which an edge is where it is expected."""
 _WITHIN: Final = 5.0
@@ -63,6 +71,14 @@ def next_ramp(config: Config, state: State, step: int) -> RampPlan | None:
     if span < _FAR or base_lr(config, state, step) < peaks[0]:  # an LR that has fallen is far below its edge
         return None
     return RampPlan(step, math.ceil(whole * math.log(span) / math.log(SPAN)), span)
+
+
+def is_smooth(losses: Tensor) -> bool:
+    """Whether the last of the losses, (n,), are those of a running mean, which rises too late for a ramp. Waits for the device."""
+    last = losses[-_NEIGHBOURS:].double()
+    last = last[last.isfinite()]
+    apart, next_to = ((last[k:] - last[:-k]).square().mean() for k in (2, 1))
+    return bool(apart > _SMOOTH * next_to)
 
 
 def _asks(config: Config) -> bool:
@@ -96,6 +112,14 @@ class Ramp:
         """Steps whose mean loss is one that is looked at."""
         return max(1, round(self.steps * math.log(SPAN) / math.log(self.span)) // _PARTS)
 
+    def is_blind(self, progress: float) -> bool:
+        """Whether noise would hide an edge of a run that has made so much progress."""
+        return self._least(self.part) > _BLIND * progress
+
+    def _least(self, count: int) -> float:
+        """By which the mean of so many losses must lie above the level, to be high."""
+        return _SURE * math.sqrt(self.noise * (1 / count + STANDARD_ERROR**2))
+
     def follow(self, losses: Iterable[float]) -> None:
         """Take the losses of some steps, one after the other; -inf stands for one that is missing."""
         for loss in losses:
@@ -112,8 +136,7 @@ class Ramp:
         if self._silent >= IN_A_ROW:
             self._end(self._seen - IN_A_ROW, risen=True)
         elif self._seen % self.part == 0 and self._count:
-            error = math.sqrt(self.noise * (1 / self._count + STANDARD_ERROR**2))
-            if self._sum / self._count > self.level + _SURE * error:
+            if self._sum / self._count > self.level + self._least(self._count):
                 self._high += 1
             else:
                 self._low, self._high = self._seen, 0
@@ -132,6 +155,11 @@ class Ramp:
         if self.edge is None or self.edge < _FAR or 2 * self._told < self._seen:
             return 1.0
         return min(_MOST, self.edge / _WITHIN)
+
+    @property
+    def burst(self) -> bool:
+        """Whether its last loss was not finite."""
+        return self._silent > 0
 
     def state_dict(self) -> dict[str, Any]:
         return {name.lstrip("_"): value for name, value in vars(self).items()}

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
+import torch
 from torch import Tensor
 
 from autowu.config import Config, described
@@ -54,7 +55,7 @@ from autowu.phases import (
     warmup_lr_at,
 )
 from autowu.plateau import Plateau, start_of
-from autowu.ramp import MOST_RAMPS, Ramp, next_ramp
+from autowu.ramp import MOST_RAMPS, Ramp, is_smooth, next_ramp
 from autowu.ranks import Ranks
 from autowu.reader import Reader
 from autowu.record import Record
@@ -423,10 +424,15 @@ class AfterSwitch:
         watch = rooms.reader.watch
         if plan is None or not rooms.rollback.able or rooms.held_out.came or not watch.near_best:
             return state
+        if Ramp(plan.steps, plan.span, watch.mean, watch.noise).is_blind(watch.progress):
+            return state
         rooms.reader.catch_up()
         self._heed_flag()
         if not watch.near_best or watch.on_trial or watch.noise == 0:
             return state
+        if not rooms.ranks.all_agree(torch.tensor([float(not is_smooth(self._losses.staged))], dtype=torch.float64)):
+            rooms.log.tell("ramp", step, "AutoWU, no second look at the peak LR: the losses are smooth, as those of a running mean")
+            return replace(state, ramps=MOST_RAMPS)
         rooms.rollback.renew(step, watch.level)
         if not rooms.rollback.is_held(step):
             return replace(state, ramps=MOST_RAMPS)
@@ -470,6 +476,9 @@ class AfterSwitch:
         after = replace(state, ramp=None, raised=state.raised * factor, ramps=MOST_RAMPS if is_right else state.ramps)
         back_at = None if restored is None else restored.step
         rooms.log.tell("ramp", step, ramp_message(after, edge, risen, factor, back_at))
+        if ramp is not None and ramp.careful and ramp.burst:
+            text = "losses of a ramp were not finite: statistics of the model may not be, either, which no copy has without model="
+            rooms.log.warn_once("snapshot", step, text)
         if restored is not None:
             return after
         rooms.log.warn_once("snapshot", step, "the copy of before a ramp is not there: the weights stay those of its high LRs")

@@ -18,7 +18,7 @@ from autowu import AutoWU
 from autowu.anytime import AnytimeAverage
 from autowu.events import back_at
 from autowu.phases import RampPlan
-from autowu.ramp import MOST_RAMPS, SPAN, Ramp, next_ramp
+from autowu.ramp import MOST_RAMPS, SPAN, Ramp, is_smooth, next_ramp
 from autowu.reader import Reader
 from autowu.report import Report
 from autowu.watch import BLOCK
@@ -129,6 +129,35 @@ def test_a_ramp_goes_on_from_its_state(cut, seed):
     again = Ramp.of(copy.deepcopy(ramp_of(losses[:cut]).state_dict()))
     again.follow(losses[cut:])
     assert repr(vars(again)) == repr(vars(whole))  # of which NaN may be a part
+
+
+def smoothed(losses, decay):
+    means = [losses[0]]
+    for loss in losses[1:]:
+        means.append(decay * means[-1] + (1 - decay) * loss)
+    return torch.tensor(means)
+
+
+@pytest.mark.parametrize("count", [40, 128, 500])
+def test_running_means_are_smooth_and_losses_as_they_come_are_not(count):
+    draws = np.random.default_rng(0)
+    raw = [torch.tensor(3 + draws.normal(size=count) - 0.002 * np.arange(count)) for _ in range(200)]
+    assert sum(map(is_smooth, raw)) <= 4
+    assert sum(is_smooth(smoothed(losses, 0.98)) for losses in raw) >= (160 if count == 40 else 190)
+    heavy = [torch.tensor(draws.standard_t(2, size=count)).float() for _ in range(200)]
+    assert sum(map(is_smooth, heavy)) <= 6
+
+
+def test_losses_that_are_few_or_missing_are_not_smooth():
+    for losses in ([], [1.0], [1.0, 2.0], [math.nan, -math.inf, 1.0], [2.0] * 64):
+        assert not is_smooth(torch.tensor(losses))
+
+
+@given(st.floats(0.01, 100), st.floats(0.01, 10), st.floats(0.1, 10))
+def test_noise_that_hides_half_of_the_progress_blinds_a_ramp(scale, noise, progress):
+    ramp = Ramp(47, 20.0, 0.0, (scale * noise) ** 2)
+    hidden = 3 * noise * math.sqrt(1 / ramp.part + 0.1 / 1.9)
+    assert ramp.is_blind(scale * progress) == (hidden > progress / 2) or hidden == pytest.approx(progress / 2)
 
 
 # When there is one
@@ -329,6 +358,40 @@ def test_losses_on_a_device_are_waited_for_after_each_part_of_a_ramp(in_blocks):
     assert spent < plan.steps
     assert spent % ramp.part == 0
     assert plan.factor(run.scheduler.last_epoch - 1) < ramp.edge * SPAN ** (ramp.part / 64)
+
+
+def test_where_noise_would_hide_a_rise_no_look_is_taken():
+    noise = np.random.default_rng(0).normal(size=STEPS)
+    run = Run(peak_factor=LOW)
+    run.until(lambda: run.scheduler.switch is not None)
+    run.until(lambda: run.scheduler.phase == "cooldown", lambda loss: loss + 2 * float(noise[run.scheduler.last_epoch]))
+    assert "ramp" not in run.kinds()
+    assert run.scheduler._state.ramps == 0
+
+
+@pytest.mark.parametrize("path", ["host", "blocks"])
+def test_of_a_running_mean_no_look_is_taken_and_that_is_said_once(path, request):
+    if path == "blocks":
+        request.getfixturevalue("in_blocks")
+    run, means = Run(), [0.0]
+
+    def mean(loss):
+        means.append(0.98 * means[-1] + 0.02 * loss if len(means) > 1 else loss)
+        return means[-1]
+
+    run.until(lambda: run.scheduler.phase == "cooldown", mean)
+    (told,) = (event.message for event in run.scheduler.events if event.kind == "ramp")
+    assert "the losses are smooth" in told
+    assert run.scheduler._state.raised == 1
+    assert max(run.lrs[run.scheduler.switch.step :]) == run.scheduler.switch.lr
+
+
+def test_losses_of_a_ramp_that_are_not_finite_are_told_of_where_no_copy_has_the_statistics():
+    for with_model, told in ((True, False), (False, True)):
+        run = Run(peak_factor=LOW, **({} if with_model else {"model": None}))
+        run.into_ramp(8)
+        run.until(lambda run=run: run.plan is None, lambda _: math.nan)
+        assert any("statistics of the model" in event.message for event in run.scheduler.events) is told
 
 
 def test_without_its_model_a_run_looks_at_its_peak_too_and_statistics_recover():
