@@ -35,8 +35,8 @@ _PARTS: Final = 16
 """Of these steps, whose mean losses are looked at."""
 _SURE: Final = 3.0
 """Standard errors by which the losses of a part must lie above the level before, to be high."""
-_BLIND: Final = 0.5
-"""Of a run's progress: noise in which a part may lose so much, and not be high, hides an edge."""
+_BLIND: Final = 1.0
+"""Of a run's progress: noise in which a part may lose so much, and not be high, hides an edge; of half of it one may be seen."""
 _SMOOTH: Final = 1.6
 """Mean square of what losses two steps apart differ by, over that of neighbours: 1 of noise, 2 of a running mean."""
 _NEIGHBOURS: Final = 128
@@ -112,9 +112,9 @@ class Ramp:
         """Steps whose mean loss is one that is looked at."""
         return max(1, round(self.steps * math.log(SPAN) / math.log(self.span)) // _PARTS)
 
-    def is_blind(self, progress: float) -> bool:
-        """Whether noise would hide an edge of a run that has made so much progress."""
-        return self._least(self.part) > _BLIND * progress
+    def is_blind(self, progress: float, ramps: int) -> bool:
+        """Whether noise would hide an edge of a run that has made so much progress; after other `ramps` it must tell more."""
+        return self._least(self.part) > (_BLIND / 2 if ramps else _BLIND) * progress
 
     def _least(self, count: int) -> float:
         """By which the mean of so many losses must lie above the level, to be high."""

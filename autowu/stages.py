@@ -424,7 +424,7 @@ class AfterSwitch:
         watch = rooms.reader.watch
         if plan is None or not rooms.rollback.able or rooms.held_out.came or not watch.near_best:
             return state
-        if Ramp(plan.steps, plan.span, watch.mean, watch.noise).is_blind(watch.progress):
+        if Ramp(plan.steps, plan.span, watch.mean, watch.noise).is_blind(watch.progress, state.ramps):
             return state
         rooms.reader.catch_up()
         self._heed_flag()
