@@ -4,9 +4,10 @@
     python benchmarks/false_setbacks.py --report
 
 A thousand short runs: the cases of regret.py whose run takes some three seconds at most, on seeds of their own, which chose
-nothing but for 100 to 107, by which it was seen what noise should keep from a ramp. They are not in the report of ramps. Nothing is done to these runs. One that was set back after its switch is trained again without set-backs, on the same
+nothing. Nothing is done to these runs. One that was set back after its switch is trained again without set-backs, on the same
 batches. It was set back falsely if it ends with a higher training loss than that twin (mean of the last tenth of the steps). One
-that looked at its peak LR again is trained without such ramps, too, and the test losses are compared.
+that looked at its peak LR again is trained without such ramps, too, and the test losses are compared. By seeds 100 to 107 it was
+seen what noise should keep from a ramp; they are not in the report of ramps.
 
 A run is a line of JSON in results/false_setbacks.jsonl; those that are there are not run again.
 """
