@@ -37,8 +37,10 @@ _SURE: Final = 3.0
 """Standard errors by which the losses of a part must lie above the level before, to be high."""
 _BLIND: Final = 1.0
 """Of a run's progress: noise in which a part may lose so much, and not be high, hides an edge; of half of it one may be seen."""
-_SMOOTH: Final = 1.6
-"""Mean square of what losses two steps apart differ by, over that of neighbours: 1 of noise, 2 of a running mean."""
+_SMOOTH: Final = 1.45
+"""Mean square of what losses two steps apart differ by, trend apart, over that of neighbours: 1 of noise, 2 of a running mean."""
+_TREND: Final = 16
+"""Differences whose mean is the trend amid them."""
 _NEIGHBOURS: Final = 128
 """Losses before a ramp that are compared so."""
 _FAR: Final = 10.0
@@ -76,9 +78,12 @@ def next_ramp(config: Config, state: State, step: int) -> RampPlan | None:
 def is_smooth(losses: Tensor) -> bool:
     """Whether the last of the losses, (n,), are those of a running mean, which rises too late for a ramp. Waits for the device."""
     last = losses[-_NEIGHBOURS:].double()
-    last = last[last.isfinite()]
-    apart, next_to = ((last[k:] - last[:-k]).square().mean() for k in (2, 1))
-    return bool(apart > _SMOOTH * next_to)
+    steps = last[last.isfinite()].diff()
+    if len(steps) < 2 * _TREND:
+        return False
+    trend = steps.unfold(0, _TREND, 1).mean(1)
+    left = steps[_TREND // 2 :][: len(trend)] - trend
+    return bool((left[1:] + left[:-1]).square().mean() > _SMOOTH * left.square().mean())
 
 
 def _asks(config: Config) -> bool:

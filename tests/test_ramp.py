@@ -138,14 +138,17 @@ def smoothed(losses, decay):
     return torch.tensor(means)
 
 
-@pytest.mark.parametrize("count", [40, 128, 500])
-def test_running_means_are_smooth_and_losses_as_they_come_are_not(count):
-    draws = np.random.default_rng(0)
-    raw = [torch.tensor(3 + draws.normal(size=count) - 0.002 * np.arange(count)) for _ in range(200)]
-    assert sum(map(is_smooth, raw)) <= 4
-    assert sum(is_smooth(smoothed(losses, 0.98)) for losses in raw) >= (160 if count == 40 else 190)
-    heavy = [torch.tensor(draws.standard_t(2, size=count)).float() for _ in range(200)]
+@pytest.mark.parametrize("count", [75, 128, 500])
+@pytest.mark.parametrize("fall", [0.0, 0.002, 0.05], ids=str)
+def test_running_means_are_smooth_and_losses_as_they_come_are_not_however_they_fall(count, fall):
+    draws, trend = np.random.default_rng(0), 40 * np.exp(-fall * np.arange(count))
+    raw = [torch.tensor(trend + draws.normal(size=count)) for _ in range(200)]
+    assert sum(map(is_smooth, raw)) <= 6
+    heavy = [torch.tensor(trend + draws.standard_t(2, size=count)).float() for _ in range(200)]
     assert sum(map(is_smooth, heavy)) <= 6
+    for decay in (0.98, 0.9):
+        means = [smoothed([*draws.normal(size=200), *draws.normal(size=count)], decay)[200:] for _ in range(200)]
+        assert sum(map(is_smooth, means)) >= (175 if count == 75 else 190)
 
 
 def test_losses_that_are_few_or_missing_are_not_smooth():
