@@ -79,6 +79,18 @@ def test_a_warm_up_that_ends_while_a_spoilt_loss_falls_again_goes_back_to_where_
     assert re.search("limit.*back at step (8[4-9]|9.)$", switch.message)
 
 
+@pytest.mark.parametrize("taken", [float, torch.tensor], ids=["host", "device"])
+@pytest.mark.parametrize(("last", "goes_back"), [(9.0, False), (9.5, True)])
+def test_whether_a_loss_has_come_back_by_the_limit_is_told_by_its_last_losses_too(last, goes_back, taken):
+    config = config_of()
+    rooms, noise = rooms_of(config, nn.Linear(1, 1)), np.random.default_rng(0).normal(size=200)
+    falls, spoilt = np.geomspace(200, 7, 90) + noise[:90], 20 + 2 * noise[90:160]
+    stage, state = WarmUp(config, rooms, 0.1), State()
+    for step, loss in enumerate([*falls, *spoilt, *np.linspace(20, last, 40)], 1):
+        state, stage = stage.after_step(step, taken(float(loss)), state)
+    assert ("back at step" in rooms.log.events[-1].message) is goes_back
+
+
 def test_a_warm_up_without_any_fit_goes_on_at_the_fallback():
     config = config_of(watch=False)
     passed = run(WarmUp(config, rooms_of(config), 0.025), [math.nan] * 200)
