@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from autowu.after_switch import AfterSwitch
 from autowu.checks import count, one_of
 from autowu.config import Config, cooldown_start
 from autowu.events import in_words
 from autowu.horizon import Horizon
 from autowu.phases import State, all_lrs, batch_changed, each_config, each_lr, lower, phase_at
 from autowu.plans import rewarmed
-from autowu.stages import AfterSwitch, Rooms, Stage, WarmUp, stage_of
+from autowu.stages import Rooms, Stage
+from autowu.warm_up import WarmUp, stage_of
 
 __all__ = ["OpenEnded"]
 
@@ -178,7 +180,7 @@ class OpenEnded:
         """
         config = rewarmed(self.config, replace(self._state, ramp=None), self.last_epoch, fraction)
         if self._state.ramp is not None and isinstance(self._stage, AfterSwitch):
-            self._state = self._stage.end_ramp(self.last_epoch, self._state)
+            self._state = self._stage.second_look.end(self.last_epoch, self._state)
         self._groups.largest = all_lrs(self.config, self._state, self.last_epoch)  # to go on with where no curve can be fitted
         self._state = State(start_loss=self._state.start_loss, batch=self._state.batch, again=True)
         self._stage = stage_of(config, self._state, self._rooms, self._groups.largest)

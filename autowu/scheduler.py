@@ -27,8 +27,9 @@ from autowu.phases import LRRule, LRs, State, all_lrs, phase_at, state_of
 from autowu.plotting import Drawn
 from autowu.rescale import rescaled
 from autowu.shown import Shown
-from autowu.stages import Stage, rooms_of, stage_of
+from autowu.stages import Stage, rooms_of
 from autowu.states import VERSION, readable, whole_or_not
+from autowu.warm_up import stage_of
 
 __all__ = ["AutoWU"]
 
@@ -155,9 +156,8 @@ class AutoWU(Shown, OpenEnded, Drawn):
         self._calls = OptimizerCalls(stepped, self._rooms.log)
         self._horizon = Horizon(self.config, arguments, self._rooms.ranks, self._rooms.log)
         self._groups = group_lrs_of(parts(stepped))
-        if self._groups.resting:
-            told = f"parameter groups {self._groups.resting} have an LR of 0, and keep it until it is set"
-            self._rooms.log.once("frozen", 0, told)
+        if resting := self._groups.resting:
+            self._rooms.log.once("frozen", 0, f"parameter groups {resting} have an LR of 0, and keep it until it is set")
         self._stage: Stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         super().__init__(stepped)
 

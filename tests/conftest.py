@@ -56,7 +56,7 @@ def _seed():
 @pytest.fixture
 def no_ramps(monkeypatch):
     """For a loss that is made up, which does not rise with the LR: no second look at the peak, which would raise it."""
-    monkeypatch.setattr("autowu.stages.next_ramp", lambda *_: None)
+    monkeypatch.setattr("autowu.second_look.next_ramp", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

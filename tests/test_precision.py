@@ -98,7 +98,7 @@ def test_the_average_goes_back_with_the_model(tmp_path):
 def test_the_average_leaves_the_weights_of_a_ramp_out(tmp_path, monkeypatch):
     monkeypatch.setattr("autowu.ramp.SHORTEST", 0)
     monkeypatch.setattr("autowu.ramp._LEAST", 32)
-    monkeypatch.setattr("autowu.stages.is_smooth", lambda _: False)  # as batches are that come in one order again and again
+    monkeypatch.setattr("autowu.second_look.is_smooth", lambda _: False)  # as batches are that come in one order again and again
     options = ["--epochs", "100", "--cooldown-fraction", "0.1", "--model-ema", "--opt", "lamb"]
     parts, loaders = made(configured(tmp_path, *options))
     ramped, before = 0, None

@@ -10,6 +10,7 @@ import torch
 from test_judge import config_of
 from torch import nn
 
+from autowu.after_switch import AfterSwitch
 from autowu.events import EventLog
 from autowu.gp import ClosedFormGP
 from autowu.held_out import HeldOut
@@ -19,7 +20,8 @@ from autowu.phases import State, Switch
 from autowu.ranks import Ranks
 from autowu.reader import Reader
 from autowu.rollback import NoRollback, Rollback
-from autowu.stages import AfterSwitch, Rooms, WarmUp, stage_of
+from autowu.stages import Rooms
+from autowu.warm_up import WarmUp, stage_of
 
 
 def rooms_of(config, model=None):
