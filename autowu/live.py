@@ -78,6 +78,11 @@ class LiveRun:
         """The optimizer's parameters, those of its first group first."""
         return _optimized(self.optimizers())
 
+    def is_of_another_model(self) -> bool:
+        """Whether the optimizer has none of the parameters of the model that was given."""
+        own = set() if self.model is None else {id(p) for p in self.model.parameters()}
+        return bool(own) and own.isdisjoint(id(p) for p in self.optimized())
+
     def labels(self) -> list[Label]:
         """Those of the optimizer's parameters, in their order."""
         labels = {id(p): label for label, p in self.everything().items()}

@@ -105,8 +105,8 @@ class NoRollback:
             self._log.once("snapshot", step, f"whether the weights are finite could not be found out ({error})")
             return torch.ones(1, dtype=torch.float64)
 
-    def allow(self, goes_back: bool) -> None:
-        """Heed what a state that was loaded says: its run did not go back where `goes_back` is False, nor does this one."""
+    def go_on(self, step: int, goes_back: bool) -> None:
+        """A state of `step` was loaded: its run did not go back where `goes_back` is False, nor does this one."""
 
     def give_up(self) -> None:
         """Copy nothing any longer, since a rank cannot."""
@@ -161,7 +161,7 @@ class Rollback(NoRollback):
     def _describe(self) -> str:
         tensors = {key: t for key, t in self._live.look().tensors.items() if key[0] in ("parameter", "buffer")}
         size = sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6
-        what = "parameters" if self._live.model is None else "parameters and buffers"
+        what = "parameters (without model= no statistics of batch norm)" if self._live.model is None else "parameters and buffers"
         place = self._newer.device or self._live.place
         return (
             f"AutoWU goes back to a copy where training overshoots: at most two of {size:.4g} MB of {what}, and of the optimizer's "
@@ -237,11 +237,7 @@ class Rollback(NoRollback):
         self._newer, self._older = self._older, self._newer
 
     def put_back(self, step: int) -> Restored | None:
-        misfit = None if self.held is None else self._newer.misfit()
-        if misfit is not None:
-            self._log.once("snapshot", step, f"the copy of step {self.held} does not fit the run, which does not go back: {misfit}")
-        have = torch.tensor([float(self.held is not None and misfit is None)], dtype=torch.float64)
-        if not self._ranks.all_agree(have):
+        if not self._all(self.held is not None and self._fits(step)):
             return None
         if not self._ranks.alone:  # a rank on which this fails must not go on beside those that went back
             left: list[str] | None = self._newer.restore()
@@ -255,6 +251,13 @@ class Rollback(NoRollback):
         self.lost(step)
         return restored
 
+    def _fits(self, step: int) -> bool:
+        """Whether no copy is held that cannot be put back into the run."""
+        misfit = None if self.held is None else self._newer.misfit()
+        if misfit is not None:
+            self._log.once("snapshot", step, f"the copy of step {self.held} does not fit the run and is not put back: {misfit}")
+        return misfit is None
+
     def _tell(self, step: int, back_at: int, left: list[str]) -> None:
         """What a copy that was put back could not mend, and who wants to know that it was."""
         if left:
@@ -265,10 +268,11 @@ class Rollback(NoRollback):
             except Exception as error:
                 self._log.once("on_rollback", step, f"on_rollback({back_at}) has failed ({error!r}); the run goes on")
 
-    def allow(self, goes_back: bool) -> None:
+    def go_on(self, step: int, goes_back: bool) -> None:
         self.able = goes_back
         if not goes_back:
             self._leave()
+        self._fits(step)
 
     def give_up(self) -> None:
         self.able = False

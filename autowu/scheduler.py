@@ -344,7 +344,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         planned = config if self._horizon.moved else self.config
         self.config = extended(config, planned)
         self._rooms.record.steer(self.last_epoch, config, self._state, self.config, self._state)
-        self._rooms.rollback.allow(self.config.rollback)
+        self._rooms.rollback.go_on(self.last_epoch, self.config.rollback)
         self._stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         # An epoch of the stable phase that the cooldown cut short is none of a longer run's.
         whole = self.config == config or phase_at(config, self._state, self.last_epoch) == "stable"

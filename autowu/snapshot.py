@@ -62,12 +62,17 @@ class Snapshot:
         self.step, self.lr, self.level = step, lr, level
 
     def misfit(self) -> str | None:
-        """Why the copy, as it was loaded, cannot be put back into the run: a parameter that is missing or has another shape."""
+        """Why the copy, as it was loaded, cannot be put back into the run: a parameter that is missing or has another shape.
+
+        Without `model=` no parameter has a name, and a copy that was made with it has nothing else.
+        """
         if self._copied is not None:
             return None  # what was replaced since the copy was made is left as it is
         found = self._found()
         for key, kept in self._copies.items():
             if key[0] == "parameter" and not _fits(found[key[1]], kept):
+                if self.live.model is None and isinstance(key[1], str):
+                    return f"it has parameters by their names in the model, as {key[1]!r}, which takes the model= it was made with"
                 return f"of parameter {key[1]!r}, {tuple(kept.shape)}, the run has none of that shape"
         return None
 

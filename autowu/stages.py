@@ -89,6 +89,9 @@ def rooms_of(config: Config, arguments: Mapping[str, Any]) -> Rooms:
     log.warn_of_a_short_run(config)
     judge = Judge(config, engine(arguments["gp"], config, arguments["seed"]), arguments["device"], ranks, log)
     live = LiveRun(arguments["optimizer"], arguments["model"])
+    if live.is_of_another_model():
+        cure = "pass the model that is trained, unless the optimizer has master copies of this one's"
+        log.once("model", 0, f"model={type(live.model).__name__}: the optimizer has none of its parameters; {cure}")
     rollback = NoRollback(live, ranks, log)
     if config.rollback:
         rollback = Rollback(live, ranks, log, arguments["snapshot_device"], arguments["on_rollback"])

@@ -165,8 +165,10 @@ def test_a_copy_that_does_not_fit_is_not_put_back_and_that_is_told():
     other.optimizer = torch.optim.SGD(other.model.parameters(), lr=0.1, momentum=0.9)
     other.rollback = Rollback(LiveRun(other.optimizer, other.model), Ranks(), other.log)
     other.rollback.load_state_dict(run.rollback.state_dict())
+    other.rollback.go_on(5, True)
     assert other.rollback.put_back(9) is None
     (event,) = other.log.events
+    assert event.step == 5
     assert "does not fit the run" in event.message
     assert "'weight'" in event.message
 

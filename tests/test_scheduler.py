@@ -1061,3 +1061,35 @@ def test_a_warm_up_that_an_explosion_ends_with_a_vote_was_not_ended_by_test():
         scheduler.step(loss)
     assert scheduler.events[0].kind == "explosion"
     assert not scheduler.switch.by_test
+
+
+def test_a_model_of_which_the_optimizer_trains_nothing_is_told_of(caplog):
+    model, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD([*other.parameters()], lr=0.1)
+    assert AutoWU(torch.optim.SGD(model.parameters(), lr=0.1), total_steps=300, model=model).events == []
+    assert AutoWU(torch.optim.SGD([model.weight], lr=0.1), total_steps=300, model=model).events == []
+    assert AutoWU(torch.optim.SGD(model.parameters(), lr=0.1), total_steps=300, model=torch.nn.ReLU()).events == []
+    (event,) = AutoWU(optimizer, total_steps=300, model=model).events
+    assert (event.kind, event.step) == ("model", 0)
+    assert "model=Linear: the optimizer has none of its parameters" in event.message
+    assert event.message in caplog.text
+
+
+@pytest.mark.parametrize(("given", "reason"), [("without", "takes the model="), ("another", "has none of that shape")])
+def test_a_state_whose_copy_does_not_fit_is_told_of_as_it_is_loaded(given, reason):
+    model, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 3)
+    scheduler = AutoWU(torch.optim.SGD(model.parameters(), lr=0.1), total_steps=300, model=model)
+    advance(scheduler, np.linspace(2, 1, 40))
+    state = scheduler.state_dict()
+    assert state["snapshot"] is not None
+    fits = AutoWU(torch.optim.SGD(model.parameters(), lr=0.1), total_steps=300, model=model)
+    fits.load_state_dict(state)
+    assert fits.events == []
+    trained = model if given == "without" else other
+    loaded = AutoWU(torch.optim.SGD(trained.parameters(), lr=0.1), total_steps=300, model=None if given == "without" else other)
+    loaded.load_state_dict(state)
+    (event,) = loaded.events
+    assert (event.kind, event.step) == ("snapshot", 40)
+    assert reason in event.message
+    advance(loaded, np.linspace(1, 0.5, 40))  # it goes on, and is copied again
+    assert loaded.state_dict()["snapshot"]["newer"]["step"] > 40
