@@ -87,6 +87,17 @@ class LossHistory:
         """The losses that have not been folded yet, (k,), a view that may be written to."""
         return self._staged[: self.steps - self._folded]
 
+    def last(self, count: int) -> Tensor:
+        """The last `count` losses, on their device; fewer where there are no more, or some were merged with others.
+
+        NaN stands for one that has been folded and was not finite.
+        """
+        staged = self.staged[max(0, len(self.staged) - count) :]
+        if self._width > 1 or len(staged) == count:
+            return staged
+        sums, _, counts = self._bins[:, max(0, self._folded + len(staged) - count) : self._folded]
+        return torch.cat([sums / counts + self._anchor, staged])
+
     @property
     def blown(self) -> bool:
         """Whether a loss that came, among those folded last, was not finite. Waits for their device."""

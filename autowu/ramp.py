@@ -17,7 +17,7 @@ from autowu.config import Config
 from autowu.phases import RampPlan, State, base_lr, peak_lrs, phase_at
 from autowu.watch import HUGE, IN_A_ROW, STANDARD_ERROR
 
-__all__ = ["MOST_RAMPS", "SPAN", "Ramp", "is_smooth", "next_ramp"]
+__all__ = ["MOST_RAMPS", "NEIGHBOURS", "SPAN", "Ramp", "is_smooth", "next_ramp"]
 
 SHORTEST: Final = 900
 """Steps of a run that makes a ramp, at least: in a shorter one it costs more than it finds."""
@@ -41,7 +41,7 @@ _SMOOTH: Final = 1.45
 """Mean square of what losses two steps apart differ by, trend apart, over that of neighbours: 1 of noise, 2 of a running mean."""
 _TREND: Final = 16
 """Differences whose mean is the trend amid them."""
-_NEIGHBOURS: Final = 128
+NEIGHBOURS: Final = 128
 """Losses before a ramp that are compared so."""
 _FAR: Final = 10.0
 """Times the peak LR, below which an edge is where it is expected."""
@@ -76,9 +76,8 @@ def next_ramp(config: Config, state: State, step: int) -> RampPlan | None:
 
 
 def is_smooth(losses: Tensor) -> bool:
-    """Whether the last of the losses, (n,), are those of a running mean, which rises too late for a ramp. Waits for the device."""
-    last = losses[-_NEIGHBOURS:].double()
-    steps = last[last.isfinite()].diff()
+    """Whether losses, (n,), are those of a running mean, which rises too late for a ramp. Waits for the device."""
+    steps = losses.double()[losses.isfinite()].diff()
     if len(steps) < 2 * _TREND:
         return False
     trend = steps.unfold(0, _TREND, 1).mean(1)

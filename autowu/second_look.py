@@ -11,7 +11,7 @@ from autowu.config import Config
 from autowu.events import ramp_message
 from autowu.history import LossHistory
 from autowu.phases import RampPlan, State, phase_at
-from autowu.ramp import MOST_RAMPS, Ramp, is_smooth, next_ramp
+from autowu.ramp import MOST_RAMPS, NEIGHBOURS, Ramp, is_smooth, next_ramp
 from autowu.stages import Rooms, fold
 
 __all__ = ["SecondLook"]
@@ -31,11 +31,14 @@ class SecondLook:
             return state
         if self._ramp(plan).is_blind(watch.progress, state.ramps):
             return state
+        last = None if state.ramps else losses.last(NEIGHBOURS)  # later, those of a ramp may be among them
+        if last is not None and len(last) < min(NEIGHBOURS, losses.steps):  # the others have just been merged
+            return state
         rooms.reader.catch_up()
         rooms.heed_flag()
         if not watch.near_best or watch.on_trial or watch.noise == 0:
             return state
-        if not rooms.ranks.all_agree(torch.tensor([float(not is_smooth(losses.staged))], dtype=torch.float64)):
+        if last is not None and not rooms.ranks.all_agree(torch.tensor([float(not is_smooth(last))], dtype=torch.float64)):
             rooms.log.tell("ramp", step, "AutoWU, no second look at the peak LR: the losses are smooth, as those of a running mean")
             return replace(state, ramps=MOST_RAMPS)
         rooms.rollback.renew(step, watch.level)

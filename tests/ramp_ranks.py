@@ -1,4 +1,4 @@
-"""What tests/test_ramp.py runs on each of two ranks: a peak LR that is far too low, with batches of the rank's own."""
+"""What tests/test_second_look.py runs on each of two ranks: a peak LR that is far too low, with batches of the rank's own."""
 
 import os
 import sys

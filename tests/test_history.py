@@ -183,6 +183,23 @@ def test_no_loss_at_all():
     assert math.isnan(mean(LossHistory()))
 
 
+@given(appends=appends, count=st.integers(1, 60), max_points=max_points)
+@settings(deadline=None, max_examples=150)
+def test_the_last_losses_are_those_that_were_not_merged(appends, count, max_points):
+    history, since = LossHistory(max_points), 0
+    for loss, test in appends:
+        history.append(loss)
+        since += 1
+        if test:
+            history.fold()
+            since = 0
+    kept = since if history._width > 1 else len(appends)
+    losses = [loss for loss, _ in appends][len(appends) - min(count, kept) :]
+    expected = [loss if math.isfinite(loss) else math.nan for loss in losses]
+    last = history.last(count)
+    assert torch.where(last.isfinite(), last, torch.nan).tolist() == pytest.approx(expected, abs=1e-9, nan_ok=True)
+
+
 @given(losses=st.lists(any_losses, max_size=100), max_points=max_points)
 @settings(deadline=None, max_examples=100)
 def test_mean_is_that_of_the_finite_losses(losses, max_points):
