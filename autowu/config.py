@@ -53,6 +53,7 @@ __all__ = [
     "described",
     "extended",
     "forked",
+    "lag_share",
     "lengthened",
     "per_optimizer",
     "warmup_share",
@@ -355,10 +356,15 @@ def _peak_factors(
     factors = []
     own = zip(parts(arguments["optimizer"]), ranges, _for_each("peak_factor", arguments), strict=True)
     for optimizer, ends, given in own:
-        span = decades(*ends, arguments["warmup_type"])
-        lag = min(peak_lag(optimizer) * span / warmup_steps, MAX_LAG) if span else 0.0
-        factors.append(peak_factor(optimizer, total) * 10**-lag if given is None else given)
+        lagging = lag_share(optimizer, *ends, arguments["warmup_type"], warmup_steps)
+        factors.append(peak_factor(optimizer, total) * lagging if given is None else given)
     return factors
+
+
+def lag_share(optimizer: Optimizer, min_lr: float, max_lr: float, warmup_type: str, warmup_steps: int) -> float:
+    """The LR as many steps ago as the loss lags behind it, see :func:`~autowu.families.peak_lag`, as a share of that now."""
+    span = decades(min_lr, max_lr, warmup_type)
+    return 10 ** -min(peak_lag(optimizer) * span / warmup_steps, MAX_LAG) if span else 1.0
 
 
 def check_together(config: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from autowu.ranks import Ranks
 
 __all__ = [
     *("EventLog", "back_at", "divergence_message", "doubt_message", "in_words", "loss_changed_message"),
-    *("end_message", "not_finite_message", "overfitting_message", "ramp_message", "resume_message"),
+    *("end_message", "not_finite_message", "overfitting_message", "ramp_message", "range_message", "resume_message"),
     "switch_message",
 ]
 
@@ -143,6 +143,13 @@ def switch_message(config: Config, switch: Switch, ended_by: str, restored: int 
     of = "" if config.total_steps is None else f" of {config.total_steps}"
     where = f"AutoWU switched at step {switch.step}{of}: LR {in_words(switch.lrs)}"
     return f"{where}, {found}{_back_at(restored)}"
+
+
+def range_message(config: Config, after: Config, share: float, restored: int | None) -> str:
+    """What is said where the first step has moved the weights by an unusual `share` of their norm: another LR range follows."""
+    moved = f"the first step, at LR {config.min_lr:.4g}, moved the weights by {share:.2g} of their norm"
+    unusual = f"far {'more' if after.min_lr < config.min_lr else 'less'} than is usual"
+    return f"AutoWU: {moved}, {unusual}: the LR range is now {after.min_lr:.4g} to {after.max_lr:.4g}{_back_at(restored)}"
 
 
 def doubt_message(config: Config, switch: Switch) -> str | None:

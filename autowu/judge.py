@@ -59,6 +59,8 @@ class Judge:
     def begin(self, config: Config, before: Config) -> None:
         """Forget the curve: another begins by `config`, after one by `before`."""
         scale = before.warmup_steps / config.warmup_steps
+        if config.warmup_steps == before.warmup_steps and config.decades:  # other LRs in the same steps
+            scale = before.decades / config.decades
         if before.warmup_origin == UNMEASURED:  # the same LRs in other steps
             scale = 1.0
         gp, ranks, log = self.gp, self._ranks, self._log

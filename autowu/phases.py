@@ -91,10 +91,10 @@ class Event:
     Attributes:
         kind: "switch"; "explosion", a loss that ended the warm-up at once; "not_finite", one that sent it back to a copy;
             "divergence", after the switch; "loss_changed", where the last of these was none; "overfitting", by held-out losses;
-            "ramp", a second look at the peak LR; "lost", weights that no copy mends; or the kind of a trouble that was survived,
-            told once: "loss", "held_out", "fit", "rank", "snapshot", "on_rollback", "optimizer", "peak", "calls", "skipped",
-            "frozen", "model", "lr", "resume", "end"; or "cooldown", "extended", "rewarm", which were asked for, the first also by a
-            loss that has stopped improving.
+            "range", an LR range widened by what the first step did; "ramp", a second look at the peak LR; "lost", weights that
+            no copy mends; or the kind of a trouble that was survived, told once: "loss", "held_out", "fit", "rank", "snapshot",
+            "on_rollback", "optimizer", "peak", "calls", "skipped", "frozen", "model", "lr", "resume", "end"; or "cooldown",
+            "extended", "rewarm", which were asked for, the first also by a loss that has stopped improving.
         step: optimizer steps taken by then.
         message: what the log said.
     """

@@ -10,16 +10,18 @@ from typing import Any, Final
 from torch.optim import Optimizer
 
 from autowu.checks import fraction as fraction_of
-from autowu.config import BUDGETS, Config, configure, lengthened, warmup_share
+from autowu.config import BUDGETS, Config, configure, lag_share, lengthened, warmup_share
 from autowu.phases import State, all_lrs, cooldown_begin, cooldown_progress, each_config, each_lr, phase_at
 
-__all__ = ["cooled", "curtailed", "larger", "longer", "measured", "opened", "rewarmed", "spent"]
+__all__ = ["cooled", "curtailed", "larger", "longer", "measured", "opened", "rewarmed", "spent", "widened"]
 
 _NO_BUDGET: Final[dict[str, Any]] = dict.fromkeys(BUDGETS)
 _LEAST: Final = {"total_samples": 0.5, "total_tokens": 0.5, "total_seconds": 1.0}
 """Share of a usual step that must be left for another: a count is met as nearly as steps can, a deadline is not passed."""
 _FARTHEST: Final = 2**40
 """Steps that a run is taken to have left, at most."""
+_WIDEST: Final = 1e8
+"""The highest LR of a range that was widened over the lowest."""
 _NOT_REPLANNED: Final[dict[str, Any]] = {"replanned_at": None, "replanned_progress": 0.0}
 
 
@@ -124,6 +126,21 @@ def rewarmed(config: Config, state: State, step: int, fraction: float) -> Config
     others = tuple((low, more * high, factor) for low, (_, high, factor) in zip(lows[1:], config.others, strict=True))
     plan: dict[str, Any] = {"warmup_type": "exp", "warmup_steps": steps, "warmup_limit": limit, "warmup_origin": step}
     return replace(config, min_lr=lows[0], max_lr=more * config.max_lr, others=others, **plan)
+
+
+def widened(config: Config, peak_factor: float | None, optimizer: Optimizer, factor: float) -> Config:
+    """The plan of a run, in its first step, whose LR range reaches lower, or higher, by a `factor`; over eight decades at most.
+
+    Args:
+        peak_factor: the argument.
+    """
+    low, high = config.min_lr * min(1.0, factor), config.max_lr * max(1.0, factor)
+    low, high = (low, min(high, _WIDEST * low)) if factor < 1 else (max(low, high / _WIDEST), high)
+    after = replace(config, min_lr=low, max_lr=high)
+    if peak_factor is not None:
+        return after
+    was, lagging = (lag_share(optimizer, one.min_lr, one.max_lr, one.warmup_type, one.warmup_steps) for one in (config, after))
+    return replace(after, peak_factor=config.peak_factor * lagging / was)
 
 
 def measured(config: Config, given: Mapping[str, Any], optimizer: Optimizer, total: float, step: int) -> Config:

@@ -64,6 +64,10 @@ class NoRollback:
         """Whether all ranks hold a copy of `step`."""
         return False
 
+    def moved(self, step: int) -> float | None:
+        """By how much of their norm the weights have moved since the copy of `step`, over all ranks; None unless all hold it."""
+        return None
+
     def is_whole(self) -> bool:
         """Whether the copies of all ranks have all that training changes: with `model=`, its buffers, too."""
         return False
@@ -203,6 +207,12 @@ class Rollback(NoRollback):
 
     def is_held(self, step: int) -> bool:
         return self._all(self.held == step and not self.failed)
+
+    def moved(self, step: int) -> float | None:
+        moved = self._survived(step, Snapshot.moved) if self.held == step else None
+        own = torch.zeros(2, dtype=torch.float64) if moved is None else moved
+        by, norm, missing = self._ranks.sum(torch.cat([own, torch.tensor([float(moved is None)], dtype=torch.float64)])).tolist()
+        return math.sqrt(by / norm) if norm and not missing else None
 
     def is_whole(self) -> bool:
         return self._all(self._live.model is not None)

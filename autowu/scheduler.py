@@ -214,10 +214,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
             >>> optimizer.step()
             >>> scheduler.step()
         """
-        if torch.compiler.is_compiling():
-            _observe_untraced(self, loss)
-        else:
-            self._observe(loss)
+        (_observe_untraced if torch.compiler.is_compiling() else AutoWU._observe)(self, loss)
 
     def _observe(self, loss: float | Tensor) -> None:
         self._micro_batches.observe(checks.loss(loss))
@@ -266,8 +263,10 @@ class AutoWU(Shown, OpenEnded, Drawn):
         if self._calls.took_step(self.optimizer, step):
             if (config := self._horizon.after_step(self.config, before, step)) is not self.config:
                 self._plan(config)
+            if is_first := self._step_count == 1:
+                self._plan(self._rooms.after_first_step(self.config))
             self._state, self._stage = self._stage.after_step(step, loss, before)
-            if self._step_count == 1:  # where torch may have to warn of the order of the two calls
+            if is_first:  # where torch may have to warn of the order of the two calls
                 LRScheduler.step(self)
             else:  # the same, in half the time
                 self._step_count, self.last_epoch = self._step_count + 1, step
@@ -344,7 +343,7 @@ class AutoWU(Shown, OpenEnded, Drawn):
         planned = config if self._horizon.moved else self.config
         self.config = extended(config, planned)
         self._rooms.record.steer(self.last_epoch, config, self._state, self.config, self._state)
-        self._rooms.rollback.go_on(self.last_epoch, self.config.rollback)
+        self._rooms.go_on(self.last_epoch, self.config)
         self._stage = stage_of(self.config, self._state, self._rooms, self._groups.largest)
         # An epoch of the stable phase that the cooldown cut short is none of a longer run's.
         whole = self.config == config or phase_at(config, self._state, self.last_epoch) == "stable"

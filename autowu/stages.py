@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autowu.config import Config, described
 from autowu.events import EventLog
+from autowu.first_step import FirstStep
 from autowu.held_out import HeldOut
 from autowu.history import LossHistory
 from autowu.judge import Judge, engine
@@ -44,6 +45,7 @@ class Rooms:
     rollback: NoRollback
     held_out: HeldOut
     record: Record = field(default_factory=Record)
+    first_step: FirstStep | None = None
 
     def named(self) -> dict[str, Any]:
         """What saves and loads itself, by the name under which it is saved."""
@@ -61,6 +63,19 @@ class Rooms:
         goes_back = isinstance(self.rollback, Rollback)
         own = {"last_epoch": step, "gp": type(self.judge.gp).__name__, "rollback": goes_back}
         self.ranks.compare(described(config) | own)
+
+    def after_first_step(self, config: Config) -> Config:
+        """The plan of a run that has taken its first step, whose loss is still to come."""
+        after = config if self.first_step is None else self.first_step.plan(config)
+        if after is not config:
+            self.judge.begin(after, config)
+        return after
+
+    def go_on(self, step: int, config: Config) -> None:
+        """A state of `step` was loaded."""
+        self.rollback.go_on(step, config.rollback)
+        if self.first_step is not None and step:
+            self.first_step.forget()
 
     def heed_flag(self) -> None:
         """Copy nothing any longer once a rank has said that it cannot."""
@@ -95,7 +110,8 @@ def rooms_of(config: Config, arguments: Mapping[str, Any]) -> Rooms:
     rollback = NoRollback(live, ranks, log)
     if config.rollback:
         rollback = Rollback(live, ranks, log, arguments["snapshot_device"], arguments["on_rollback"])
-    return Rooms(ranks, log, judge, Reader(ranks), rollback, HeldOut(ranks))
+    first_step = FirstStep(config, arguments, rollback, log)
+    return Rooms(ranks, log, judge, Reader(ranks), rollback, HeldOut(ranks), first_step=first_step)
 
 
 class Stage:

@@ -61,6 +61,9 @@ def test_a_thousand_runs_and_their_false_set_backs_are_the_measured_ones(benchma
     raised = [row["watched"]["test"] / row["flat"]["test"] for row in looked]
     lower, higher = sum(ratio < 0.98 for ratio in raised), sum(ratio > 1.02 for ratio in raised)
     assert f"Of the {len(raised)} runs that are raised {lower} end lower by more than 2 %, and {higher} higher" in page
+    looked = [row["watched"] | {"flat": row["flat"]} for row in rows if row["flat"] is not None]
+    smooth = sum("raised" not in row and row["test"] == row["flat"]["test"] for row in looked)  # not a step was spent
+    assert f"{smooth} of {len(looked)} of the thousand below" in " ".join(page.split())
 
 
 def test_the_table_of_the_language_model_is_the_measured_one(benchmark):

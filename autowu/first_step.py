@@ -1,0 +1,103 @@
+"""State: by how much the first optimizer step moves the weights, which tells where the LR range of SGD is far off.
+
+A loss that is summed, or of large targets, has gradients so large that the lowest LR of the range is too high; one that is scaled
+down, so small that the highest is too low. Optimizers of other families scale their updates themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from autowu.config import Config
+from autowu.events import EventLog, range_message
+from autowu.families import family
+from autowu.kin import parts
+from autowu.plans import widened
+from autowu.rollback import NoRollback
+
+__all__ = ["FirstStep"]
+
+_USUAL: Final = 1e-5
+"""Of the weights' norm, what the first step at `min_lr` moves them by; from 1e-6.2 to 1e-3.2 in runs whose range is right."""
+_MOST: Final = 2e-3
+_LEAST: Final = 1e-7
+"""Shares between which the range stays as it is."""
+_FARTHEST: Final = 1e12
+"""By which an end of the range moves, at most."""
+
+
+class FirstStep:
+    """Watches the first step of a run whose LR range follows from the optimizer's family, and widens that where it is far off.
+
+    Args:
+        config: of the run.
+        arguments: of the scheduler, checked.
+        rollback: which copies the run before the step.
+    """
+
+    def __init__(self, config: Config, arguments: Mapping[str, Any], rollback: NoRollback, log: EventLog) -> None:
+        self._rollback, self._log = rollback, log
+        self._optimizer: Optimizer = arguments["optimizer"]
+        self._given = arguments["peak_factor"]
+        follows = arguments["min_lr"] is None and arguments["max_lr"] is None and config.warmup_origin == 0
+        is_one = len(parts(self._optimizer)) == 1
+        self._asks = follows and is_one and config.rollback and config.watch and family(self._optimizer) == "sgd"
+        self._armed = self._asks
+        self._handle: RemovableHandle | None = None
+        if self._asks:
+            with contextlib.suppress(AttributeError):  # some optimizers skip the constructor that makes room for hooks
+                self._handle = self._optimizer.register_step_pre_hook(self._before)
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Step hook of the optimizer: copy the run before its first step, unless that is recorded, to be replayed."""
+        if not torch.compiler.is_compiling() and self._armed and not _is_recorded(optimizer):
+            self._armed = False
+            self._rollback.take(0, 0.0, 0.0, 1.0)
+
+    def forget(self) -> None:
+        """The run is past its first step."""
+        self._asks = self._armed = False
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def plan(self, config: Config) -> Config:
+        """The plan of a run that has taken its first step: with another LR range, the step undone, where it moved far too much.
+
+        Waits for the device.
+        """
+        if not self._asks:
+            return config
+        self.forget()
+        moved = self._rollback.moved(0)
+        share = math.nan if moved is None else moved
+        is_far = _MOST < share < math.inf or (0 < share < _LEAST and self._is_fine())
+        if not is_far:
+            self._rollback.free()
+            return config
+        factor = 10 ** round(math.log10(_USUAL / share), 1)
+        after = widened(config, self._given, self._optimizer, min(max(factor, 1 / _FARTHEST), _FARTHEST))
+        restored = self._rollback.put_back(1) if share > _MOST else None
+        self._rollback.free()
+        self._log.tell("range", 1, range_message(config, after, share, None if restored is None else restored.step))
+        return after
+
+    def _is_fine(self) -> bool:
+        """Whether weights are held in so many digits that a small step shows."""
+        return all(p.element_size() >= 4 for group in self._optimizer.param_groups for p in group["params"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_handle": None, "_armed": False}  # the copy of an optimizer has no hook
+
+
+def _is_recorded(optimizer: Optimizer) -> bool:
+    """Whether a CUDA graph is being made of what `optimizer` does."""
+    on_gpu = any(p.is_cuda for group in optimizer.param_groups for p in group["params"][:1])
+    return on_gpu and torch.cuda.is_current_stream_capturing()
