@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -50,23 +52,30 @@ class FirstStep:
         is_one = len(parts(self._optimizer)) == 1
         self._asks = follows and is_one and config.rollback and config.watch and family(self._optimizer) == "sgd"
         self._armed = self._asks
-        self._handle: RemovableHandle | None = None
+        self._moved: Tensor | None = None
+        self._handles: list[RemovableHandle] = []
         if self._asks:
             with contextlib.suppress(AttributeError):  # some optimizers skip the constructor that makes room for hooks
-                self._handle = self._optimizer.register_step_pre_hook(self._before)
+                self._handles.append(self._optimizer.register_step_pre_hook(_hook(self, FirstStep.before)))
+                self._handles.append(self._optimizer.register_step_post_hook(_hook(self, FirstStep.after)))
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Step hook of the optimizer: copy the run before its first step, unless that is recorded, to be replayed."""
-        if not torch.compiler.is_compiling() and self._armed and not _is_recorded(optimizer):
+    def before(self) -> None:
+        """Copy the run before its first step, unless that is recorded, to be replayed."""
+        if self._armed and not _is_recorded(self._optimizer):
             self._armed = False
             self._rollback.take(0, 0.0, 0.0, 1.0)
+
+    def after(self) -> None:
+        """See what the step has moved, before anybody else moves the weights."""
+        if self._asks and not self._armed and self._moved is None:
+            self._moved = self._rollback.moved(0)
 
     def forget(self) -> None:
         """The run is past its first step."""
         self._asks = self._armed = False
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._moved = [], None
 
     def plan(self, config: Config) -> Config:
         """The plan of a run that has taken its first step: with another LR range, the step undone, where it moved far too much.
@@ -75,9 +84,9 @@ class FirstStep:
         """
         if not self._asks:
             return config
+        found = self._rollback.share(self._moved)
         self.forget()
-        moved = self._rollback.moved(0)
-        share = math.nan if moved is None else moved
+        share = math.nan if found is None else found
         is_far = _MOST < share < math.inf or (0 < share < _LEAST and self._is_fine())
         if not is_far:
             self._rollback.free()
@@ -94,7 +103,18 @@ class FirstStep:
         return all(p.element_size() >= 4 for group in self._optimizer.param_groups for p in group["params"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_handle": None, "_armed": False}  # the copy of an optimizer has no hook
+        return vars(self) | {"_handles": [], "_armed": False}  # the copy of an optimizer has no hook
+
+
+def _hook(first_step: FirstStep, act: Callable[[FirstStep], None]) -> Callable[[Optimizer, Any, Any], None]:
+    """Step hook of the optimizer, which must not keep alive what a scheduler that is gone has claimed."""
+    held = weakref.ref(first_step)
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not torch.compiler.is_compiling() and (first := held()) is not None:
+            act(first)
+
+    return hook
 
 
 def _is_recorded(optimizer: Optimizer) -> bool:

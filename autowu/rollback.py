@@ -64,9 +64,17 @@ class NoRollback:
         """Whether all ranks hold a copy of `step`."""
         return False
 
-    def moved(self, step: int) -> float | None:
-        """By how much of their norm the weights have moved since the copy of `step`, over all ranks; None unless all hold it."""
+    def moved(self, step: int) -> Tensor | None:
+        """What this rank's weights have moved by since the copy of `step`, for :meth:`share`; None where it is not held."""
         return None
+
+    def share(self, moved: Tensor | None) -> float | None:
+        """By how much of their norm the weights of all ranks have `moved`; None where one does not know. Waits for the device."""
+        by, norm, unknown = 0.0, 0.0, float(moved is None)
+        if moved is not None:
+            by, norm = moved.cpu().double().square().sum(0).tolist()
+        by, norm, unknown = self._ranks.sum(torch.tensor([by, norm, unknown], dtype=torch.float64)).tolist()
+        return math.sqrt(by / norm) if norm and not unknown else None
 
     def is_whole(self) -> bool:
         """Whether the copies of all ranks have all that training changes: with `model=`, its buffers, too."""
@@ -208,11 +216,8 @@ class Rollback(NoRollback):
     def is_held(self, step: int) -> bool:
         return self._all(self.held == step and not self.failed)
 
-    def moved(self, step: int) -> float | None:
-        moved = self._survived(step, Snapshot.moved) if self.held == step else None
-        own = torch.zeros(2, dtype=torch.float64) if moved is None else moved
-        by, norm, missing = self._ranks.sum(torch.cat([own, torch.tensor([float(moved is None)], dtype=torch.float64)])).tolist()
-        return math.sqrt(by / norm) if norm and not missing else None
+    def moved(self, step: int) -> Tensor | None:
+        return self._survived(step, Snapshot.moved) if self.held == step else None
 
     def is_whole(self) -> bool:
         return self._all(self._live.model is not None)

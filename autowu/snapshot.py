@@ -63,14 +63,14 @@ class Snapshot:
 
     @torch.no_grad()
     def moved(self) -> Tensor:
-        """Sums of squares, (2,) on the host: of what the parameters have moved by since the copy, and of what they were then."""
+        """Norms, (n, 2) on the device: of what each parameter has moved by since the copy, and of what it was then."""
         norms, place = [torch.zeros(2)], self.live.place
         for label, parameter in self.live.parameters().items():
             kept = self._copies.get(("parameter", label))
             if kept is not None and _fits(parameter, kept) and kept.numel() and (kept.is_floating_point() or kept.is_complex()):
                 now, then = local(parameter), kept.to(parameter.device)  # one at a time, for there may be no room for more
                 norms.append(torch.stack([(now - then).norm(), then.norm()]).abs().float().to(place))
-        return torch.stack([norms[0].to(place), *norms[1:]]).cpu().double().square().sum(0)
+        return torch.stack([norms[0].to(place), *norms[1:]])
 
     def misfit(self) -> str | None:
         """Why the copy, as it was loaded, cannot be put back into the run: a parameter that is missing or has another shape.

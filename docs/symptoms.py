@@ -73,7 +73,7 @@ def never() -> Runs:
 
 
 def at_once() -> Runs:
-    """A regression whose inputs were not scaled: already the lowest LR of the search is too high."""
+    """A regression whose inputs were not scaled: the lowest LR, which was given, is too high already."""
     return {"pixels of 0 to 255": regression(255.0), "pixels of 0 to 1": regression(1.0)}
 
 
@@ -83,7 +83,7 @@ def regression(scale: float) -> AutoWU:
     pixels = torch.tensor(load_digits().data / 16, dtype=torch.float32)
     inputs, targets = scale * pixels[:, :32], pixels[:, 32:]
     model = nn.Linear(32, 32)
-    scheduler = AutoWU(sgd(model.parameters()), total_steps=STEPS, model=model)
+    scheduler = AutoWU(sgd(model.parameters()), total_steps=STEPS, model=model, min_lr=1e-4)
     for _ in range(STEPS):
         batch = torch.randint(len(inputs), (64,))
         advance(scheduler, functional.mse_loss(model(inputs[batch]), targets[batch]))

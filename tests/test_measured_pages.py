@@ -38,6 +38,17 @@ def test_the_table_of_runs_passed_by_is_the_measured_one(benchmark):
     assert passed_by.report(rows) in (ROOT / "docs" / "decision.md").read_text()
 
 
+def test_the_tables_of_updates_and_of_scales_are_the_measured_ones(benchmark):
+    page = (ROOT / "docs" / "decision.md").read_text()
+    sizes, scales = benchmark("update_sizes"), benchmark("loss_scales")
+    rows = benchmark("regret").read(sizes.RESULTS)
+    assert {row["case"] for row in rows} == sizes.best_lrs().keys()
+    assert sizes.report(rows) in page
+    rows = benchmark("regret").read(scales.RESULTS)
+    assert sorted((row["case"], row["seed"]) for row in rows) == sorted(product((*scales.LOSSES, *scales.INPUTS), scales.SEEDS))
+    assert scales.report(rows) in page
+
+
 def test_the_table_of_peaks_and_decays_is_the_measured_one(benchmark):
     peaks = benchmark("peaks")
     rows = benchmark("regret").read(peaks.RESULTS)
@@ -61,7 +72,7 @@ def test_a_thousand_runs_and_their_false_set_backs_are_the_measured_ones(benchma
     raised = [row["watched"]["test"] / row["flat"]["test"] for row in looked]
     lower, higher = sum(ratio < 0.98 for ratio in raised), sum(ratio > 1.02 for ratio in raised)
     assert f"Of the {len(raised)} runs that are raised {lower} end lower by more than 2 %, and {higher} higher" in page
-    looked = [row["watched"] | {"flat": row["flat"]} for row in rows if row["flat"] is not None]
+    looked = [row["watched"] | {"flat": row["flat"]} for row in rows if row.get("flat") is not None]
     smooth = sum("raised" not in row and row["test"] == row["flat"]["test"] for row in looked)  # not a step was spent
     assert f"{smooth} of {len(looked)} of the thousand below" in " ".join(page.split())
 
