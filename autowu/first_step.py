@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 from autowu.config import Config
 from autowu.events import EventLog, range_message
 from autowu.families import family
-from autowu.kin import parts
 from autowu.plans import widened
 from autowu.rollback import NoRollback
 
@@ -31,8 +30,6 @@ _USUAL: Final = 1e-5
 _MOST: Final = 2e-3
 _LEAST: Final = 1e-7
 """Shares between which the range stays as it is."""
-_FARTHEST: Final = 1e12
-"""By which an end of the range moves, at most."""
 
 
 class FirstStep:
@@ -49,8 +46,7 @@ class FirstStep:
         self._optimizer: Optimizer = arguments["optimizer"]
         self._given = arguments["peak_factor"]
         follows = arguments["min_lr"] is None and arguments["max_lr"] is None and config.warmup_origin == 0
-        is_one = len(parts(self._optimizer)) == 1
-        self._asks = follows and is_one and config.rollback and config.watch and family(self._optimizer) == "sgd"
+        self._asks = follows and config.rollback and config.watch and family(self._optimizer) == "sgd"
         self._armed = self._asks
         self._moved: Tensor | None = None
         self._handles: list[RemovableHandle] = []
@@ -91,8 +87,7 @@ class FirstStep:
         if not is_far:
             self._rollback.free()
             return config
-        factor = 10 ** round(math.log10(_USUAL / share), 1)
-        after = widened(config, self._given, self._optimizer, min(max(factor, 1 / _FARTHEST), _FARTHEST))
+        after = widened(config, self._given, self._optimizer, 10 ** round(math.log10(_USUAL / share), 1))
         restored = self._rollback.put_back(1) if share > _MOST else None
         self._rollback.free()
         self._log.tell("range", 1, range_message(config, after, share, None if restored is None else restored.step))

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from autowu import AutoWU
+from autowu import AutoWU, snapshot
 
 
-def main(folder):
+def main(folder, *fault):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.manual_seed(0)
@@ -21,6 +21,8 @@ def main(folder):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scheduler = AutoWU(optimizer, total_steps=300, model=model)
     before = copy.deepcopy(model.state_dict())
+    if fault and rank:
+        snapshot.free_memory = lambda _: 0
     loss = 1e6 * model(torch.randn(16, 4, generator=torch.Generator().manual_seed(rank))).square().mean()
     loss.backward()
     optimizer.step()
@@ -34,4 +36,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -94,6 +94,21 @@ def test_a_first_step_that_is_far_too_large_is_undone():
     assert config.max_lr == pytest.approx(1e8 * config.min_lr)
 
 
+def test_of_several_steps_before_the_first_of_the_scheduler_the_first_counts():
+    one, two = Run(1e8).steps(1), Run(1e8)
+    before = two.held()
+    two.train()
+    two.scheduler.step(two.train())
+    assert two.scheduler.events[0].message == one.scheduler.events[0].message
+    assert two.scheduler.config == one.scheduler.config
+    torch.testing.assert_close(two.model[0].weight, before[0]["0.weight"], rtol=0, atol=0)
+
+
+def test_the_curve_is_as_smooth_in_lrs_as_over_any_other_range():
+    run = Run(1e8).steps(1)
+    assert run.scheduler.gp.lengthscale == pytest.approx(0.5 / run.scheduler.config.decades)
+
+
 def test_a_first_step_that_is_far_too_small_stays():
     run = Run(1e-4)
     after = [run.train(), run.held()]
@@ -236,3 +251,11 @@ def test_two_ranks_undo_the_step_together(tmp_path):
     assert first["min_lr"] < 1e-8
     assert_same(first, second)
     assert_same(first["weights"], first["before"])
+
+
+def test_where_one_rank_cannot_copy_no_range_is_widened(tmp_path):
+    ranks(tmp_path, 2, "tests/first_step_ranks.py", str(tmp_path), "no room")
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [one.pop("kinds") for one in found] == [[], ["snapshot"]]
+    assert_same(*found)
+    assert found[0]["min_lr"] == LR_RANGES["sgd"][0]
