@@ -46,6 +46,7 @@ class FirstStep:
         self._optimizer: Optimizer = arguments["optimizer"]
         self._given = arguments["peak_factor"]
         follows = arguments["min_lr"] is None and arguments["max_lr"] is None and config.warmup_origin == 0
+        follows = follows and config.warmup_type != "linear"  # which knows no decades
         self._asks = follows and config.rollback and config.watch and family(self._optimizer) == "sgd"
         self._armed = self._asks
         self._moved: Tensor | None = None
@@ -72,6 +73,12 @@ class FirstStep:
         for handle in self._handles:
             handle.remove()
         self._handles, self._moved = [], None
+
+    def go_on(self, step: int) -> None:
+        """A state of `step` was loaded: the run is past its first step, or that is still to come."""
+        if step:
+            self.forget()
+        self._moved, self._armed = None, self._asks
 
     def plan(self, config: Config) -> Config:
         """The plan of a run that has taken its first step: with another LR range, the step undone, where it moved far too much.

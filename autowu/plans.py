@@ -20,8 +20,6 @@ _LEAST: Final = {"total_samples": 0.5, "total_tokens": 0.5, "total_seconds": 1.0
 """Share of a usual step that must be left for another: a count is met as nearly as steps can, a deadline is not passed."""
 _FARTHEST: Final = 2**40
 """Steps that a run is taken to have left, at most."""
-_WIDEST: Final = 1e8
-"""The highest LR of a range that was widened over the lowest."""
 _NOT_REPLANNED: Final[dict[str, Any]] = {"replanned_at": None, "replanned_progress": 0.0}
 
 
@@ -129,14 +127,12 @@ def rewarmed(config: Config, state: State, step: int, fraction: float) -> Config
 
 
 def widened(config: Config, peak_factor: float | None, optimizer: Optimizer, factor: float) -> Config:
-    """The plan of a run, in its first step, whose LR range reaches lower, or higher, by a `factor`; over eight decades at most.
+    """The plan of a run, in its first step, whose LR range reaches lower, or higher, by a `factor`.
 
     Args:
         peak_factor: the argument.
     """
-    low, high = config.min_lr * min(1.0, factor), config.max_lr * max(1.0, factor)
-    low, high = (low, min(high, _WIDEST * low)) if factor < 1 else (max(low, high / _WIDEST), high)
-    after = replace(config, min_lr=low, max_lr=high)
+    after = replace(config, min_lr=config.min_lr * min(1.0, factor), max_lr=config.max_lr * max(1.0, factor))
     if peak_factor is not None:
         return after
     was, lagging = (lag_share(optimizer, one.min_lr, one.max_lr, one.warmup_type, one.warmup_steps) for one in (config, after))

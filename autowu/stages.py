@@ -74,8 +74,8 @@ class Rooms:
     def go_on(self, step: int, config: Config) -> None:
         """A state of `step` was loaded."""
         self.rollback.go_on(step, config.rollback)
-        if self.first_step is not None and step:
-            self.first_step.forget()
+        if self.first_step is not None:
+            self.first_step.go_on(step)
 
     def heed_flag(self) -> None:
         """Copy nothing any longer once a rank has said that it cannot."""

@@ -91,7 +91,7 @@ def test_a_first_step_that_is_far_too_large_is_undone():
     assert event.message.endswith("model and optimizer are back at step 0")
     config, lr = run.scheduler.config, run.optimizer.param_groups[0]["lr"]
     assert config.min_lr < lr < 2 * config.min_lr < 1e-10
-    assert config.max_lr == pytest.approx(1e8 * config.min_lr)
+    assert config.max_lr == 10.0
 
 
 def test_of_several_steps_before_the_first_of_the_scheduler_the_first_counts():
@@ -116,7 +116,7 @@ def test_a_first_step_that_is_far_too_small_stays():
     assert_same(run.held(), after[1])
     (event,) = run.scheduler.events
     assert "far less than is usual: the LR range is now" in event.message
-    assert run.scheduler.config.min_lr >= 1e-4
+    assert run.scheduler.config.min_lr == 1e-4
     assert run.scheduler.config.max_lr > 1e4
 
 
@@ -139,6 +139,7 @@ def test_where_the_range_is_right_nothing_is_changed_and_nothing_is_held():
         {"min_lr": 1e-4},
         {"max_lr": 10.0},
         {"rollback": False},
+        {"warmup_type": "linear"},
         {"watch": False},
         {"make": lambda parameters: torch.optim.Adam(parameters)},
         {"total_steps": None, "total_samples": 10**6},
@@ -195,6 +196,33 @@ def test_weights_that_are_loaded_before_the_first_step_have_not_been_moved_by_it
     assert "range" not in run.steps(1).kinds()
 
 
+def test_weights_that_begin_tiny_lose_no_lr():
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(8, 1), torch.randn(256, 8)
+    nn.init.normal_(model.weight, std=1e-6)
+    nn.init.zeros_(model.bias)
+    scheduler = AutoWU(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), total_steps=STEPS, model=model)
+    for _ in range(STEPS):
+        loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        scheduler.optimizer.zero_grad()
+        loss.backward()
+        scheduler.optimizer.step()
+        scheduler.step(loss.item())
+    assert scheduler.events[0].kind == "range"
+    assert loss.item() < 0.01
+
+
+def test_a_step_that_was_taken_before_a_state_was_loaded_does_not_count():
+    run = Run(1e6)
+    parts = run.model, run.optimizer, run.scheduler
+    states = copy.deepcopy([part.state_dict() for part in parts])
+    run.train()
+    for part, state in zip(parts, states, strict=True):
+        part.load_state_dict(state)
+    run.scale = 1.0
+    assert "range" not in run.steps(2).kinds()
+
+
 def test_a_copy_that_fails_leaves_the_range_as_it_is(monkeypatch):
     run = Run(1e8)
     monkeypatch.setattr("autowu.snapshot.free_memory", lambda _: 0)
@@ -231,14 +259,13 @@ def test_a_resumed_run_is_past_its_first_step():
 
 
 @given(st.floats(-12, 12), st.one_of(st.none(), st.floats(0.1, 1)), st.booleans())
-def test_a_range_is_widened_to_one_side_by_eight_decades_at_most(decades, given, immediate):
+def test_a_range_is_widened_to_one_side(decades, given, immediate):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
     config = AutoWU(optimizer, total_steps=STEPS, peak_factor=given, immediate_cooldown=immediate).config
     after = widened(config, given, optimizer, 10**decades)
-    assert after.max_lr / after.min_lr < 1.001e8
     end, moved = ("min_lr", "max_lr") if decades > 0 else ("max_lr", "min_lr")
     assert getattr(after, moved) == pytest.approx(getattr(config, moved) * 10**decades)
-    assert (getattr(after, end) - getattr(config, end)) * decades >= 0
+    assert getattr(after, end) == getattr(config, end)
     ends = AutoWU(optimizer, total_steps=STEPS, peak_factor=given, min_lr=after.min_lr, max_lr=after.max_lr).config
     assert after.peak_factor == pytest.approx(ends.peak_factor)
     assert lag_share(optimizer, after.min_lr, after.max_lr, after.warmup_type, after.warmup_steps) <= 1
