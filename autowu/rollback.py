@@ -65,16 +65,11 @@ class NoRollback:
         return False
 
     def moved(self, step: int) -> Tensor | None:
-        """What this rank's weights have moved by since the copy of `step`, for :meth:`share`; None where it is not held."""
-        return None
+        """Norms of what this rank's weights have moved by since the copy of `step`, see :class:`~autowu.snapshot.Snapshot`.
 
-    def share(self, moved: Tensor | None) -> float | None:
-        """By how much of their norm the weights of all ranks have `moved`; None where one does not know. Waits for the device."""
-        by, norm, unknown = 0.0, 0.0, float(moved is None)
-        if moved is not None:
-            by, norm = moved.cpu().double().square().sum(0).tolist()
-        by, norm, unknown = self._ranks.sum(torch.tensor([by, norm, unknown], dtype=torch.float64)).tolist()
-        return math.sqrt(by / norm) if norm and not unknown else None
+        None where that is not held.
+        """
+        return None
 
     def is_whole(self) -> bool:
         """Whether the copies of all ranks have all that training changes: with `model=`, its buffers, too."""

@@ -63,9 +63,9 @@ class Snapshot:
 
     @torch.no_grad()
     def moved(self) -> Tensor:
-        """Norms, (n, 2) on the device: of what each parameter has moved by since the copy, and of what it was then."""
+        """Norms, (n, 2) on the device: of what each of the optimizer's parameters has moved by since the copy, and what it was."""
         norms, place = [torch.zeros(2)], self.live.place
-        for label, parameter in self.live.parameters().items():
+        for label, parameter in zip(self.live.labels(), self.live.optimized(), strict=True):
             kept = self._copies.get(("parameter", label))
             if kept is not None and _fits(parameter, kept) and kept.numel() and (kept.is_floating_point() or kept.is_complex()):
                 now, then = local(parameter), kept.to(parameter.device)  # one at a time, for there may be no room for more

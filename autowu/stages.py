@@ -62,6 +62,7 @@ class Rooms:
             return
         goes_back = isinstance(self.rollback, Rollback)
         own = {"last_epoch": step, "gp": type(self.judge.gp).__name__, "rollback": goes_back}
+        own["looks at the first step"] = self.first_step is not None and self.first_step.asks
         self.ranks.compare(described(config) | own)
 
     def after_first_step(self, config: Config) -> Config:
@@ -110,7 +111,7 @@ def rooms_of(config: Config, arguments: Mapping[str, Any]) -> Rooms:
     rollback = NoRollback(live, ranks, log)
     if config.rollback:
         rollback = Rollback(live, ranks, log, arguments["snapshot_device"], arguments["on_rollback"])
-    first_step = FirstStep(config, arguments, rollback, log)
+    first_step = FirstStep(config, arguments, rollback, ranks, log)
     return Rooms(ranks, log, judge, Reader(ranks), rollback, HeldOut(ranks), first_step=first_step)
 
 

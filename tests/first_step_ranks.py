@@ -19,14 +19,18 @@ def main(folder, *fault):
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    scheduler = AutoWU(optimizer, total_steps=300, model=model)
+    given = {"min_lr": 1e-4} if "given" in fault and rank else {}
+    scheduler = AutoWU(optimizer, total_steps=300, model=model, **given)
     before = copy.deepcopy(model.state_dict())
-    if fault and rank:
+    if "no room" in fault and rank:
         snapshot.free_memory = lambda _: 0
     loss = 1e6 * model(torch.randn(16, 4, generator=torch.Generator().manual_seed(rank))).square().mean()
     loss.backward()
     optimizer.step()
-    scheduler.step(loss if rank else loss.item())
+    try:
+        scheduler.step(loss if rank else loss.item())
+    except ValueError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
     kinds, config = [event.kind for event in scheduler.events], scheduler.config
     found = {"kinds": kinds, "min_lr": config.min_lr, "max_lr": config.max_lr, "before": before, "weights": model.state_dict()}
     torch.save(found, folder / f"{rank}.pt")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import ranks
 from sklearn.datasets import load_digits
+from timm.optim import Lookahead
 from torch import nn
 from torch.nn import functional as F
 
@@ -223,6 +224,41 @@ def test_a_step_that_was_taken_before_a_state_was_loaded_does_not_count():
     assert "range" not in run.steps(2).kinds()
 
 
+def set_lr(run):
+    run.optimizer.param_groups[0]["lr"] = 0.5
+
+
+def load_lr(run):
+    run.optimizer.load_state_dict(torch.optim.SGD(run.model.parameters(), lr=0.1, momentum=0.9).state_dict())
+
+
+@pytest.mark.parametrize("change", [set_lr, load_lr])
+def test_a_first_step_at_another_lr_says_nothing(change):
+    run = Run()
+    change(run)
+    run.steps(1)
+    assert "range" not in run.kinds()
+    assert (run.scheduler.config.min_lr, run.scheduler.config.max_lr) == LR_RANGES["sgd"]
+
+
+def test_a_step_inside_a_wrapper_that_passes_the_hooks_by_is_looked_at():
+    run = Run(1e6, make=lambda parameters: Lookahead(torch.optim.SGD(parameters, lr=0.1, momentum=0.9))).steps(STEPS)
+    assert run.kinds()[0] == "range"
+    assert run.accuracy() > 0.9
+
+
+def test_parameters_that_the_optimizer_has_not_do_not_count():
+    run = Run(0.1)
+    large = nn.ModuleDict({"trained": run.model, "other": nn.Linear(1000, 1000)})
+    with torch.no_grad():
+        large["other"].weight.mul_(1000)
+    scheduler = AutoWU(torch.optim.SGD(run.model.parameters(), lr=0.1, momentum=0.9), total_steps=STEPS, model=large)
+    run.loss().backward()
+    scheduler.optimizer.step()
+    scheduler.step(1.0)
+    assert "range" not in [event.kind for event in scheduler.events]
+
+
 def test_a_copy_that_fails_leaves_the_range_as_it_is(monkeypatch):
     run = Run(1e8)
     monkeypatch.setattr("autowu.snapshot.free_memory", lambda _: 0)
@@ -278,6 +314,12 @@ def test_two_ranks_undo_the_step_together(tmp_path):
     assert first["min_lr"] < 1e-8
     assert_same(first, second)
     assert_same(first["weights"], first["before"])
+
+
+def test_ranks_of_which_one_was_given_its_range_are_refused_together(tmp_path):
+    ranks(tmp_path, 2, "tests/first_step_ranks.py", str(tmp_path), "given")
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert all("looks at the first step" in one for one in said)
 
 
 def test_where_one_rank_cannot_copy_no_range_is_widened(tmp_path):

@@ -49,7 +49,7 @@ ROOMS = {
     "rollback": ("events", "live", "ranks", "snapshot"),
     "judge": ("config", "events", "gp", "gpytorch_engine", "history", "phases", "ranks", "switching"),
     "plans": ("checks", "config", "phases"),
-    "first_step": ("config", "events", "families", "plans", "rollback"),
+    "first_step": ("config", "events", "families", "kin", "plans", "ranks", "rollback"),
     "stages": (
         *("config", "events", "first_step", "held_out", "history", "judge", "live", "phases", "ranks", "reader", "record"),
         *("rollback", "watch"),
